@@ -1,0 +1,41 @@
+# `make train` and `make test` need Python 3.10 or newer, a C++ compiler and make; everything else they install into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SOURCES := $(shell find csrc -type f) setup.py
+TRAIN_ARGS ?=
+
+.PHONY: help train test lint bench clean
+
+help:
+	@echo "make train   set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
+	@echo "make test    set up .venv, build, run every test that this machine can run"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove .venv and everything built"
+
+train: $(VENV)/.built
+	$(BIN)/efe-train $(TRAIN_ARGS)
+
+# The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter.
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/efe_loss tests/advantage
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info efe_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch "setuptools>=77" wheel ninja "pybind11>=2.13"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[train,test,bench,dev]"
+	$(BIN)/python -m efe_kernels.info
+	touch $@

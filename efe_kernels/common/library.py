@@ -1,0 +1,56 @@
+"""The torch.library namespace `efe` and the one way an op enters it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("efe", "DEF")
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton's own switch. With it, the Triton kernels also serve CPU tensors, which is how they are tested without a GPU."""
+
+
+def triton_module(name: str) -> ModuleType | None:
+    """The module of Triton kernels `name`, or None where Triton is not installed (it exists for Linux only)."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(name)
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+) -> Any:
+    """Declare `torch.ops.efe.<name>` and say who serves it; the dispatcher picks by device.
+
+    schema: name, arguments and results, as torch.library writes them.
+    reference: plain PyTorch; serves every device that has no kernel of its own.
+    fake: shapes and dtypes of the results, for torch.compile.
+    triton: launcher of the Triton kernels; serves CUDA, and the CPU under Triton's interpreter.
+
+    The C++ kernels register themselves for CPU and CUDA when `efe_kernels._C` is imported.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
+    if triton is not None:
+        LIBRARY.impl(name, triton, "CUDA")
+        if INTERPRET:
+            LIBRARY.impl(name, triton, "CPU", allow_override=True)
+    return getattr(torch.ops.efe, name)
+
+
+def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64 inputs, float32 for every other."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The Expected Free Energy loss with hard-cell masking."""

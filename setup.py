@@ -1,0 +1,76 @@
+"""Compiles the extension `efe_kernels._C`. Everything else about the distribution stands in pyproject.toml.
+
+EFE_KERNELS_CUDA=0|1|auto chooses whether the CUDA sources are built. `auto`, the default, builds them where torch was
+built with CUDA and nvcc is found. No GPU is asked: a wheel can be built on a machine that has none. The architectures
+are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc of CUDA 12.8 and newer knows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"efe-kernels compiles against the PyTorch it will run with, and torch cannot be imported here ({error}). "
+        "Install torch first, then run: pip install --no-build-isolation ."
+    )
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def choose_cuda() -> tuple[bool, str]:
+    """Whether to build the CUDA sources, and why."""
+    wish = os.environ.get("EFE_KERNELS_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        sys.exit(f"EFE_KERNELS_CUDA must be 0, 1 or auto, it was {wish!r}.")
+    if wish == "0":
+        return False, "EFE_KERNELS_CUDA=0"
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} was built without CUDA")
+    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+        missing.append("nvcc was not found (set CUDA_HOME)")
+    if missing and wish == "1":
+        sys.exit(f"EFE_KERNELS_CUDA=1 asks for the CUDA sources, but {' and '.join(missing)}.")
+    if missing:
+        return False, " and ".join(missing)
+    return True, f"torch was built with CUDA {torch.version.cuda} and nvcc is in {cpp_extension.CUDA_HOME}"
+
+
+def extensions() -> list[cpp_extension.CppExtension]:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        print(f"efe-kernels: no C++ compiler ({compiler}) found: built without the extension, PyTorch code serves instead.")
+        return []
+    with_cuda, reason = choose_cuda()
+    print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
+    cuda_only = {*ROOT.glob("csrc/*/cuda.cpp")}
+    sources = sorted({*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp")} - cuda_only)
+    flags = {"cxx": ["-O3", "-fvisibility=hidden"]}
+    kind = cpp_extension.CppExtension
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        sources += sorted({*cuda_only, *ROOT.glob("csrc/*/*.cu")})
+        flags["cxx"].append("-DEFE_WITH_CUDA")
+        flags["nvcc"] = ["-O3"]
+        kind = cpp_extension.CUDAExtension
+    return [
+        kind(
+            "efe_kernels._C",
+            [str(source.relative_to(ROOT)) for source in sources],
+            include_dirs=[str(ROOT / "csrc")],
+            extra_compile_args=flags,
+        )
+    ]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": cpp_extension.BuildExtension})
