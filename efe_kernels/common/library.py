@@ -17,6 +17,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's own switch. With it, the Triton kernels also serve CPU tensors, which is how they are tested without a GPU."""
 
 
+OPS: dict[str, bool] = {}
+"""Every op of the library, and whether Triton kernels serve it."""
+
+
 def triton_module(name: str) -> ModuleType | None:
     """The module of Triton kernels `name`, or None where Triton is not installed (it exists for Linux only)."""
     if importlib.util.find_spec("triton") is None:
@@ -44,6 +48,7 @@ def define_op(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
+    OPS[name] = triton is not None
     if triton is not None:
         LIBRARY.impl(name, triton, "CUDA")
         if INTERPRET:

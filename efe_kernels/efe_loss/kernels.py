@@ -1,1 +1,1025 @@
-"""Triton kernels of the EFE loss."""
+"""Triton kernels of the EFE loss and their launchers.
+
+One lane holds one cell (or two) with its C outcomes in C separate registers, so that a softmax needs no exchange
+between lanes. Logarithms are to base 2 inside; results are in nats.
+
+The plan is read in pairs of steps: x = F_t with t = T-1-i, y = the step it is compared with. For a plan read backwards,
+y = F_i, and the pair (x, y) serves both steps, so each logit is read once; with separate backward logits, y = R_t.
+
+Forward: one program per (episode, pair) walks over the cells and writes its sums; a second launch, one program per
+episode, adds them up in a fixed order. Backward: one program per (tile of cells, chunk of episodes), so that the
+gradient of the shared preference is accumulated in registers and written once per chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
+from efe_kernels.efe_loss.reference import upstream_of_term
+
+LOWEST = tl.constexpr(-1e30)
+PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
+TARGET_PREFERENCE_FLOOR = tl.constexpr(1e-8)
+SHORTEST_DIRECTION = tl.constexpr(1e-8)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+NUM_TERMS = tl.constexpr(7)
+# Sums that one (episode, pair) program writes: risk, ambiguity, agreement, consistency, anchor, wrong cells, cells.
+NUM_SUMS = tl.constexpr(8)
+
+LANES = 128
+# Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
+MAX_CHUNKS = 128
+
+
+@triton.jit
+def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """Element offset of flat cell indices; grids whose rows follow each other need no division."""
+    if STRIDE_H == WIDTH * STRIDE_W:
+        offset = cell * STRIDE_W
+    else:
+        offset = (cell // WIDTH) * STRIDE_H + (cell % WIDTH) * STRIDE_W
+    return offset
+
+
+@triton.jit
+def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
+    """C float32 tensors, one per outcome.
+
+    The mask is that of the tile, not of the cells that count: one that varies from cell to cell would forbid wide loads.
+    So NaN may lie in a cell that does not count, and every sum and store selects by `counted`.
+    """
+    xs = ()
+    for c in tl.static_range(C):
+        xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0).to(tl.float32),)
+    return xs
+
+
+@triton.jit
+def softmax(xs, C: tl.constexpr, APPROX: tl.constexpr):
+    """Probabilities p, d and l with log2 p = d - l. Shifting before the product keeps logits of 1e4 exact."""
+    top = xs[0]
+    for c in tl.static_range(1, C):
+        top = tl.maximum(top, xs[c])
+    top = top * LOG2_E
+    ds = ()
+    es = ()
+    total = tl.zeros_like(top)
+    for c in tl.static_range(C):
+        d = xs[c] * LOG2_E - top
+        # -inf - top is kept finite, so that 0 * log2 0 is 0; a NaN stays one.
+        d = tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.exp2(d)
+        ds = ds + (d,)
+        es = es + (e,)
+        total += e
+    inverse = reciprocal(total, APPROX)
+    ps = ()
+    for c in tl.static_range(C):
+        ps = ps + (es[c] * inverse,)
+    return ps, ds, log2(total, APPROX)
+
+
+@triton.jit
+def weighted_sum(ps, xs, C: tl.constexpr):
+    total = ps[0] * xs[0]
+    for c in tl.static_range(1, C):
+        total += ps[c] * xs[c]
+    return total
+
+
+@triton.jit
+def preference_scales(prompt_ptr, episode, PROMPT_STRIDES: tl.constexpr, C: tl.constexpr, HAS_PROMPT: tl.constexpr):
+    """sigmoid(prompt[:C]) of one episode as C scalars; ones without a prompt."""
+    scales = ()
+    for c in tl.static_range(C):
+        if HAS_PROMPT:
+            e = tl.load(prompt_ptr + episode * PROMPT_STRIDES[0] + c * PROMPT_STRIDES[1]).to(tl.float32)
+            scales = scales + (1.0 / (1.0 + tl.exp2(-e * LOG2_E)),)
+        else:
+            scales = scales + (1.0,)
+    return scales
+
+
+@triton.jit
+def log_preference(
+    preference_ptr,  # [B or 1, H, W, C] any strides, at the cells' offsets
+    offset,
+    mask,
+    scales,
+    STRIDE_C: tl.constexpr,
+    C: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """c, log2 c and the unscaled preference logits of each cell."""
+    loaded = load_outcomes(preference_ptr, offset, mask, STRIDE_C, C)
+    logits = ()
+    scaled = ()
+    for c in tl.static_range(C):
+        logit = tl.maximum(loaded[c], LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        logits = logits + (logit,)
+        scaled = scaled + (logit * scales[c],)
+    ps, ds, l = softmax(scaled, C, APPROX)
+    logs = ()
+    for c in tl.static_range(C):
+        logs = logs + (ds[c] - l,)
+    return ps, logs, logits
+
+
+@triton.jit
+def counted_cells(
+    target_ptr,  # [B, H, W] any integer dtype, any strides
+    valid_ptr,  # [B, H, W] uint8, any strides
+    episode,
+    cell,
+    mask,
+    ignore_index,
+    TARGET_STRIDES: tl.constexpr,
+    VALID_STRIDES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+):
+    """Which cells count, and their targets."""
+    offset = episode * TARGET_STRIDES[0] + cell_offset(cell, WIDTH, TARGET_STRIDES[1], TARGET_STRIDES[2])
+    target = tl.load(target_ptr + offset, mask=mask, other=0).to(tl.int64)
+    counted = mask & (target != ignore_index)
+    if HAS_VALID:
+        offset = episode * VALID_STRIDES[0] + cell_offset(cell, WIDTH, VALID_STRIDES[1], VALID_STRIDES[2])
+        counted = counted & (tl.load(valid_ptr + offset, mask=mask, other=0) != 0)
+    return counted, target
+
+
+@triton.jit
+def load_step(ptr, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """The C values of each cell at one step of [B, T, H, W, C]."""
+    offset = episode * STRIDES[0] + step * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    return load_outcomes(ptr, offset, mask, STRIDES[4], C)
+
+
+@triton.jit
+def log2_of_sum(p, q, APPROX: tl.constexpr):
+    """log2(p + q), finite where both have underflowed to 0: their weights there are 0."""
+    return log2(tl.maximum(p + q, SMALLEST_NORMAL), APPROX)
+
+
+@triton.jit
+def observation_sum(
+    observation_ptr,
+    episode,
+    step,
+    cell,
+    mask,
+    counted,
+    STRIDES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Entropy in bits of the observation probabilities of each cell at one step."""
+    total = tl.zeros(cell.shape, tl.float32)
+    ps = load_step(observation_ptr, episode, step, cell, mask, STRIDES, WIDTH, C)
+    for c in tl.static_range(C):
+        total -= ps[c] * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX)
+    return tl.where(counted, total, 0.0)
+
+
+@triton.jit
+def anchor_sum(
+    logs, ps, target_preference_ptr, offset, mask, counted, STRIDE_C: tl.constexpr, C: tl.constexpr, APPROX: tl.constexpr
+):
+    """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
+    anchors = load_outcomes(target_preference_ptr, offset, mask, STRIDE_C, C)
+    row = anchors[0]
+    for c in tl.static_range(1, C):
+        row += anchors[c]
+    log_anchors = ()
+    divergence = tl.zeros_like(row)
+    for c in tl.static_range(C):
+        log_anchor = log2(tl.maximum(anchors[c], TARGET_PREFERENCE_FLOOR), APPROX)
+        log_anchors = log_anchors + (log_anchor,)
+        divergence += ps[c] * (logs[c] - log_anchor)
+    is_set = counted & (row != 0)
+    return tl.where(is_set, divergence, 0.0), log_anchors, is_set
+
+
+@triton.jit
+def cross_entropy(xs, ds, l, target, counted, C: tl.constexpr):
+    """Cross-entropy in bits and whether the argmax misses the target. A target out of range gives NaN."""
+    top = xs[0]
+    best = tl.zeros(target.shape, tl.int64)
+    d_target = ds[0]
+    x_target = xs[0]
+    for c in tl.static_range(1, C):
+        better = xs[c] > top
+        top = tl.where(better, xs[c], top)
+        best = tl.where(better, c, best)
+        d_target = tl.where(target == c, ds[c], d_target)
+        x_target = tl.where(target == c, xs[c], x_target)
+    loss = tl.where(x_target == float("-inf"), float("inf"), l - d_target)
+    loss = tl.where((target >= 0) & (target < C), loss, float("nan"))
+    return tl.where(counted, loss, 0.0), tl.where(counted & (best != target), 1.0, 0.0)
+
+
+@triton.jit
+def add_clamped(sums, xs, counted, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        clamped = tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
+        added = added + (sums[c] + tl.where(counted, clamped, 0.0),)
+    return added
+
+
+@triton.jit
+def efe_loss_pair_kernel(
+    logits_ptr,  # [B, T, H, W, C] any strides
+    backward_ptr,  # [B, T, H, W, C] any strides
+    final_ptr,  # [B, H, W, C] any strides
+    observation_ptr,  # [B, T, H, W, C] any strides
+    preference_ptr,  # [B or 1, H, W, C] any strides
+    prompt_ptr,  # [B, D] any strides
+    target_ptr,  # [B, H, W] any strides
+    target_preference_ptr,  # [H, W, C] any strides
+    valid_ptr,  # [B, H, W] uint8, any strides
+    sums_ptr,  # [B, PAIRS, NUM_SUMS] float32, written
+    direction_ptr,  # [B, T, C] float32, written: sums over cells of the clamped logits
+    ignore_index,
+    LOGITS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    FINAL: tl.constexpr,
+    OBSERVATION: tl.constexpr,
+    PREFERENCE: tl.constexpr,
+    PROMPT: tl.constexpr,
+    TARGET: tl.constexpr,
+    TARGET_PREFERENCE: tl.constexpr,
+    VALID: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    HAS_OBSERVATION: tl.constexpr,
+    HAS_PROMPT: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    T: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TILE: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Sums over the cells of one episode for one pair of steps."""
+    episode = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1)
+    step = T - 1 - pair
+    other = step if HAS_BACKWARD else pair
+    paired = HAS_BACKWARD or (step != other)
+    scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
+    zeros = tl.zeros((TILE,), tl.float32)
+    risk = zeros
+    ambiguity = zeros
+    agreement = zeros
+    consistency = zeros
+    anchor = zeros
+    wrong = zeros
+    cells = zeros
+    x_direction = ()
+    y_direction = ()
+    for _c in tl.static_range(C):
+        x_direction = x_direction + (zeros,)
+        y_direction = y_direction + (zeros,)
+
+    for start in range(0, CELLS, TILE):
+        cell = start + tl.arange(0, TILE)
+        mask = cell < CELLS
+        counted, target = counted_cells(
+            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+        )
+        offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
+        cs, log_cs, _unscaled = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
+
+        xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
+        ps, ds, l = softmax(xs, C, APPROX)
+        x_information = weighted_sum(ps, ds, C) - l
+        risk += tl.where(counted, x_information - weighted_sum(ps, log_cs, C), 0.0)
+        if HAS_OBSERVATION:
+            ambiguity += observation_sum(
+                observation_ptr, episode, step, cell, mask, counted, OBSERVATION, WIDTH, C, APPROX
+            )
+        else:
+            ambiguity -= tl.where(counted, x_information, 0.0)
+        if HAS_DIRECTION:
+            x_direction = add_clamped(x_direction, xs, counted, C)
+
+        if paired:
+            if HAS_BACKWARD:
+                ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
+            else:
+                ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
+            qs, es, k = softmax(ys, C, APPROX)
+            y_information = weighted_sum(qs, es, C) - k
+            # Twice the divergence in bits: of both steps of a pair, of one step with separate backward logits.
+            divergence = x_information + y_information + 2.0
+            for c in tl.static_range(C):
+                divergence -= (ps[c] + qs[c]) * log2_of_sum(ps[c], qs[c], APPROX)
+            agreement += tl.where(counted, divergence, 0.0)
+            if not HAS_BACKWARD:
+                risk += tl.where(counted, y_information - weighted_sum(qs, log_cs, C), 0.0)
+                if HAS_OBSERVATION:
+                    ambiguity += observation_sum(
+                        observation_ptr, episode, other, cell, mask, counted, OBSERVATION, WIDTH, C, APPROX
+                    )
+                else:
+                    ambiguity -= tl.where(counted, y_information, 0.0)
+                if HAS_DIRECTION:
+                    y_direction = add_clamped(y_direction, ys, counted, C)
+
+        if pair == 0:
+            cells += tl.where(counted, 1.0, 0.0)
+            if HAS_FINAL:
+                finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
+                _fs, final_ds, final_l = softmax(finals, C, APPROX)
+                entropy, missed = cross_entropy(finals, final_ds, final_l, target, counted, C)
+            else:
+                entropy, missed = cross_entropy(xs, ds, l, target, counted, C)
+            consistency += entropy
+            wrong += missed
+            if HAS_ANCHOR:
+                place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
+                distance, _logs, _set = anchor_sum(
+                    log_cs, cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
+                )
+                anchor += distance
+
+    sums_ptr += (episode * PAIRS + pair) * NUM_SUMS
+    agreement_share = 0.5 if HAS_BACKWARD else 1.0
+    tl.store(sums_ptr + 0, tl.sum(risk) * LN_2)
+    tl.store(sums_ptr + 1, tl.sum(ambiguity) * LN_2)
+    tl.store(sums_ptr + 2, tl.sum(consistency) * LN_2)
+    tl.store(sums_ptr + 3, tl.sum(agreement) * LN_2 * agreement_share)
+    tl.store(sums_ptr + 4, tl.sum(anchor) * LN_2)
+    tl.store(sums_ptr + 5, tl.sum(wrong))
+    tl.store(sums_ptr + 6, tl.sum(cells))
+    if HAS_DIRECTION:
+        for c in tl.static_range(C):
+            tl.store(direction_ptr + (episode * T + step) * C + c, tl.sum(x_direction[c]))
+        if not HAS_BACKWARD and step != other:
+            for c in tl.static_range(C):
+                tl.store(direction_ptr + (episode * T + other) * C + c, tl.sum(y_direction[c]))
+
+
+@triton.jit
+def efe_loss_episode_kernel(
+    sums_ptr,  # [B, PAIRS, NUM_SUMS] float32
+    direction_ptr,  # [B, T, C] float32
+    prompt_ptr,  # [B, D] any strides
+    projection_ptr,  # [C, D] any strides
+    total_ptr,  # [B] float32, written
+    terms_ptr,  # [B, NUM_TERMS] float32, written
+    mask_ratio_ptr,  # [B] float32, written
+    scale_ptr,  # [B] float32, written
+    residual_ptr,  # [B, RESIDUAL] float32, written: cells, d prompt term / d logits_t [T, C], d prompt term / d (W e) [C]
+    weight_risk,
+    weight_ambiguity,
+    weight_consistency,
+    weight_agreement,
+    weight_anchor,
+    weight_prompt,
+    weight_step,
+    min_ratio,
+    max_cells,
+    PROMPT: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    HARD_CELL: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+):
+    """Terms and total of one episode."""
+    episode = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, NUM_SUMS)
+    sums = tl.zeros((NUM_SUMS,), tl.float32)
+    for pair in range(PAIRS):
+        sums += tl.load(sums_ptr + (episode * PAIRS + pair) * NUM_SUMS + slot)
+    residual_ptr += episode * RESIDUAL
+    cells = pick(sums, 6)
+    share = 1.0 / tl.maximum(cells, 1.0)
+    risk = pick(sums, 0) * share / T
+    ambiguity = pick(sums, 1) * share / T
+    consistency = pick(sums, 2) * share
+    agreement = pick(sums, 3) * share / T
+    anchor = pick(sums, 4) * share
+    mask_ratio = pick(sums, 5) * share
+    step = cells * T / max_cells
+    prompt = 0.0
+    if HAS_DIRECTION:
+        prompt = prompt_term(
+            direction_ptr + episode * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr, residual_ptr, share,
+            PROMPT[1], PROJECTION, T, C, D, C_BLOCK, D_BLOCK,
+        )  # fmt: skip
+    scale = 1.0
+    if HARD_CELL:
+        scale = tl.where(mask_ratio < min_ratio, 1.0, 0.5 + 0.5 * mask_ratio)
+    total = weighted(weight_risk, risk) + weighted(weight_ambiguity, ambiguity)
+    total += weighted(weight_consistency, consistency) + weighted(weight_agreement, agreement)
+    total += weighted(weight_anchor, anchor) + weighted(weight_prompt, prompt) + weighted(weight_step, step)
+    tl.store(total_ptr + episode, total * scale)
+    tl.store(mask_ratio_ptr + episode, mask_ratio)
+    tl.store(scale_ptr + episode, scale)
+    tl.store(residual_ptr, cells)
+    terms_ptr += episode * NUM_TERMS
+    tl.store(terms_ptr + 0, risk)
+    tl.store(terms_ptr + 1, ambiguity)
+    tl.store(terms_ptr + 2, consistency)
+    tl.store(terms_ptr + 3, agreement)
+    tl.store(terms_ptr + 4, anchor)
+    tl.store(terms_ptr + 5, prompt)
+    tl.store(terms_ptr + 6, step)
+
+
+@triton.jit
+def pick(vector, INDEX: tl.constexpr):
+    """One entry of a small vector as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, vector.shape[0]) == INDEX, vector, 0.0))
+
+
+@triton.jit
+def weighted(weight, term):
+    """A weight of 0 removes the term, whatever it is."""
+    return tl.where(weight == 0.0, 0.0, weight * term)
+
+
+@triton.jit
+def prompt_term(
+    direction_ptr,  # [T, C] sums over cells of the clamped logits
+    prompt_ptr,  # [D]
+    projection_ptr,  # [C, D] any strides
+    residual_ptr,  # [1 + (T + 1) * C]
+    share,
+    STRIDE_D: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+):
+    """Minus the mean over steps of cos(z, u), u = W e, and its gradient.
+
+    With unit vectors z' and u': d cos / d z = (u' - cos z') / |z|. z is the centred sum over cells times share, so the
+    gradient that reaches a logit is the centred d / d z times share.
+    """
+    outcome = tl.arange(0, C_BLOCK)
+    real = outcome < C
+    u = tl.zeros((C_BLOCK,), tl.float32)
+    for start in range(0, D, D_BLOCK):
+        d = start + tl.arange(0, D_BLOCK)
+        e = tl.load(prompt_ptr + d * STRIDE_D, mask=d < D, other=0.0).to(tl.float32)
+        offset = outcome[:, None] * PROJECTION[0] + d[None, :] * PROJECTION[1]
+        w = tl.load(projection_ptr + offset, mask=real[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        u += tl.sum(w * e[None, :], axis=1)
+    u_norm = tl.sqrt(tl.sum(u * u))
+    total = 0.0
+    grad_u = tl.zeros((C_BLOCK,), tl.float32)
+    for t in range(T):
+        sums = tl.load(direction_ptr + t * C + outcome, mask=real, other=0.0)
+        z = tl.where(real, sums - tl.sum(sums) / C, 0.0) * share
+        z_norm = tl.sqrt(tl.sum(z * z))
+        defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)
+        z_inverse = tl.where(defined, 1.0 / tl.where(defined, z_norm, 1.0), 0.0)
+        u_inverse = tl.where(defined, 1.0 / tl.where(defined, u_norm, 1.0), 0.0)
+        cosine = tl.sum(z * u) * z_inverse * u_inverse
+        total -= cosine / T
+        grad_u -= (z * z_inverse - cosine * u * u_inverse) * u_inverse / T
+        grad_z = -(u * u_inverse - cosine * z * z_inverse) * z_inverse / T
+        grad_z = (grad_z - tl.sum(tl.where(real, grad_z, 0.0)) / C) * share
+        tl.store(residual_ptr + 1 + t * C + outcome, grad_z, mask=real)
+    tl.store(residual_ptr + 1 + T * C + outcome, grad_u, mask=real)
+    return total
+
+
+@triton.jit
+def store_step(
+    ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
+):
+    """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
+    offset = episode * STRIDES[0] + step * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    for c in tl.static_range(C):
+        tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_gradient(ps, fs, counted, C: tl.constexpr):
+    """p (f - sum p f): the gradient of sum p f(log p) for every f whose other parts cancel."""
+    mean = weighted_sum(ps, fs, C)
+    gradients = ()
+    for c in tl.static_range(C):
+        gradients = gradients + (tl.where(counted, ps[c] * (fs[c] - mean), 0.0),)
+    return gradients
+
+
+@triton.jit
+def add_cross_entropy(gradients, ps, target, counted, weight, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * tl.where(target == c, ps[c] - 1.0, ps[c])
+        added = added + (gradients[c] + tl.where(counted, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def add_direction(gradients, xs, residual_ptr, step, counted, weight, C: tl.constexpr):
+    """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * tl.load(residual_ptr + 1 + step * C + c)
+        inside = counted & (tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE)
+        added = added + (gradients[c] + tl.where(inside, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def upstream(grad_total, grad_terms_ptr, weight, TERM: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_TERMS: tl.constexpr):
+    """d loss / d term: through the total and directly."""
+    grad = 0.0
+    if HAS_TOTAL:
+        grad += weighted(weight, grad_total)
+    if HAS_TERMS:
+        grad += tl.load(grad_terms_ptr + TERM)
+    return grad
+
+
+@triton.jit
+def observation_gradient(ps, counted, weight, C: tl.constexpr, APPROX: tl.constexpr):
+    """d H(p) / d p = -(ln p + 1), with the logarithm clamped at the smallest normal number."""
+    gradients = ()
+    for c in tl.static_range(C):
+        grad = -LN_2 * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX) - tl.where(ps[c] >= SMALLEST_NORMAL, 1.0, 0.0)
+        gradients = gradients + (tl.where(counted, weight * grad, 0.0),)
+    return gradients
+
+
+@triton.jit
+def efe_loss_backward_kernel(
+    grad_total_ptr,  # [B] float32
+    grad_terms_ptr,  # [B, NUM_TERMS] float32
+    logits_ptr,  # [B, T, H, W, C] any strides
+    backward_ptr,  # [B, T, H, W, C] any strides
+    final_ptr,  # [B, H, W, C] any strides
+    observation_ptr,  # [B, T, H, W, C] any strides
+    preference_ptr,  # [B or 1, H, W, C] any strides
+    prompt_ptr,  # [B, D] any strides
+    target_ptr,  # [B, H, W] any strides
+    target_preference_ptr,  # [H, W, C] any strides
+    valid_ptr,  # [B, H, W] uint8, any strides
+    scale_ptr,  # [B] float32
+    residual_ptr,  # [B, RESIDUAL] float32
+    grad_logits_ptr,  # [B, T, H, W, C] own strides, written
+    grad_backward_ptr,  # [B, T, H, W, C] own strides, written
+    grad_final_ptr,  # [B, H, W, C] own strides, written
+    grad_observation_ptr,  # [B, T, H, W, C] own strides, written
+    grad_preference_ptr,  # [CHUNKS, H * W, C] float32, written; [B, H * W, C] for one preference per episode
+    grad_scales_ptr,  # [B, TILES, C] float32, written: sums over a tile of d loss / d preference scale
+    weight_risk,
+    weight_ambiguity,
+    weight_consistency,
+    weight_agreement,
+    weight_anchor,
+    weight_prompt,
+    ignore_index,
+    num_episodes,
+    GRAD_TOTAL: tl.constexpr,
+    LOGITS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    FINAL: tl.constexpr,
+    OBSERVATION: tl.constexpr,
+    PREFERENCE: tl.constexpr,
+    PROMPT: tl.constexpr,
+    TARGET: tl.constexpr,
+    TARGET_PREFERENCE: tl.constexpr,
+    VALID: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr,
+    GRAD_BACKWARD: tl.constexpr,
+    GRAD_FINAL: tl.constexpr,
+    GRAD_OBSERVATION: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    HAS_OBSERVATION: tl.constexpr,
+    HAS_PROMPT: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    NEED_LOGITS: tl.constexpr,
+    NEED_BACKWARD: tl.constexpr,
+    NEED_FINAL: tl.constexpr,
+    NEED_OBSERVATION: tl.constexpr,
+    NEED_PREFERENCE: tl.constexpr,
+    NEED_SCALES: tl.constexpr,
+    T: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EPISODES: tl.constexpr,
+    TILE: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Gradients of one tile of cells for a chunk of episodes.
+
+    Per cell and step, with a, e, j, k the upstream gradients of risk, ambiguity, agreement and consistency over the
+    number of addends of their means, p = softmax(x), q = softmax(y), c the preference:
+
+        d KL(p || c) / d x  = p (f - sum p f),  f = log p - log c
+        d H(p) / d x        = p (f - sum p f),  f = -log p
+        d JS(p || q) / d x  = p (f - sum p f),  f = (log p - log (p + q)) / 2; a pair counts twice in a plan read backwards
+        d CE(x, y) / d x    = p - onehot(y)
+        d KL(p || c) / d l  = s (c - p),        c = softmax(s l), and d / d s = l (c - p)
+        d KL(c || a) / d l  = s c (f - sum c f), f = log c - log a
+
+    What is constant over the outcomes cancels in f - sum p f, so log p stands for d alone.
+    """
+    tile = tl.program_id(0)
+    chunk = tl.program_id(1).to(tl.int64)
+    cell = tile * TILE + tl.arange(0, TILE)
+    inside = cell < CELLS
+    zeros = tl.zeros((TILE,), tl.float32)
+    grad_shared = ()
+    for _c in tl.static_range(C):
+        grad_shared = grad_shared + (zeros,)
+
+    for index in range(EPISODES):
+        live = chunk * EPISODES + index < num_episodes
+        episode = tl.minimum(chunk * EPISODES + index, num_episodes - 1).to(tl.int64)
+        mask = cell < tl.where(live, CELLS, 0)
+        residual = residual_ptr + episode * RESIDUAL
+        grad_terms = grad_terms_ptr + episode * NUM_TERMS
+        share = 1.0 / tl.maximum(tl.load(residual), 1.0)
+        grad_total = 0.0
+        if HAS_TOTAL:
+            grad_total = tl.load(grad_total_ptr + episode * GRAD_TOTAL[0]) * tl.load(scale_ptr + episode)
+        a = upstream(grad_total, grad_terms, weight_risk, 0, HAS_TOTAL, HAS_TERMS) * share / T
+        e = upstream(grad_total, grad_terms, weight_ambiguity, 1, HAS_TOTAL, HAS_TERMS) * share / T
+        k = upstream(grad_total, grad_terms, weight_consistency, 2, HAS_TOTAL, HAS_TERMS) * share
+        j = upstream(grad_total, grad_terms, weight_agreement, 3, HAS_TOTAL, HAS_TERMS) * share / T
+        anchor = upstream(grad_total, grad_terms, weight_anchor, 4, HAS_TOTAL, HAS_TERMS) * share
+        direction = upstream(grad_total, grad_terms, weight_prompt, 5, HAS_TOTAL, HAS_TERMS)
+        own = 0.0 if HAS_OBSERVATION else e
+        js = 0.5 * j if HAS_BACKWARD else j
+
+        counted, target = counted_cells(
+            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+        )
+        scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
+        offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
+        cs, log_cs, unscaled = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
+        p_sums = ()
+        for _c in tl.static_range(C):
+            p_sums = p_sums + (zeros,)
+
+        for pair in range(PAIRS):
+            step = T - 1 - pair
+            other = step if HAS_BACKWARD else pair
+            xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
+            ps, ds, _l = softmax(xs, C, APPROX)
+            if HAS_BACKWARD:
+                ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
+            else:
+                ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
+            qs, es, _k = softmax(ys, C, APPROX)
+            fs = ()
+            gs = ()
+            for c in tl.static_range(C):
+                log_sum = js * log2_of_sum(ps[c], qs[c], APPROX)
+                risk = a * log_cs[c] + log_sum
+                fs = fs + (LN_2 * ((a - own + js) * ds[c] - risk),)
+                if HAS_BACKWARD:
+                    gs = gs + (LN_2 * (js * es[c] - log_sum),)
+                else:
+                    gs = gs + (LN_2 * ((a - own + js) * es[c] - risk),)
+            if NEED_PREFERENCE or NEED_SCALES:
+                # In a plan read backwards y is a step of its own, except in the middle, which is its own partner.
+                partner = 0.0 if HAS_BACKWARD else tl.where(step != other, 1.0, 0.0)
+                updated = ()
+                for c in tl.static_range(C):
+                    updated = updated + (p_sums[c] + ps[c] + partner * qs[c],)
+                p_sums = updated
+            if NEED_LOGITS:
+                grads = softmax_gradient(ps, fs, counted, C)
+                if HAS_DIRECTION:
+                    grads = add_direction(grads, xs, residual, step, counted, direction, C)
+                if not HAS_FINAL:
+                    grads = add_cross_entropy(grads, ps, target, counted, k if pair == 0 else 0.0, C)
+                store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
+                if not HAS_BACKWARD:
+                    if step != other:
+                        grads = softmax_gradient(qs, gs, counted, C)
+                        if HAS_DIRECTION:
+                            grads = add_direction(grads, ys, residual, other, counted, direction, C)
+                        store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
+            if NEED_BACKWARD:
+                grads = softmax_gradient(qs, gs, counted, C)
+                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
+
+        if NEED_OBSERVATION:
+            for step in range(T):
+                os = load_step(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C)
+                grads = observation_gradient(os, counted, e, C, APPROX)
+                store_step(grad_observation_ptr, grads, episode, step, cell, mask, GRAD_OBSERVATION, WIDTH, C)
+        if NEED_FINAL:
+            finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
+            ps, _ds, _l = softmax(finals, C, APPROX)
+            nothing = ()
+            for _c in tl.static_range(C):
+                nothing = nothing + (zeros,)
+            grads = add_cross_entropy(nothing, ps, target, counted, k, C)
+            store_step(grad_final_ptr, grads, episode, 0, cell, mask, GRAD_FINAL, WIDTH, C)
+        if NEED_PREFERENCE or NEED_SCALES:
+            grads = ()
+            for c in tl.static_range(C):
+                grads = grads + (a * (T * cs[c] - p_sums[c]),)
+            if HAS_ANCHOR:
+                place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
+                distance, log_anchors, is_set = anchor_sum(
+                    log_cs, cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
+                )
+                added = ()
+                for c in tl.static_range(C):
+                    grad = anchor * LN_2 * cs[c] * (log_cs[c] - log_anchors[c] - distance)
+                    added = added + (grads[c] + tl.where(is_set, grad, 0.0),)
+                grads = added
+            scaled = ()
+            for c in tl.static_range(C):
+                scaled = scaled + (tl.where(counted, scales[c] * grads[c], 0.0),)
+            if NEED_SCALES:
+                for c in tl.static_range(C):
+                    total = tl.sum(tl.where(counted, unscaled[c] * grads[c], 0.0))
+                    tl.store(grad_scales_ptr + (episode * tl.num_programs(0) + tile) * C + c, total, mask=live)
+            if NEED_PREFERENCE:
+                if PREFERENCE[0] == 0:
+                    added = ()
+                    for c in tl.static_range(C):
+                        added = added + (grad_shared[c] + scaled[c],)
+                    grad_shared = added
+                else:
+                    for c in tl.static_range(C):
+                        tl.store(grad_preference_ptr + (episode * CELLS + cell) * C + c, scaled[c], mask=mask)
+    if NEED_PREFERENCE:
+        if PREFERENCE[0] == 0:
+            for c in tl.static_range(C):
+                tl.store(grad_preference_ptr + (chunk * CELLS + cell) * C + c, grad_shared[c], mask=inside)
+
+
+class Layout:
+    """Strides of the inputs, what is present, and the sizes: everything the kernels are specialised on."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        backward_logits: Tensor | None,
+        final_logits: Tensor | None,
+        observation_probs: Tensor | None,
+        preference_logits: Tensor,
+        prompt: Tensor | None,
+        projection: Tensor | None,
+        target: Tensor,
+        target_preference: Tensor | None,
+        valid: Tensor | None,
+    ) -> None:
+        self.batch, self.steps, height, width, self.outcomes = logits.shape
+        self.cells = height * width
+        self.pairs = self.steps if backward_logits is not None else (self.steps + 1) // 2
+        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
+        cells_per_lane = 2 if logits.stride(3) == 1 else 1
+        self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
+        self.num_warps = max(1, self.tile // (32 * cells_per_lane))
+        self.has_direction = prompt is not None and projection is not None
+        if preference_logits.dim() == 3:
+            preference_logits = preference_logits[None].expand(self.batch, -1, -1, -1)
+        if valid is not None:
+            valid = valid.view(torch.uint8)
+        # An absent input hands over the logits' pointer, which the kernel then never reads.
+        present = {
+            "logits": logits,
+            "backward": backward_logits,
+            "final": None if final_logits is None else final_logits[:, None],
+            "observation": observation_probs,
+            "preference": preference_logits,
+            "prompt": prompt,
+            "target": target,
+            "target_preference": target_preference,
+            "valid": valid,
+        }
+        self.pointers = {f"{name}_ptr": logits if tensor is None else tensor for name, tensor in present.items()}
+        self.constants: dict[str, Any] = {
+            name.upper(): (0,) if tensor is None else tensor.stride() for name, tensor in present.items()
+        }
+        self.constants |= {
+            "HAS_BACKWARD": backward_logits is not None,
+            "HAS_FINAL": final_logits is not None,
+            "HAS_OBSERVATION": observation_probs is not None,
+            "HAS_PROMPT": prompt is not None,
+            "HAS_DIRECTION": self.has_direction,
+            "HAS_ANCHOR": target_preference is not None,
+            "HAS_VALID": valid is not None,
+            "T": self.steps,
+            "CELLS": self.cells,
+            "WIDTH": width,
+            "C": self.outcomes,
+            "PAIRS": self.pairs,
+            "TILE": self.tile,
+            "APPROX": APPROXIMATE,
+        }
+
+
+def efe_loss_forward(
+    logits: Tensor,
+    backward_logits: Tensor | None,
+    final_logits: Tensor | None,
+    observation_probs: Tensor | None,
+    preference_logits: Tensor,
+    prompt: Tensor | None,
+    projection: Tensor | None,
+    target: Tensor,
+    target_preference: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    hard_cell: bool,
+    hard_cell_min_ratio: float,
+    max_cells: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
+    layout = Layout(
+        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection, target,
+        target_preference, valid,
+    )  # fmt: skip
+    batch, steps, outcomes = layout.batch, layout.steps, layout.outcomes
+    residual_width = 1 + (steps + 1) * outcomes if layout.has_direction else 1
+    new = logits.new_empty
+    sums = new(batch, layout.pairs, NUM_SUMS.value, dtype=torch.float32)
+    direction = new(batch, steps, outcomes, dtype=torch.float32) if layout.has_direction else sums
+    total, mask_ratio, scale = (new(batch, dtype=torch.float32) for _ in range(3))
+    terms = new(batch, NUM_TERMS.value, dtype=torch.float32)
+    residual = new(batch, residual_width, dtype=torch.float32)
+    if batch == 0:
+        return total, terms, mask_ratio, scale, residual
+    with launch_guard(logits):
+        efe_loss_pair_kernel[batch, layout.pairs](
+            **layout.pointers,
+            sums_ptr=sums,
+            direction_ptr=direction,
+            ignore_index=ignore_index,
+            **layout.constants,
+            num_warps=layout.num_warps,
+        )
+        efe_loss_episode_kernel[batch,](
+            sums, direction, prompt if layout.has_direction else sums, projection if layout.has_direction else sums,
+            total, terms, mask_ratio, scale, residual, *weights, hard_cell_min_ratio, max_cells,
+            PROMPT=layout.constants["PROMPT"],
+            PROJECTION=projection.stride() if layout.has_direction else (0,),
+            HARD_CELL=hard_cell,
+            HAS_DIRECTION=layout.has_direction,
+            T=steps,
+            C=outcomes,
+            D=prompt.shape[1] if layout.has_direction else 0,
+            PAIRS=layout.pairs,
+            RESIDUAL=residual_width,
+            C_BLOCK=triton.next_power_of_2(outcomes),
+            D_BLOCK=128,
+            num_warps=1,
+        )  # fmt: skip
+    return total, terms, mask_ratio, scale, residual
+
+
+def efe_loss_backward(
+    grad_total: Tensor | None,
+    grad_terms: Tensor | None,
+    logits: Tensor,
+    backward_logits: Tensor | None,
+    final_logits: Tensor | None,
+    observation_probs: Tensor | None,
+    preference_logits: Tensor,
+    prompt: Tensor | None,
+    projection: Tensor | None,
+    target: Tensor,
+    target_preference: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    hard_cell: bool,
+    hard_cell_min_ratio: float,
+    max_cells: int,
+    ignore_index: int,
+    hard_cell_scale: Tensor,
+    residual: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients asked for in `needs`, in the order of the inputs, each in its input's dtype."""
+    layout = Layout(
+        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection, target,
+        target_preference, valid,
+    )  # fmt: skip
+    batch, outcomes = layout.batch, layout.outcomes
+    inputs = (logits, backward_logits, final_logits, observation_probs)
+    plans = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False)]
+    need_preference, need_prompt, need_projection = needs[4:]
+    shared = preference_logits.dim() == 3
+    episodes = triton.next_power_of_2(triton.cdiv(max(batch, 1), MAX_CHUNKS))
+    chunks = triton.cdiv(batch, episodes)
+    tiles = triton.cdiv(layout.cells, layout.tile)
+    partial = (chunks if shared else batch, layout.cells, outcomes)
+    grad_preference = residual.new_empty(partial) if need_preference else residual
+    grad_scales = residual.new_empty(batch, tiles, outcomes) if need_prompt else residual
+    grad_terms = None if grad_terms is None else grad_terms.contiguous()
+    grads = dict(zip(("logits", "backward", "final", "observation"), plans, strict=True))
+    if batch > 0:
+        with launch_guard(logits):
+            efe_loss_backward_kernel[tiles, chunks](
+                residual if grad_total is None else grad_total,
+                residual if grad_terms is None else grad_terms,
+                **layout.pointers,
+                scale_ptr=hard_cell_scale,
+                residual_ptr=residual,
+                **{f"grad_{name}_ptr": residual if grad is None else grad for name, grad in grads.items()},
+                grad_preference_ptr=grad_preference,
+                grad_scales_ptr=grad_scales,
+                weight_risk=weights[0],
+                weight_ambiguity=weights[1],
+                weight_consistency=weights[2],
+                weight_agreement=weights[3],
+                weight_anchor=weights[4],
+                weight_prompt=weights[5],
+                ignore_index=ignore_index,
+                num_episodes=batch,
+                GRAD_TOTAL=(0,) if grad_total is None else grad_total.stride(),
+                GRAD_LOGITS=plan_strides(grads["logits"]),
+                GRAD_BACKWARD=plan_strides(grads["backward"]),
+                GRAD_FINAL=plan_strides(None if grads["final"] is None else grads["final"][:, None]),
+                GRAD_OBSERVATION=plan_strides(grads["observation"]),
+                HAS_TOTAL=grad_total is not None,
+                HAS_TERMS=grad_terms is not None,
+                NEED_LOGITS=needs[0],
+                NEED_BACKWARD=needs[1],
+                NEED_FINAL=needs[2],
+                NEED_OBSERVATION=needs[3],
+                NEED_PREFERENCE=need_preference,
+                NEED_SCALES=need_prompt,
+                RESIDUAL=residual.shape[1],
+                EPISODES=episodes,
+                **layout.constants,
+                num_warps=layout.num_warps,
+            )
+    gradients = [grad for grad in plans if grad is not None]
+    if need_preference:
+        summed = grad_preference.sum(0) if shared else grad_preference
+        gradients.append(summed.view(preference_logits.shape).to(preference_logits.dtype))
+    gradients += prompt_gradients(grad_total, grad_terms, prompt, projection, weights[5], hard_cell_scale, residual, grad_scales, needs)
+    return gradients
+
+
+def plan_strides(gradient: Tensor | None) -> tuple[int, ...]:
+    return (0,) if gradient is None else gradient.stride()
+
+
+def prompt_gradients(
+    grad_total: Tensor | None,
+    grad_terms: Tensor | None,
+    prompt: Tensor | None,
+    projection: Tensor | None,
+    weight: float,
+    hard_cell_scale: Tensor,
+    residual: Tensor,
+    grad_scales: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of prompt and projection where asked for: products of [B, C] and [C, D], which cuBLAS does best."""
+    *_, need_prompt, need_projection = needs
+    gradients: list[Tensor] = []
+    if prompt is None or not (need_prompt or need_projection):
+        return gradients
+    outcomes = grad_scales.shape[-1] if need_prompt else projection.shape[0]
+    grad_direction = None
+    if projection is not None:
+        grad = upstream_of_term(grad_total, grad_terms, hard_cell_scale, 5, weight)
+        grad_direction = grad[:, None] * residual[:, -outcomes:]
+    if need_prompt:
+        grad_prompt = torch.zeros(prompt.shape, dtype=torch.float32, device=prompt.device)
+        if grad_direction is not None:
+            grad_prompt = grad_direction @ projection.float()
+        scales = torch.sigmoid(prompt[:, :outcomes].float())
+        grad_prompt[:, :outcomes] += grad_scales.sum(1) * scales * (1 - scales)
+        gradients.append(grad_prompt.to(prompt.dtype))
+    if need_projection:
+        gradients.append((grad_direction.T @ prompt.float()).to(projection.dtype))
+    return gradients

@@ -39,7 +39,7 @@ def forward_reference(
     valid: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference as an op. Its backward differentiates the reference again, so it leaves the residual at zero."""
+    """The reference as an op. Its backward computes everything again, so it leaves the residual at zero."""
     if target.device.type == "cpu":
         counted = reference.counted_cells(target, valid, settings[-1])
         reference.check_target_range(target, counted, logits.shape[-1])
@@ -66,21 +66,21 @@ def backward_reference(
     valid: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    *settings, hard_cell_scale, residual, needs = rest
-    inputs: list[Any] = [
-        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection,
-    ]  # fmt: skip
-    with torch.enable_grad():
-        inputs = [
-            tensor.detach().requires_grad_() if need else tensor for tensor, need in zip(inputs, needs, strict=True)
-        ]
-        total, terms, _, _ = reference.efe_loss(*inputs[:4], target, *inputs[4:], target_preference, valid, *settings)
-        pairs = [pair for pair in ((total, grad_total), (terms, grad_terms)) if pair[1] is not None]
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-        gradients = torch.autograd.grad(
-            [output for output, _ in pairs], wanted, [grad for _, grad in pairs], materialize_grads=True
-        )
-    return list(gradients)
+    weights, *_, ignore_index, hard_cell_scale, _residual, needs = rest
+    found = reference.efe_loss_backward(
+        grad_total, grad_terms, logits, backward_logits, final_logits, observation_probs, target, preference_logits,
+        prompt, projection, target_preference, valid, weights, ignore_index, hard_cell_scale,
+    )  # fmt: skip
+    inputs = {
+        "logits": logits, "backward_logits": backward_logits, "final_logits": final_logits,
+        "observation_probs": observation_probs, "preference_logits": preference_logits, "prompt": prompt,
+        "projection": projection,
+    }  # fmt: skip
+    return [
+        torch.empty_like(tensor).copy_(found[name])
+        for (name, tensor), need in zip(inputs.items(), needs, strict=True)
+        if need and tensor is not None
+    ]
 
 
 def forward_fake(

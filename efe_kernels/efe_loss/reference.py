@@ -1,6 +1,7 @@
 """The EFE loss in plain PyTorch: the definition that every kernel is measured against.
 
-Everything here is per episode and differentiable by autograd. Arithmetic is float32, float64 for float64 logits.
+Everything here is per episode. Arithmetic is float32, float64 for float64 logits. `efe_loss` is differentiable by
+autograd; `efe_loss_backward` writes the same gradient out, because an op may run where autograd is out of reach.
 """
 
 from __future__ import annotations
@@ -38,6 +39,17 @@ def check_target_range(target: Tensor, counted: Tensor, num_outcomes: int) -> No
         raise ValueError(f"target must be in [0, {num_outcomes}) or ignore_index where a cell counts, it was {value}.")
 
 
+def read(values: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """values [B, H, W, C] or [B, T, H, W, C] in the dtype of the arithmetic; what lies under a cell that does not count is
+    never looked at, and gets a gradient of exactly 0."""
+    cells = counted[:, None, ..., None] if values.dim() == 5 else counted[..., None]
+    return torch.where(cells, values.to(dtype), 0)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.clamp_min(LOWEST_LOGIT), -1)
+
+
 def mean_over_cells(values: Tensor, counted: Tensor) -> Tensor:
     """Mean of values [B, ..., H, W] over the counted cells [B, H, W] and whatever lies between; [B]."""
     weight = counted.reshape(counted.shape[:1] + (1,) * (values.dim() - 3) + counted.shape[1:])
@@ -48,13 +60,17 @@ def mean_over_cells(values: Tensor, counted: Tensor) -> Tensor:
 
 def log_preference(preference_logits: Tensor, prompt: Tensor | None) -> Tensor:
     """log c, [B or 1, H, W, C], from preference logits [H, W, C] or [B, H, W, C] and a prompt [B, D]."""
-    outcomes = preference_logits.shape[-1]
     logits = preference_logits.clamp_min(LOWEST_LOGIT)
     if prompt is not None:
-        logits = logits * torch.sigmoid(prompt[:, None, None, :outcomes])
+        logits = logits * preference_scales(prompt, logits.shape[-1])
     elif logits.dim() == 3:
         logits = logits[None]
     return F.log_softmax(logits, -1)
+
+
+def preference_scales(prompt: Tensor, outcomes: int) -> Tensor:
+    """sigmoid(prompt[:C]) as [B, 1, 1, C]."""
+    return torch.sigmoid(prompt[:, None, None, :outcomes])
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -83,21 +99,20 @@ def anchor_divergence(log_c: Tensor, target_preference: Tensor) -> Tensor:
     return torch.where(is_set, divergence, 0)
 
 
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine over the last dimension; 0 with gradient 0 where either vector has no direction."""
-    squares = (x * x).sum(-1), (y * y).sum(-1)
-    defined = (squares[0] > SHORTEST_DIRECTION**2) & (squares[1] > SHORTEST_DIRECTION**2)
-    norm = (torch.where(defined, squares[0], 1) * torch.where(defined, squares[1], 1)).sqrt()
-    return torch.where(defined, (x * y).sum(-1) / norm, 0)
+def unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x over its length, along the last dimension, and one over that length; both 0 where x has no direction."""
+    square = (x * x).sum(-1, keepdim=True)
+    defined = square > SHORTEST_DIRECTION**2
+    inverse = torch.where(defined, torch.where(defined, square, 1).rsqrt(), 0)
+    return x * inverse, inverse
 
 
-def prompt_agreement(logits: Tensor, counted: Tensor, direction: Tensor) -> Tensor:
-    """Mean over steps of cos(z_t, direction) for logits [B, T, H, W, C] and direction = W e [B, C]; [B]."""
+def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
+    """z [B, T, C]: mean over the counted cells of the logits, clamped and centred over the outcomes."""
     clamped = logits.clamp(-PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
-    centered = clamped - clamped.mean(-1, keepdim=True)
+    centred = clamped - clamped.mean(-1, keepdim=True)
     cells = counted.flatten(1).sum(1).clamp_min(1)
-    z = torch.where(counted[:, None, ..., None], centered, 0).sum((2, 3)) / cells[:, None, None]
-    return cosine(z, direction[:, None]).mean(1)
+    return torch.where(counted[:, None, ..., None], centred, 0).sum((2, 3)) / cells[:, None, None]
 
 
 def efe_loss(
@@ -126,32 +141,26 @@ def efe_loss(
     counted = counted_cells(target, valid, ignore_index)
     final_logits = logits[:, -1] if final_logits is None else final_logits
 
-    def read(values: Tensor) -> Tensor:
-        # What lies under a cell that does not count is never looked at, and gets a gradient of exactly 0.
-        cells = counted[:, None, ..., None] if values.dim() == 5 else counted[..., None]
-        return torch.where(cells, values.to(dtype), 0)
-
-    forward = read(logits)
-    log_q = F.log_softmax(forward.clamp_min(LOWEST_LOGIT), -1)
-    if backward_logits is None:
-        log_r = log_q.flip(1)
-    else:
-        log_r = F.log_softmax(read(backward_logits).clamp_min(LOWEST_LOGIT), -1)
+    forward = read(logits, counted, dtype)
+    log_q = log_softmax(forward)
+    log_r = log_q.flip(1) if backward_logits is None else log_softmax(read(backward_logits, counted, dtype))
     log_c = log_preference(preference_logits.to(dtype), None if prompt is None else prompt.to(dtype))
     cell_target = torch.where(counted, target, 0).long()
-    final = read(final_logits)
+    final = read(final_logits, counted, dtype)
 
     zero = log_q.new_zeros(logits.shape[0])
     if observation_probs is None:
         ambiguity = entropy(log_q)
     else:
-        ambiguity = observation_entropy(read(observation_probs))
+        ambiguity = observation_entropy(read(observation_probs, counted, dtype))
     anchor, prompt_term = zero, zero
     if target_preference is not None:
         divergence = anchor_divergence(log_c, target_preference.to(dtype))
         anchor = mean_over_cells(divergence.expand(counted.shape), counted)
     if prompt is not None and projection is not None:
-        prompt_term = -prompt_agreement(forward, counted, prompt.to(dtype) @ projection.to(dtype).T)
+        z, _ = unit(plan_direction(forward, counted))
+        u, _ = unit(prompt.to(dtype) @ projection.to(dtype).T)
+        prompt_term = -(z * u[:, None]).sum(-1).mean(1)
     cells = counted.flatten(1).sum(1)
     terms = torch.stack(
         [
@@ -172,3 +181,114 @@ def efe_loss(
         scale = torch.where(mask_ratio < hard_cell_min_ratio, scale, 0.5 + 0.5 * mask_ratio)
     total = scale * sum((w * terms[:, k] for k, w in enumerate(weights) if w != 0), zero)
     return total, terms, mask_ratio, scale
+
+
+def through_softmax(log_p: Tensor, f: Tensor) -> Tensor:
+    """p (f - sum p f): the gradient with respect to the logits of p of a sum over outcomes p f(p) with f + p f' ~ f."""
+    p = log_p.exp()
+    return p * (f - (p * f).sum(-1, keepdim=True))
+
+
+def direction_gradients(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of -mean_t cos(z_t, u) with respect to z [B, T, C] and u [B, C]."""
+    z_unit, z_inverse = unit(z)
+    u_unit, u_inverse = unit(u[:, None])
+    cosine = (z_unit * u_unit).sum(-1, keepdim=True)
+    steps = z.shape[1]
+    grad_z = -(u_unit - cosine * z_unit) * z_inverse / steps
+    grad_u = -((z_unit - cosine * u_unit) * u_inverse).sum(1) / steps
+    return torch.where(u_inverse > 0, grad_z, 0), grad_u
+
+
+def efe_loss_backward(
+    grad_total: Tensor | None,
+    grad_terms: Tensor | None,
+    logits: Tensor,
+    backward_logits: Tensor | None,
+    final_logits: Tensor | None,
+    observation_probs: Tensor | None,
+    target: Tensor,
+    preference_logits: Tensor,
+    prompt: Tensor | None,
+    projection: Tensor | None,
+    target_preference: Tensor | None,
+    valid: Tensor | None,
+    weights: list[float],
+    ignore_index: int,
+    hard_cell_scale: Tensor,
+) -> dict[str, Tensor]:
+    """Gradients of the floating-point inputs by name, in the dtype of the arithmetic. See kernels.py for the derivation."""
+    dtype = accumulate_dtype(logits)
+    counted = counted_cells(target, valid, ignore_index)
+    steps, outcomes = logits.shape[1], logits.shape[-1]
+    upstream = [
+        upstream_of_term(grad_total, grad_terms, hard_cell_scale, term, weight)[:, None, None, None]
+        for term, weight in enumerate(weights)
+    ]
+    share = (counted.to(dtype) / counted.flatten(1).sum(1).clamp_min(1)[:, None, None])[..., None]
+    risk, ambiguity, consistency, agreement, anchor, direction, _ = (share * grad for grad in upstream)
+    risk, ambiguity, agreement = (grad[:, None] / steps for grad in (risk, ambiguity, agreement))
+
+    forward = read(logits, counted, dtype)
+    log_q = log_softmax(forward)
+    log_r = log_q.flip(1) if backward_logits is None else log_softmax(read(backward_logits, counted, dtype))
+    log_sum = torch.logaddexp(log_q, log_r)
+    prompt = None if prompt is None else prompt.to(dtype)
+    log_c = log_preference(preference_logits.to(dtype), prompt)
+    found: dict[str, Tensor] = {}
+
+    # A plan read backwards meets each step twice: as q and as r.
+    f = risk * (log_q - log_c[:, None]) + agreement * (0.5 if backward_logits is not None else 1.0) * (log_q - log_sum)
+    if observation_probs is None:
+        f = f - ambiguity * log_q
+    found["logits"] = through_softmax(log_q, f)
+    if backward_logits is not None:
+        found["backward_logits"] = through_softmax(log_r, 0.5 * agreement * (log_r - log_sum))
+    if observation_probs is not None:
+        probs = read(observation_probs, counted, dtype)
+        tiny = torch.finfo(dtype).tiny
+        found["observation_probs"] = -ambiguity * (probs.clamp_min(tiny).log() + (probs >= tiny))
+    final = read(logits[:, -1] if final_logits is None else final_logits, counted, dtype)
+    one_hot = F.one_hot(torch.where(counted, target, 0).long(), outcomes)
+    grad_final = consistency * (torch.softmax(final, -1) - one_hot)
+    if final_logits is None:
+        found["logits"][:, -1] += grad_final
+    else:
+        found["final_logits"] = grad_final
+
+    grad_c = steps * risk[:, 0] * log_c.exp() - (risk * log_q.exp()).sum(1)
+    if target_preference is not None:
+        reference = target_preference.to(dtype)
+        f = log_c - reference.clamp_min(TARGET_PREFERENCE_FLOOR).log()
+        grad_c = grad_c + anchor * torch.where((reference.sum(-1) != 0)[..., None], through_softmax(log_c, f), 0)
+    found["preference_logits"] = grad_c
+    if prompt is not None:
+        scales = preference_scales(prompt, outcomes)
+        grad_scales = (grad_c * preference_logits.to(dtype).clamp_min(LOWEST_LOGIT)).sum((1, 2))
+        found["prompt"] = torch.zeros_like(prompt)
+        found["prompt"][:, :outcomes] = grad_scales * (scales * (1 - scales))[:, 0, 0]
+        found["preference_logits"] = grad_c * scales
+    if preference_logits.dim() == 3:
+        found["preference_logits"] = found["preference_logits"].sum(0)
+    if prompt is not None and projection is not None:
+        projection = projection.to(dtype)
+        grad_z, grad_u = direction_gradients(plan_direction(forward, counted), prompt @ projection.T)
+        grad_z = (grad_z - grad_z.mean(-1, keepdim=True))[:, :, None, None]
+        unclamped = forward.abs() <= PROMPT_LOGIT_RANGE
+        found["logits"] += torch.where(unclamped, direction[:, None] * grad_z, 0)
+        grad_u = upstream[5][:, 0, 0] * grad_u
+        found["prompt"] += grad_u @ projection
+        found["projection"] = grad_u.T @ prompt
+    return found
+
+
+def upstream_of_term(
+    grad_total: Tensor | None, grad_terms: Tensor | None, hard_cell_scale: Tensor, term: int, weight: float
+) -> Tensor:
+    """d loss / d term [B]: through the total and directly."""
+    grad = torch.zeros_like(hard_cell_scale)
+    if grad_total is not None and weight != 0:
+        grad = grad + weight * hard_cell_scale * grad_total
+    if grad_terms is not None:
+        grad = grad + grad_terms[:, term]
+    return grad

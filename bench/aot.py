@@ -1,0 +1,222 @@
+"""Compiles every Triton kernel variant ahead of time and reports what the compiler made of it. Needs no GPU.
+
+The variants are those that the public launchers ask for: the launchers run on meta tensors, their launches are
+recorded instead of executed, and each record is compiled for each architecture.
+
+    python -m bench.aot                 a table
+    python -m bench.aot --json FILE     the same as JSON
+    python -m bench.aot --check         fails when a kernel spills
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from efe_kernels.efe_loss import kernels as efe_loss_kernels
+
+ARCHITECTURES = (80, 90, 100)
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch."""
+
+    function: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    variant: str
+    kernel: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, kernel launches are recorded and not executed."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        launches.append(Launch(self, tuple(grid), arguments, options))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as the compiler takes it, specialised as Triton's own launcher would."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.function.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+    return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(BINARIES / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
+    compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
+    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9._]+)", listing)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no resource usage of {variant}: {usage}")
+    counted = Counter(operations)
+    return Report(
+        variant=variant,
+        kernel=launch.function.__name__,
+        arch=f"sm_{arch}",
+        registers=int(found[1]),
+        spill_bytes=int(found[2]),
+        shared_bytes=compiled.metadata.shared,
+        instructions=sum(count for name, count in counted.items() if name != "NOP"),
+        loads={name: count for name, count in counted.items() if name.startswith(("LDG", "LDL"))},
+        stores={name: count for name, count in counted.items() if name.startswith(("STG", "STL"))},
+    )
+
+
+def meta_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: int = 5, side: int = 30) -> Tensor:
+    if channel_first:
+        return torch.empty(batch, steps, 10, side, side, dtype=dtype, device="meta").movedim(2, -1)
+    return torch.empty(batch, steps, side, side, 10, dtype=dtype, device="meta")
+
+
+def efe_loss_launches(
+    dtype: torch.dtype, channel_first: bool, prompt_dim: int, separate: bool, everything: bool
+) -> list[Launch]:
+    """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
+    logits = meta_plan(dtype, channel_first)
+    batch, steps, height, width, outcomes = logits.shape
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inputs = (
+        logits,
+        meta_plan(dtype, channel_first) if separate else None,
+        logits[:, -1] if everything else None,
+        meta_plan(dtype, channel_first) if everything else None,
+        new(height, width, outcomes),
+        new(batch, prompt_dim) if prompt_dim else None,
+        new(outcomes, prompt_dim) if prompt_dim else None,
+        new(batch, height, width, dtype=torch.int64),
+        new(height, width, outcomes) if prompt_dim else None,
+        new(batch, height, width, dtype=torch.bool),
+    )
+    settings = ([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
+    needs = [tensor is not None for tensor in inputs[:7]]
+    with recorded_launches() as launches:
+        *_, scale, residual = efe_loss_kernels.efe_loss_forward(*inputs, *settings)
+        efe_loss_kernels.efe_loss_backward(
+            new(1).expand(batch), None, *inputs, *settings, scale, residual, needs
+        )
+    return launches
+
+
+VARIANTS: dict[str, Callable[[], list[Launch]]] = {
+    "efe_loss bf16 channel-first": lambda: efe_loss_launches(torch.bfloat16, True, 0, False, False),
+    "efe_loss bf16 channel-first prompt": lambda: efe_loss_launches(torch.bfloat16, True, 256, False, False),
+    "efe_loss bf16 channel-last prompt": lambda: efe_loss_launches(torch.bfloat16, False, 256, False, False),
+    "efe_loss fp32 channel-first prompt": lambda: efe_loss_launches(torch.float32, True, 256, False, False),
+    "efe_loss fp32 channel-last prompt": lambda: efe_loss_launches(torch.float32, False, 256, False, False),
+    "efe_loss fp16 channel-first two plans": lambda: efe_loss_launches(torch.float16, True, 256, True, False),
+    "efe_loss fp32 channel-first everything": lambda: efe_loss_launches(torch.float32, True, 256, True, True),
+}
+
+
+def table(reports: list[Report]) -> str:
+    rows = [("variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "loads", "stores")]
+    for report in reports:
+        widths = [" ".join(f"{name}x{count}" for name, count in sorted(kind.items())) for kind in (report.loads, report.stores)]
+        rows.append(
+            (report.variant, report.kernel, report.arch, str(report.registers), str(report.spill_bytes),
+             str(report.shared_bytes), str(report.instructions), *widths)
+        )  # fmt: skip
+    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports as JSON")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a kernel spills")
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, such as 80 90")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    options = parser.parse_args(argv)
+    reports = [
+        compile_launch(variant, launch, arch)
+        for variant, launches in VARIANTS.items()
+        if options.only in variant
+        for launch in launches()
+        for arch in options.arch
+    ]
+    print(table(reports))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    spilling = [report for report in reports if report.spill_bytes > 0]
+    for report in spilling:
+        print(f"{report.kernel} of {report.variant} spills {report.spill_bytes} bytes on {report.arch}.", file=sys.stderr)
+    return 1 if options.check and spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

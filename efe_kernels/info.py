@@ -1,0 +1,69 @@
+"""`python -m efe_kernels.info`: versions, GPU, which backend serves which op, and why one does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+import efe_kernels  # noqa: F401  (declares the ops)
+from efe_kernels.common import extension
+from efe_kernels.common.library import INTERPRET, OPS
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def gpu() -> str:
+    if not torch.cuda.is_available():
+        built = "with" if torch.version.cuda else "without"
+        return f"none (torch {built} CUDA)"
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+def compiled_extension() -> str:
+    if extension.PROBLEM is not None:
+        return extension.PROBLEM
+    module = importlib.import_module("efe_kernels._C")
+    return f"built with torch {module.torch_version}, CUDA sources {'on' if module.with_cuda else 'off'}"
+
+
+def backend(op: str, device: str) -> str:
+    """Who serves an op on a device: the kernels registered for it, else the reference."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"efe::{op}", device):
+        return "reference"
+    if OPS[op] and (device == "CUDA" or INTERPRET):
+        return "Triton" if device == "CUDA" else "Triton (interpreter)"
+    return "C++" if device == "CPU" else "CUDA C++"
+
+
+def main() -> int:
+    rows = {
+        "efe-kernels": version("efe-kernels"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "GPU": gpu(),
+        "extension": compiled_extension(),
+    }
+    for name, value in rows.items():
+        print(f"{name:<14}{value}")
+    print(f"\n{'op':<32}{'CPU':<22}CUDA")
+    for op in sorted(OPS):
+        print(f"{op:<32}{backend(op, 'CPU'):<22}{backend(op, 'CUDA')}")
+    if version("triton") == "not installed":
+        print("\nWithout Triton the reference serves CUDA tensors. On Linux: pip install triton")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

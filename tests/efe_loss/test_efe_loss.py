@@ -1,0 +1,298 @@
+"""`efe_loss` on whatever serves the device: the C++ kernels or the reference on the CPU, Triton on CUDA and under Triton's
+interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efe_kernels import EFEWeights, efe_loss
+from efe_kernels.common.library import INTERPRET
+from tests.efe_loss.cases import Case, in_double, run
+
+# Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
+# precision: one rounding of a result that was computed in float32, which Triton's interpreter does by truncation.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+SMALLEST_HALF = 2**-24
+
+CASES = {
+    "plan read backwards": Case(),
+    "even steps": Case(steps=4),
+    "one step, one cell": Case(batch=1, steps=1, height=1, width=1),
+    "no options": Case(prompt=False, anchor=False, valid=False),
+    "two plans": Case(steps=3, backward=True),
+    "everything": Case(steps=2, backward=True, final=True, observation=True, preference_per_episode=True),
+    "observations of a plan read backwards": Case(steps=3, observation=True, final=True),
+    "prompt scales the preference only": Case(steps=2, projection=False),
+    "channel-last": Case(steps=3, height=7, width=13, layout="channel-last"),
+    "odd strides": Case(steps=3, layout="strided"),
+    "few outcomes": Case(steps=2, outcomes=3),
+    "tail of a tile": Case(batch=1, steps=2, height=17, width=19),
+}
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (actual.cpu().double() - expected).abs().max().item()
+    # No smaller than float32 can tell at the magnitude of the addends, which is about 1.
+    scale = max(expected.abs().max().item(), 1e-3 if actual.dtype == torch.float32 else 0.0)
+    floor = SMALLEST_HALF if actual.dtype == torch.float16 else 0.0
+    assert error <= tolerance * scale + floor, f"{name}: error {error:.2e}, largest value {scale:.2e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_reference_in_double(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device)
+    output, gradients = run(inputs, use_terms=True)
+    expected, expected_gradients = run(in_double(inputs), use_terms=True)
+    fp32 = TOLERANCE[torch.float32]
+    for name, term in output.terms.items():
+        assert term.dtype == torch.float32
+        assert_close(name, term, expected.terms[name], fp32)
+    assert_close("total", output.total, expected.total, fp32)
+    assert_close("mask_ratio", output.mask_ratio, expected.mask_ratio, fp32)
+    assert_close("hard_cell_scale", output.hard_cell_scale, expected.hard_cell_scale, fp32)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype
+        assert_close(name, gradient, expected_gradients[name], TOLERANCE[gradient.dtype])
+
+
+def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the shared preference adds several episodes per chunk, and the last chunk is not full."""
+    kernels = pytest.importorskip("efe_kernels.efe_loss.kernels")
+    monkeypatch.setattr(kernels, "MAX_CHUNKS", 2)
+    inputs = Case(batch=5, steps=2, height=2, width=3).inputs(device=device)
+    _, gradients = run(inputs)
+    _, expected = run(in_double(inputs))
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_lies_under_invalid_cells_is_harmless(value: float, device: str) -> None:
+    case = Case(steps=3, backward=True, final=True, observation=True)
+    inputs = case.inputs(device=device)
+    clean, clean_gradients = run(inputs)
+    counted = inputs["valid"] & (inputs["target"] != -100)
+    dirty = dict(inputs)
+    for name in ("logits", "backward_logits", "final_logits", "observation_probs"):
+        cells = counted[:, None, ..., None] if inputs[name].dim() == 5 else counted[..., None]
+        dirty[name] = torch.where(cells, inputs[name].detach(), value).requires_grad_()
+    output, gradients = run(dirty)
+    torch.testing.assert_close(output.total, clean.total, rtol=0, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, clean_gradients[name], rtol=0, atol=0)
+        if name in ("logits", "backward_logits", "observation_probs"):
+            assert (gradient.movedim(1, 0)[:, ~counted] == 0).all()
+
+
+def test_episode_without_a_counted_cell(device: str) -> None:
+    inputs = Case(steps=3).inputs(device=device)
+    inputs["valid"][1] = False
+    output, gradients = run(inputs)
+    assert output.total[1] == 0
+    assert all(term[1] == 0 for term in output.terms.values())
+    assert output.mask_ratio[1] == 0
+    assert (gradients["logits"][1] == 0).all() and (gradients["prompt"][1] == 0).all()
+    assert (gradients["logits"][0] != 0).any()
+
+
+def test_extreme_logits(device: str) -> None:
+    """Logits of 1e4 and -inf: finite, and as exact as float32 is."""
+    case = Case(steps=3, anchor=False)
+    inputs = case.inputs(device=device)
+    with torch.no_grad():
+        inputs["logits"][0] = inputs["logits"][0].sign() * 1e4
+        inputs["logits"][1, ..., 1] = float("-inf")
+        inputs["target"][1] = torch.where(inputs["target"][1] == 1, 2, inputs["target"][1])
+    output, gradients = run(inputs)
+    expected, expected_gradients = run(in_double(inputs))
+    for name, term in output.terms.items():
+        assert_close(name, term, expected.terms[name], TOLERANCE[torch.float32])
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected_gradients[name], TOLERANCE[torch.float32])
+    assert (gradients["logits"][1, ..., 1] == 0).all()
+
+
+def test_impossible_target_costs_infinity(device: str) -> None:
+    inputs = Case(valid=False).inputs(device=device)
+    inputs["target"][0, 1, 1] = 3
+    with torch.no_grad():
+        inputs["logits"][0, -1, 1, 1, 3] = float("-inf")
+    output, _ = run(inputs)
+    assert output.terms["consistency"][0] == float("inf")
+    assert output.terms["consistency"][1].isfinite()
+
+
+def test_nan_in_a_counted_cell_is_not_hidden(device: str) -> None:
+    inputs = Case(valid=False).inputs(device=device)
+    with torch.no_grad():
+        inputs["logits"][0, 0, 1, 1, 3] = float("nan")
+    output, _ = run(inputs)
+    assert output.total[0].isnan() and output.total[1].isfinite()
+
+
+def test_flat_plan_has_a_finite_gradient(device: str) -> None:
+    """Equal logits have no direction: the cosine of the prompt term is 0 there, and so is its gradient."""
+    inputs = Case(steps=2, anchor=False).inputs(device=device)
+    inputs["logits"] = torch.zeros_like(inputs["logits"]).requires_grad_()
+    output, gradients = run(inputs)
+    assert (output.terms["prompt"] == 0).all()
+    assert gradients["logits"].isfinite().all() and gradients["logits"].abs().max() < 10
+
+
+def test_only_requested_gradients(device: str) -> None:
+    inputs = Case(steps=2, backward=True).inputs(device=device)
+    for name, value in inputs.items():
+        if value.requires_grad:
+            alone = {key: other.detach() for key, other in inputs.items()}
+            alone[name] = value
+            _, gradients = run(alone)
+            assert list(gradients) == [name]
+            torch.testing.assert_close(gradients[name], run(inputs)[1][name], rtol=0, atol=0)
+    output = efe_loss(**{name: value.detach() for name, value in inputs.items()})
+    assert not output.total.requires_grad
+
+
+def test_same_bits_and_untouched_inputs(device: str) -> None:
+    inputs = Case().inputs(device=device)
+    before = {name: value.detach().clone() for name, value in inputs.items()}
+    first, first_gradients = run(inputs)
+    second, second_gradients = run(inputs)
+    assert torch.equal(first.total, second.total)
+    assert all(torch.equal(gradient, second_gradients[name]) for name, gradient in first_gradients.items())
+    assert all(torch.equal(value, before[name]) for name, value in inputs.items())
+
+
+def test_gradient_keeps_the_memory_order(device: str) -> None:
+    inputs = Case().inputs(device=device)
+    _, gradients = run(inputs)
+    assert gradients["logits"].stride() == inputs["logits"].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_integer_targets_of_any_dtype(dtype: torch.dtype, device: str) -> None:
+    inputs = Case(steps=2).inputs(device=device)
+    ignored = inputs["target"] == -100
+    inputs["valid"] = inputs["valid"] & ~ignored
+    inputs["target"] = torch.where(ignored, 0, inputs["target"])
+    expected, _ = run(inputs)
+    output, _ = run({**inputs, "target": inputs["target"].to(dtype)})
+    assert torch.equal(output.total, expected.total)
+
+
+def test_unbatched_equals_a_batch_of_one(device: str) -> None:
+    inputs = Case(batch=1, backward=True, final=True, observation=True).inputs(device=device)
+    expected, expected_gradients = run(inputs)
+    shared = ("preference_logits", "projection", "target_preference")
+    alone = {name: value if name in shared else value.detach()[0] for name, value in inputs.items()}
+    alone["logits"].requires_grad_()
+    output = efe_loss(**alone, weights=EFEWeights(ambiguity=0.7))
+    assert output.total.shape == output.mask_ratio.shape == output.terms["risk"].shape == ()
+    torch.testing.assert_close(output.total, expected.total[0], rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(output.total, alone["logits"])
+    torch.testing.assert_close(gradient, expected_gradients["logits"][0] / 0.5, rtol=1e-6, atol=1e-9)
+
+
+def test_reductions(device: str) -> None:
+    inputs = Case(batch=3, steps=2).inputs(device=device)
+    each = efe_loss(**inputs, reduction="none").total
+    assert each.shape == (3,)
+    torch.testing.assert_close(efe_loss(**inputs).total, each.mean())
+    torch.testing.assert_close(efe_loss(**inputs, reduction="sum").total, each.sum())
+
+
+def test_hard_cell_scale(device: str) -> None:
+    inputs = Case(steps=2).inputs(device=device)
+    output = efe_loss(**inputs, reduction="none")
+    torch.testing.assert_close(output.hard_cell_scale, 0.5 + 0.5 * output.mask_ratio)
+    off = efe_loss(**inputs, reduction="none", hard_cell=False)
+    assert (off.hard_cell_scale == 1).all()
+    torch.testing.assert_close(off.total * output.hard_cell_scale, output.total)
+    below = efe_loss(**inputs, reduction="none", hard_cell_min_ratio=1.1)
+    assert (below.hard_cell_scale == 1).all()
+
+
+def test_weight_of_zero_removes_a_term(device: str) -> None:
+    """Even one that is infinite."""
+    inputs = Case(valid=False).inputs(device=device)
+    inputs["target"][:] = 3
+    with torch.no_grad():
+        inputs["logits"][..., 3] = float("-inf")
+    output, gradients = run(inputs, weights=EFEWeights(consistency=0.0))
+    assert output.terms["consistency"].isinf().all()
+    assert output.total.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_compiles_without_a_graph_break(device: str) -> None:
+    inputs = Case(steps=3).inputs(device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **kwargs: efe_loss(**kwargs).total, fullgraph=True, backend="aot_eager")
+    expected = efe_loss(**inputs).total
+    total = compiled(**inputs)
+    torch.testing.assert_close(total, expected, rtol=0, atol=0)
+    leaves = [value for value in inputs.values() if value.requires_grad]
+    for gradient, reference in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
+def test_ops_are_declared_truthfully(device: str) -> None:
+    from efe_kernels.efe_loss.ops import efe_loss_backward, efe_loss_forward
+
+    case = Case(steps=3, backward=True, final=True, observation=True)
+    inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
+    inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
+    names = "logits backward_logits final_logits observation_probs preference_logits prompt projection target target_preference valid"
+    arguments = [inputs[name] for name in names.split()]
+    settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
+    torch.library.opcheck(efe_loss_forward, (*arguments, *settings))
+    total, terms, _, scale, residual = efe_loss_forward(*arguments, *settings)
+    needs = [True] * 7
+    upstream = (torch.ones_like(total), torch.ones_like(terms))
+    torch.library.opcheck(efe_loss_backward, (*upstream, *arguments, *settings, scale, residual, needs))
+
+
+def test_second_derivative_is_refused(device: str) -> None:
+    inputs = Case(steps=2).inputs(device=device)
+    (gradient,) = torch.autograd.grad(efe_loss(**inputs).total, inputs["logits"], create_graph=True)
+    with pytest.raises(RuntimeError, match="efe_loss has no second derivative"):
+        gradient.sum().backward()
+
+
+WRONG = {
+    "logits of integers": (lambda i: {"logits": i["logits"].detach().long()}, TypeError, "logits must be float32"),
+    "logits of 3 dimensions": (lambda i: {"logits": i["logits"][0, 0]}, ValueError, r"logits must have the shape \[T, H, W, C\]"),
+    "target of floats": (lambda i: {"target": i["target"].float()}, TypeError, "target must have an integer dtype, it was torch.float32"),
+    "NaN target": (lambda i: {"target": i["target"] * float("nan")}, TypeError, "target must have an integer dtype"),
+    "target of another size": (lambda i: {"target": i["target"][:, :-1]}, ValueError, r"target must have the shape \[B, H, W\] = \[2, 4, 5\]"),
+    "valid of integers": (lambda i: {"valid": i["valid"].int()}, TypeError, "valid must be a bool tensor"),
+    "preference too small": (lambda i: {"preference_logits": i["preference_logits"][:2]}, ValueError, "preference_logits must cover a grid of 4 x 5"),
+    "preference of other outcomes": (lambda i: {"preference_logits": i["preference_logits"][..., :4]}, ValueError, "preference_logits must have the shape"),
+    "two plans of different length": (lambda i: {"backward_logits": i["logits"][:, :1]}, ValueError, "backward_logits must have the shape"),
+    "final of a plan": (lambda i: {"final_logits": i["logits"]}, ValueError, "final_logits must have the shape"),
+    "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have the shape"),
+    "projection transposed": (lambda i: {"projection": i["projection"].T}, ValueError, "projection must have the shape"),
+    "target elsewhere": (lambda i: {"target": i["target"].to("meta")}, ValueError, "target must be on the device of logits"),
+    "unknown reduction": (lambda i: {"reduction": "average"}, ValueError, "reduction must be one of 'mean', 'sum', 'none'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_are_named(change, error, message, device: str) -> None:  # type: ignore[no-untyped-def]
+    inputs = Case().inputs(device=device)
+    with pytest.raises(error, match=message):
+        efe_loss(**{**inputs, **change(inputs)})
+
+
+@pytest.mark.parametrize("value", [10, -1, 300])
+def test_target_out_of_range(value: int, device: str) -> None:
+    inputs = Case(valid=False).inputs(device=device)
+    inputs["target"][1, 2, 3] = value
+    if device == "cpu" and not INTERPRET:
+        with pytest.raises(ValueError, match=rf"target must be in \[0, 10\) .* it was {value}"):
+            efe_loss(**inputs)
+    else:
+        total = efe_loss(**inputs, reduction="none").total
+        assert total[1].isnan() and total[0].isfinite()
