@@ -24,6 +24,8 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).resolve().parent
+# at::parallel_for is a template whose threads exist only where the including file is compiled with OpenMP.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
@@ -55,7 +57,8 @@ def extensions() -> list[cpp_extension.CppExtension]:
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
     cuda_only = {*ROOT.glob("csrc/*/cuda.cpp")}
     sources = sorted({*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp")} - cuda_only)
-    flags = {"cxx": ["-O3", "-fvisibility=hidden"]}
+    # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]}
     kind = cpp_extension.CppExtension
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
@@ -69,6 +72,7 @@ def extensions() -> list[cpp_extension.CppExtension]:
             [str(source.relative_to(ROOT)) for source in sources],
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=flags,
+            extra_link_args=OPENMP,
         )
     ]
 

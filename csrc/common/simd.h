@@ -1,0 +1,74 @@
+// Compiles a loop once per instruction set and runs the widest that this CPU has, so that one wheel serves every CPU.
+#pragma once
+
+#include <ATen/Version.h>
+
+#include <string>
+
+#include "common/inline.h"
+
+namespace efe {
+
+enum class Capability { baseline, avx2, avx512 };
+
+// torch's own choice, which ATEN_CPU_CAPABILITY=default|avx2|avx512 overrides.
+inline Capability cpu_capability() {
+    static const Capability capability = [] {
+        const std::string name = at::get_cpu_capability();
+        return name == "AVX512" ? Capability::avx512 : name == "AVX2" ? Capability::avx2 : Capability::baseline;
+    }();
+    return capability;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+template <class Body>
+__attribute__((target("avx2,fma,f16c"))) void run_avx2(const Body& body) {
+    body();
+}
+
+template <class Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512"))) void run_avx512(
+    const Body& body) {
+    body();
+}
+#endif
+
+// body: a lambda marked EFE_SIMD_BODY whose loops the compiler vectorises; the functions that they call are EFE_INLINE.
+#define EFE_SIMD_BODY __attribute__((always_inline))
+
+template <class Body>
+void vectorized(const Body& body) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    switch (cpu_capability()) {
+        case Capability::avx512:
+            return run_avx512(body);
+        case Capability::avx2:
+            return run_avx2(body);
+        case Capability::baseline:
+            break;
+    }
+#endif
+    body();
+}
+
+// Sum in 16 interleaved lanes, which vectorises without letting the compiler reorder a sum: same bits on every run.
+template <class A>
+struct LaneSum {
+    static constexpr int kLanes = 16;
+    A lanes[kLanes] = {};
+
+    EFE_INLINE void add(const A* values, int count) {
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
+        for (int lane = 0; i + lane < count; ++lane) lanes[lane] += values[i + lane];
+    }
+
+    EFE_INLINE A total() const {
+        A sum = 0;
+        for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+        return sum;
+    }
+};
+
+}  // namespace efe
