@@ -1,0 +1,480 @@
+"""`EFELoss` with the constructor, the call, the parameters and the numbers of an ARC-EFE project's: change the import.
+
+    from efe_kernels.arc_efe import EFELoss
+
+Its docstring says where it is not what the names of its terms promise; `efe_kernels.EFELoss` is the equation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efe_kernels.common.autograd import first_order, spread
+from efe_kernels.common.checks import check_dim, check_floating, check_integer, check_same_device, check_shape
+from efe_kernels.common.library import accumulate_dtype
+
+EPS = 1e-8
+# What masked cells are filled with: their logits, and their preference *probabilities*.
+FILL = -1e9
+# A cell whose confidence, averaged over the steps, is not above this counts in inference_risk.
+CONFIDENT = 0.7
+IGNORE_INDEX = -100
+INITIAL_PREFERENCE_STD = 0.01
+TOTAL = (
+    "efe",
+    "step_penalty",
+    "grid_norm",
+    "grid_matching",
+    "consistency",
+    "bidirectional",
+    "z_anchoring",
+    "prompt_consistency",
+)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it. Everything without a step dimension is so small that it is computed in it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def renormalizer(probs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """m / (Σ_c p·m + eps) for probs [C, ..., H, W]: what R multiplies them with. None without a mask."""
+    return None if mask is None else mask / (probs.sum(0) * mask + EPS)
+
+
+def renormalize(probs: Tensor, scale: Tensor | None) -> Tensor:
+    return probs if scale is None else probs * scale
+
+
+def renormalize_backward_(grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
+    """R_c = a p_c with a = m / (m Σ p + eps), so dR_c/dp_k = a (δ_ck − R_c). Overwrites grad g with a (g − Σ_c g R)."""
+    return grad if scale is None else grad.sub_((grad * kept).sum(0)).mul_(scale)
+
+
+def inside_clamp(clamped: Tensor, values: Tensor) -> Tensor:
+    """1 where clamp passes a gradient, else 0. As floats: into bool, a comparison takes the CPU three times as long."""
+    return torch.eq(clamped, values, out=torch.empty_like(values))
+
+
+def movement_reversal(colours: Tensor, dtype: torch.dtype) -> Tensor:
+    """‖mv_t + mv_{T−1−t}‖ for t ≤ T−2 and 0 for T−1, [T, H, W], from colours [T, H, W].
+
+    mv_t is the mean offset (dy, dx) at which the 3x3 window around an interior cell, its centre included, has at step
+    t+1 the colour that the cell has at step t. Zero where it does not have it, on the border and at t = T−1.
+    """
+    steps, height, width = colours.shape
+    moves = torch.zeros(2, steps, height, width, dtype=dtype, device=colours.device)
+    if steps > 1 and height > 2 and width > 2:
+        window = colours[1:].unfold(1, 3, 1).unfold(2, 3, 1).movedim((3, 4), (0, 1))
+        found = (window == colours[:-1, 1:-1, 1:-1]).to(dtype)
+        rows, columns = found.sum(1), found.sum(0)
+        offsets = torch.stack((rows[2] - rows[0], columns[2] - columns[0]))
+        moves[:, :-1, 1:-1, 1:-1] = offsets / rows.sum(0).clamp_min_(1)
+    both = moves + moves.flip(1)
+    both[:, -1] = 0
+    return both.square_().sum(0).sqrt_()
+
+
+class PlanTerms(torch.autograd.Function):
+    """What the loss needs of the plan, in few passes and with the gradient in closed form.
+
+    Forward and backward logits are one channel-first tensor [C, 2, T, H, W] inside: sums over C are sums of long rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forward: Tensor,  # [T, H, W, C]
+        backward: Tensor,  # [T, H, W, C]
+        state: Tensor,  # [T, H, W, C], not read
+        observation: Tensor,  # [T, H, W, C]
+        preference: Tensor,  # [C, H, W], R(clamp P)
+        mask: Tensor | None,  # [H, W], in the dtype of the plans
+    ) -> tuple[Tensor, ...]:
+        """The sums of risk, Bi and ambiguity, conf [T, H, W] and the mean logits [T, C].
+
+        Also, without gradient, max_c q and argmax_c q, both [T, H, W].
+        """
+        logits = torch.stack((forward.movedim(-1, 0), backward.movedim(-1, 0)), 1)
+        if mask is not None:
+            logits.masked_fill_(mask == 0, FILL)
+        probs = logits.softmax(0)
+        mean_logits = logits[:, 0].mean((2, 3), dtype=wide_dtype(logits.device)).T
+
+        clamped = probs.clamp(EPS, 1)
+        scale = renormalizer(clamped, mask)
+        kept = renormalize(clamped, scale)
+        log_kept = (kept[:, 0] + EPS).log_().sum(1)
+        risk = -(preference * log_kept).sum()
+
+        middle = (clamped[:, 0] + clamped[:, 1]).mul_(0.5)
+        middle_scale = renormalizer(middle, mask)
+        middle = renormalize(middle, middle_scale)
+        log_middle = (middle + EPS).log_()
+        bidirectional = -0.5 * (kept.sum(1) * log_middle).sum()
+
+        log_probs = (probs + EPS).log_()
+        conf = 1 / (1 - 0.5 * (probs * log_probs).sum((0, 1)))
+
+        observed = observation.clamp(EPS, 1)
+        log_observed = observed.log()
+        ambiguity = -(observed * log_observed).sum()
+
+        # Through max: on the CPU argmax over a leading dimension takes ten times as long.
+        largest, colours = probs[:, 0].amax(0), logits[:, 0].max(0).indices
+        ctx.mark_non_differentiable(largest, colours)
+        inputs = (forward, backward, state, observation, preference, mask)
+        results = (probs, clamped, kept, scale, log_kept, middle, middle_scale, log_middle, log_probs, conf)
+        ctx.save_for_backward(*inputs, *results, observed, log_observed)
+        return risk, bidirectional, ambiguity, conf, mean_logits, largest, colours
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:5])
+        gradients = first_order("arc_efe.EFELoss", plan_gradients, needs, *upstream[:5], *ctx.saved_tensors)
+        return spread(gradients, needs, 6)
+
+
+def plan_gradients(
+    needs: list[bool],
+    risk: Tensor,
+    bidirectional: Tensor,
+    ambiguity: Tensor,
+    conf: Tensor,
+    mean_logits: Tensor,
+    *saved: Tensor,
+) -> list[Tensor]:
+    """The needed gradients of PlanTerms' first five arguments, from those of its first five results.
+
+    With g the upstream gradients, K = R(clamp p) and k = R(M):
+    dK = −½ g_Bi log(k + eps), for the forward plan also − g_risk P / (K + eps); dk = −½ g_Bi Σ_plans K / (k + eps).
+    conf = 1 / (1 − ½ Σ p log(p + eps)), so dp = ½ g_conf conf² (log(p + eps) + p / (p + eps)).
+    Softmax: dx = p (g − Σ_c p g).
+    """
+    _, _, state, observation, preference, mask, *results, observed, log_observed = saved
+    probs, clamped, kept, scale, log_kept, middle, middle_scale, log_middle, log_probs, certainty = results
+    gradients = []
+    if needs[0] or needs[1]:
+        shared = log_middle * (-0.5 * bidirectional)
+        own = torch.addcdiv(shared, (-risk * preference).unsqueeze(1), kept[:, 0] + EPS)
+        grad = renormalize_backward_(torch.stack((own, shared), 1), kept, scale)
+        grad_middle = renormalize_backward_(kept.sum(1).div_(middle + EPS), middle, middle_scale)
+        # clamp is the identity on M, which is the mean of two numbers in [eps, 1].
+        grad.addcmul_(grad_middle.unsqueeze(1), -0.25 * bidirectional).mul_(inside_clamp(clamped, probs))
+        grad.addcmul_(torch.addcdiv(log_probs, probs, probs + EPS), 0.5 * conf * certainty**2)
+        grad.sub_((grad * probs).sum(0)).mul_(probs)
+        grad_mean = (mean_logits.T / probs.shape[-2:].numel()).to(probs.dtype)[..., None, None]
+        grad[:, 0] += grad_mean if mask is None else grad_mean * (mask != 0)
+        gradients += [plan for plan, needed in zip(grad.movedim(0, -1), needs[:2], strict=True) if needed]
+    if needs[2]:
+        gradients.append(torch.zeros_like(state))
+    if needs[3]:
+        gradients.append((log_observed + 1).mul_(-ambiguity).mul_(inside_clamp(observed, observation)))
+    if needs[4]:
+        gradients.append(-risk * log_kept)
+    return gradients
+
+
+def mean_cross_entropy(final: Tensor, target: Tensor, outside: Tensor | None) -> Tensor:
+    """Mean CE of final [H, W, C] against target [H, W] over the cells that are not outside; 0 where there is none."""
+    target = target.long()
+    if outside is not None:
+        target = target.masked_fill(outside, IGNORE_INDEX)
+        final = final.masked_fill(outside[..., None], 0)
+    final = final.to(wide_dtype(final.device)).flatten(0, 1)
+    total = F.cross_entropy(final, target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (target != IGNORE_INDEX).sum().clamp_min(1)
+
+
+class EFELoss(nn.Module):
+    """The loss of an ARC-EFE project, number for number. One puzzle per call.
+
+    Where it departs from the Expected Free Energy, on purpose, because its users have tuned their weights to it:
+
+    - `risk` is the cross-entropy −Σ P log q of the preference P and the plan, not the divergence KL(q ‖ P). The more
+      cells are unsure (`inference_risk` is their share), the less it counts, down to half.
+    - `bidirectional` is the Jensen-Shannon divergence of the two plans without its entropy terms, so it is not 0 for
+      equal plans; 0.3 of it is about colours that move, and its only gradient is that of the confidence in them.
+    - The cross-entropy of the final grid counts twice: `grid_matching` and `consistency` are the same number, up to
+      lambda_cons, and `total` has both.
+    - `ambiguity` sums over all cells, masked ones too. It is divided by T·N with a mask, by H·W without.
+    - `z_anchoring` is a mean over H·W·C, masked cells included.
+    - With masked cells, `prompt_consistency` hardly depends on the plan: the fill of −1e9 drowns its mean logits.
+
+    `efe_kernels.EFELoss` is the equation, for batches, and has none of these.
+
+    Args:
+        lambda_risk .. lambda_grid_norm: weights of efe's two terms, step_penalty, consistency, bidirectional,
+            z_anchoring, prompt_consistency and grid_norm.
+        max_grid_size: side of the grid by whose area step_penalty and grid_norm measure a grid.
+        num_colors: number of outcomes C.
+        prompt_dim: dimension D of prompts.
+
+    Attributes:
+        preference_embeddings: ParameterDict "HxW" -> preference logits [H, W, C]. An entry is drawn from N(0, 0.01²)
+            when its size is first met, by a call or by `ensure_preference`, or created by `load_state_dict`. An
+            optimizer trains only what exists when it is made: call `ensure_preference` for every size before.
+        prompt_projector: Linear D -> C.
+        target_preferences_dict: dict "HxW" -> running preference [H, W, C], see `update_target_preference`. It follows
+            the module's device and dtype. It is not in `state_dict`, whose keys are those of an ARC-EFE project; to
+            resume with it, save it beside.
+    """
+
+    def __init__(
+        self,
+        lambda_risk: float = 1.0,
+        lambda_amb: float = 0.0,
+        lambda_step: float = 0.1,
+        lambda_cons: float = 1.0,
+        lambda_bi: float = 0.5,
+        lambda_z: float = 0.2,
+        lambda_prompt: float = 0.3,
+        lambda_grid_norm: float = 0.1,
+        max_grid_size: int = 30,
+        num_colors: int = 10,
+        prompt_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.lambda_risk = lambda_risk
+        self.lambda_amb = lambda_amb
+        self.lambda_step = lambda_step
+        self.lambda_cons = lambda_cons
+        self.lambda_bi = lambda_bi
+        self.lambda_z = lambda_z
+        self.lambda_prompt = lambda_prompt
+        self.lambda_grid_norm = lambda_grid_norm
+        self.max_grid_size = max_grid_size
+        self.num_colors = num_colors
+        self.prompt_dim = prompt_dim
+        self.preference_embeddings = nn.ParameterDict()
+        self.prompt_projector = nn.Linear(prompt_dim, num_colors)
+        self.target_preferences_dict: dict[str, Tensor] = {}
+
+    def ensure_preference(self, height: int, width: int) -> nn.Parameter:
+        """The preference logits [height, width, C] of that grid size, made now if there are none yet."""
+        key = f"{height}x{width}"
+        if key not in self.preference_embeddings:
+            weight = self.prompt_projector.weight
+            with torch.inference_mode(False):
+                values = torch.randn(height, width, self.num_colors, dtype=weight.dtype, device=weight.device)
+                self.preference_embeddings[key] = nn.Parameter(INITIAL_PREFERENCE_STD * values)
+        return self.preference_embeddings[key]
+
+    @torch.no_grad()
+    def update_target_preference(
+        self, successful_outcomes: Sequence[Tensor], grid_sizes: Sequence[tuple[int, int]], success_rate: float
+    ) -> None:
+        """Move the running preference of each size toward the one-hot of each outcome by 0.05 + 0.15 * success_rate.
+
+        The first outcome of a size is taken as it is. Probabilities are kept at or above 1e-8.
+
+        Args:
+            successful_outcomes: grids [H, W] of integers in [0, C).
+            grid_sizes: their (H, W); of a grid that is larger, because it is padded, the top-left part is read.
+            success_rate: in [0, 1].
+        """
+        if len(successful_outcomes) != len(grid_sizes):
+            raise ValueError(
+                f"grid_sizes must have one (H, W) for each of the {len(successful_outcomes)} successful_outcomes, "
+                f"it had {len(grid_sizes)}."
+            )
+        weight = self.prompt_projector.weight
+        for outcome, (height, width) in zip(successful_outcomes, grid_sizes, strict=True):
+            grid = torch.as_tensor(outcome, device=weight.device)
+            check_integer("successful_outcomes", grid)
+            grid = grid[:height, :width].long()
+            check_shape("successful_outcomes", grid, "[H, W]", (height, width))
+            one_hot = F.one_hot(grid, self.num_colors).to(accumulate_dtype(weight))
+            key = f"{height}x{width}"
+            running = self.target_preferences_dict.get(key)
+            if running is not None:
+                running = running.to(one_hot)
+                one_hot = running + (0.05 + 0.15 * success_rate) * (one_hot - running)
+            self.target_preferences_dict[key] = one_hot.clamp_min(EPS)
+
+    def forward(
+        self,
+        forward_predictions: Tensor,
+        backward_predictions: Tensor,
+        state_predictions: Tensor,
+        observation_probs: Tensor,
+        final_prediction: Tensor,
+        target_outcome: Tensor,
+        episode_length: int,
+        prompt_embedding: Tensor | None = None,
+        grid_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of one plan, and every term of it.
+
+        float16 and bfloat16 plans are computed in float32, also under autocast, and give float32 losses; others give
+        losses of their own dtype. Each gradient is in the dtype of its input.
+
+        Args:
+            forward_predictions, backward_predictions: logits [T, H, W, C].
+            state_predictions: [T, H, W, C]. The loss does not depend on them: their gradient is 0.
+            observation_probs: probabilities [T, H, W, C].
+            final_prediction: logits [H, W, C].
+            target_outcome: integers [H, W] in [0, C) where the mask is not 0.
+            episode_length: number of steps that step_penalty charges.
+            prompt_embedding: [D], or [C], which is not projected. Its first C entries scale the preference.
+            grid_mask: [H, W], 0 for cells that do not count, else 1.
+
+        Returns:
+            Scalars, each to be minimised: inference_risk (which has no gradient), risk and ambiguity without their
+            lambda; efe, step_penalty, grid_norm, grid_matching, consistency, bidirectional, z_anchoring and
+            prompt_consistency with it; total, the sum of these eight.
+        """
+        steps, height, width = self._check(
+            forward_predictions,
+            backward_predictions,
+            state_predictions,
+            observation_probs,
+            final_prediction,
+            target_outcome,
+            prompt_embedding,
+            grid_mask,
+        )
+        dtype = accumulate_dtype(forward_predictions)
+        mask = None if grid_mask is None else grid_mask.to(dtype)
+        outside = None if mask is None else mask == 0
+        wide = wide_dtype(forward_predictions.device)
+        area = torch.full((), height * width, dtype=dtype, device=forward_predictions.device)
+        count = area if mask is None else mask.sum()
+        cell_steps = (steps * count).clamp_min(1)
+        prompt = None if prompt_embedding is None else prompt_embedding.to(wide)
+        preference = self._preference(height, width, prompt, outside)
+        risk, bidirectional, ambiguity, conf, mean_logits, largest, colours = PlanTerms.apply(
+            forward_predictions.to(dtype),
+            backward_predictions.to(dtype),
+            state_predictions,
+            observation_probs.to(dtype),
+            renormalize(preference, renormalizer(preference, mask)).to(dtype),
+            mask,
+        )
+        unsure = largest.mean(0) <= CONFIDENT
+        reversal = movement_reversal(colours, dtype) * conf
+        if mask is not None:
+            unsure &= mask > 0
+            reversal = reversal * mask
+        inference_risk = unsure.sum(dtype=dtype) / (count + EPS)
+        risk = risk * (1 - 0.5 * inference_risk) / cell_steps
+        ambiguity = ambiguity / (area if mask is None else cell_steps)
+        reversal = reversal.sum() / (area if mask is None else count + EPS)
+        matching = mean_cross_entropy(final_prediction, target_outcome, outside).to(dtype)
+
+        rho = height * width / self.max_grid_size**2
+        step_penalty = math.sqrt(rho) / (1 + 0.1 * math.log1p(rho)) * episode_length
+        grid_norm = abs(rho - 0.5) if rho < 0.1 or rho > 1 else 0.0
+        losses = {
+            "inference_risk": inference_risk,
+            "risk": risk,
+            "ambiguity": ambiguity,
+            "efe": self.lambda_risk * risk + self.lambda_amb * ambiguity,
+            "step_penalty": torch.ones_like(area) * (self.lambda_step * step_penalty),
+            "grid_norm": torch.ones_like(area) * (self.lambda_grid_norm * grid_norm),
+            "grid_matching": matching,
+            "consistency": self.lambda_cons * matching,
+            "bidirectional": self.lambda_bi * (0.7 * bidirectional / cell_steps + 0.3 * reversal),
+            "z_anchoring": self.lambda_z * self._anchoring(preference).to(dtype),
+            "prompt_consistency": -self.lambda_prompt * self._prompt_cosine(mean_logits, prompt).to(dtype),
+        }
+        losses["total"] = torch.stack([value for name, value in losses.items() if name in TOTAL]).sum()
+        return losses
+
+    def _check(
+        self,
+        forward_predictions: Tensor,
+        backward_predictions: Tensor,
+        state_predictions: Tensor,
+        observation_probs: Tensor,
+        final_prediction: Tensor,
+        target_outcome: Tensor,
+        prompt_embedding: Tensor | None,
+        grid_mask: Tensor | None,
+    ) -> tuple[int, int, int]:
+        """Raises for a wrong dtype, shape or device; returns T, H, W."""
+        check_floating("forward_predictions", forward_predictions)
+        check_dim("forward_predictions", forward_predictions, "[T, H, W, C]")
+        steps, height, width = forward_predictions.shape[:3]
+        check_shape("forward_predictions", forward_predictions, "[T, H, W, C]", (steps, height, width, self.num_colors))
+        plan = {
+            "backward_predictions": backward_predictions,
+            "state_predictions": state_predictions,
+            "observation_probs": observation_probs,
+        }
+        for name, tensor in plan.items():
+            check_floating(name, tensor)
+            check_shape(name, tensor, "[T, H, W, C]", forward_predictions.shape)
+        check_floating("final_prediction", final_prediction)
+        check_shape("final_prediction", final_prediction, "[H, W, C]", forward_predictions.shape[1:])
+        check_integer("target_outcome", target_outcome)
+        check_shape("target_outcome", target_outcome, "[H, W]", (height, width))
+        tensors = plan | {"final_prediction": final_prediction, "target_outcome": target_outcome}
+        if prompt_embedding is not None:
+            check_floating("prompt_embedding", prompt_embedding)
+            if tuple(prompt_embedding.shape) not in ((self.prompt_dim,), (self.num_colors,)):
+                raise ValueError(
+                    f"prompt_embedding must have the shape [{self.prompt_dim}] or [{self.num_colors}], "
+                    f"it was {list(prompt_embedding.shape)}."
+                )
+            tensors["prompt_embedding"] = prompt_embedding
+        if grid_mask is not None:
+            check_shape("grid_mask", grid_mask, "[H, W]", (height, width))
+            tensors["grid_mask"] = grid_mask
+        tensors["the parameters of EFELoss"] = self.prompt_projector.weight
+        for name, tensor in tensors.items():
+            check_same_device(name, tensor, "forward_predictions", forward_predictions)
+        return steps, height, width
+
+    def _preference(self, height: int, width: int, prompt: Tensor | None, outside: Tensor | None) -> Tensor:
+        """clamp P, [C, H, W]."""
+        logits = self.ensure_preference(height, width).movedim(-1, 0)
+        logits = logits.to(wide_dtype(logits.device))
+        if prompt is not None:
+            scales = F.pad(prompt, (0, max(self.num_colors - prompt.numel(), 0)))[: self.num_colors].sigmoid()
+            logits = logits * scales[:, None, None]
+        probs = logits.softmax(0)
+        if outside is not None:
+            probs = probs.masked_fill(outside, FILL)
+        return probs.clamp(EPS, 1)
+
+    def _anchoring(self, preference: Tensor) -> Tensor:
+        """Mean of Ĉ (log Ĉ − log P) over H·W·C for clamp P [C, H, W]; 0 where there is no Ĉ for that size."""
+        outcomes, height, width = preference.shape
+        running = self.target_preferences_dict.get(f"{height}x{width}")
+        if running is None:
+            return preference.new_zeros(())
+        check_shape(f"target_preferences_dict['{height}x{width}']", running, "[H, W, C]", (height, width, outcomes))
+        anchor = running.detach().to(preference).clamp(EPS, 1).movedim(-1, 0)
+        return (anchor * ((anchor + EPS).log() - (preference + EPS).log())).mean()
+
+    def _prompt_cosine(self, mean_logits: Tensor, prompt: Tensor | None) -> Tensor:
+        """Mean over the steps of the cosine of mean_logits [T, C] and the projected prompt; 0 without one."""
+        if prompt is None:
+            return mean_logits.new_zeros(())
+        direction = prompt
+        if prompt.numel() != self.num_colors:
+            weight, bias = self.prompt_projector.weight, self.prompt_projector.bias
+            direction = F.linear(direction, weight.to(direction), bias.to(direction))
+        return F.cosine_similarity(mean_logits, direction[None], eps=EPS).mean()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EFELoss:
+        super()._apply(fn, recurse)
+        for key, running in self.target_preferences_dict.items():
+            self.target_preferences_dict[key] = fn(running)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        start = re.escape(f"{prefix}preference_embeddings.")
+        for key in state_dict:
+            size = re.fullmatch(start + r"(\d+)x(\d+)", key)
+            if size is not None:
+                self.ensure_preference(int(size[1]), int(size[2]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
