@@ -36,6 +36,9 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-v
 // body: a lambda marked EFE_SIMD_BODY whose loops the compiler vectorises; the functions that they call are EFE_INLINE.
 #define EFE_SIMD_BODY __attribute__((always_inline))
 
+// Before a loop whose iterations touch different elements, which the compiler cannot know of pointers.
+#define EFE_INDEPENDENT _Pragma("GCC ivdep")
+
 template <class Body>
 void vectorized(const Body& body) {
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -124,7 +124,8 @@ void softmax(const A* x, int64_t outcomes, A* p, A* d, A* l, A* information) {
         for (int64_t i = 0; i < kLanes; ++i) top[i] = x[i];
         for (int64_t c = 1; c < outcomes; ++c)
             for (int64_t i = 0; i < kLanes; ++i) top[i] = x[c * kLanes + i] > top[i] ? x[c * kLanes + i] : top[i];
-        for (int64_t c = 0; c < outcomes; ++c)
+        for (int64_t c = 0; c < outcomes; ++c) {
+            EFE_INDEPENDENT
             for (int64_t i = 0; i < kLanes; ++i) {
                 A shifted = x[c * kLanes + i] - top[i];
                 // -inf is kept finite, so that 0 * log 0 is 0; a NaN stays one.
@@ -134,6 +135,7 @@ void softmax(const A* x, int64_t outcomes, A* p, A* d, A* l, A* information) {
                 p[c * kLanes + i] = e;
                 sum[i] += e;
             }
+        }
         for (int64_t i = 0; i < kLanes; ++i) {
             l[i] = math::log_normal_range(sum[i]);
             sum[i] = A(1) / sum[i];
@@ -238,16 +240,25 @@ void add_agreement(const A* p, const A* q, const A* p_information, const A* q_in
 template <class A>
 void add_cross_entropy(const A* x, const A* d, const A* l, const int64_t* target, const Block<A>& block,
                        int64_t outcomes, A* loss, A* missed) {
-    for (int64_t i = 0; i < block.count; ++i) {
-        if (block.counted[i] == 0) continue;
-        int64_t best = 0;
-        for (int64_t c = 1; c < outcomes; ++c)
-            if (x[c * kLanes + i] > x[best * kLanes + i]) best = c;
-        const int64_t at = target[i] * kLanes + i;
-        const bool impossible = x[at] == -std::numeric_limits<A>::infinity();
-        loss[i] += impossible ? std::numeric_limits<A>::infinity() : l[i] - d[at];
-        missed[i] += best != target[i] ? A(1) : A(0);
-    }
+    constexpr A kInfinity = std::numeric_limits<A>::infinity();
+    vectorized([&]() EFE_SIMD_BODY {
+        A wanted[kLanes] = {}, top[kLanes], best[kLanes] = {}, d_wanted[kLanes] = {};
+        for (int64_t i = 0; i < block.count; ++i) wanted[i] = static_cast<A>(static_cast<int32_t>(target[i]));
+        for (int64_t i = 0; i < kLanes; ++i) top[i] = -kInfinity;
+        for (int64_t c = 0; c < outcomes; ++c)
+            for (int64_t i = 0; i < kLanes; ++i) {
+                const A value = x[c * kLanes + i], index = static_cast<A>(c);
+                best[i] = value > top[i] ? index : best[i];
+                top[i] = value > top[i] ? value : top[i];
+                // An impossible outcome costs infinity, not the finite stand-in for it.
+                const A exact = value == -kInfinity ? -kInfinity : d[c * kLanes + i];
+                d_wanted[i] = wanted[i] == index ? exact : d_wanted[i];
+            }
+        for (int64_t i = 0; i < kLanes; ++i) {
+            loss[i] += l[i] - d_wanted[i];
+            missed[i] += best[i] != wanted[i] ? A(1) : A(0);
+        }
+    });
 }
 
 // Sums over the counted cells of the logits clamped for the prompt term.
@@ -479,12 +490,14 @@ void softmax_gradient(const A* p, int64_t outcomes, A* f, A* p_sums) {
     vectorized([&]() EFE_SIMD_BODY {
         A mean[kLanes];
         weighted_sum(p, f, outcomes, mean);
-        for (int64_t c = 0; c < outcomes; ++c)
+        for (int64_t c = 0; c < outcomes; ++c) {
+            EFE_INDEPENDENT
             for (int64_t i = 0; i < kLanes; ++i) {
                 const A prob = p[c * kLanes + i];
                 p_sums[c * kLanes + i] += prob;
                 f[c * kLanes + i] = prob * (f[c * kLanes + i] - mean[i]);
             }
+        }
     });
 }
 
@@ -527,6 +540,7 @@ void pair_gradient(const A* p, const A* q, const A* log_c, int64_t size, A own, 
                    A* d, A* e) {
     const A q_own = separate ? A(0) : own, q_risk = separate ? A(0) : risk_weight;
     vectorized([&]() EFE_SIMD_BODY {
+        EFE_INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
             const A log_sum = js * log_floored(p[i] + q[i]);
             d[i] = (own + js) * d[i] - risk_weight * log_c[i] - log_sum;

@@ -54,6 +54,7 @@ void load_as(const T* source, const Plan& plan, const Block<A>& block, A* values
             for (int64_t c = 0; c < plan.outcomes; ++c) {
                 const T* from = source + c * plan.outcome + block.first;
                 A* to = values + c * kLanes;
+                EFE_INDEPENDENT
                 for (int64_t l = 0; l < block.count; ++l) to[l] = static_cast<A>(from[l]);
             }
         } else {
@@ -76,6 +77,7 @@ void store_as(T* target, const Plan& plan, const Block<A>& block, const A* value
             for (int64_t c = 0; c < plan.outcomes; ++c) {
                 T* to = target + c * plan.outcome + block.first;
                 const A* from = values + c * kLanes;
+                EFE_INDEPENDENT
                 for (int64_t l = 0; l < block.count; ++l) to[l] = static_cast<T>(from[l] * block.counted[l]);
             }
         } else {
