@@ -6,11 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 TRAIN_ARGS ?=
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test aot lint clean
 
 help:
 	@echo "make train   set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test    set up .venv, build, run every test that this machine can run"
+	@echo "make aot     compile every Triton kernel ahead of time and check registers, spills and instructions"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove .venv and everything built"
 
@@ -21,6 +22,10 @@ train: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/efe_loss tests/advantage
+
+# What the Triton compiler makes of every kernel for three architectures, against the committed budgets. Needs no GPU.
+aot: $(VENV)/.built
+	$(BIN)/python -m bench.aot --check
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -36,6 +41,6 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[train,test,bench,dev]"
+	$(PIP) --no-build-isolation --editable ".[train,test,dev]"
 	$(BIN)/python -m efe_kernels.info
 	touch $@

@@ -51,7 +51,7 @@ def choose_cuda() -> tuple[bool, str]:
 def extensions() -> list[cpp_extension.CppExtension]:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
-        print(f"efe-kernels: no C++ compiler ({compiler}) found: built without the extension, PyTorch code serves instead.")
+        print(f"efe-kernels: no C++ compiler ({compiler}) found: built without the extension, plain PyTorch serves.")
         return []
     with_cuda, reason = choose_cuda()
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")

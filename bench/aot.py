@@ -5,19 +5,26 @@ recorded instead of executed, and each record is compiled for each architecture.
 
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
-    python -m bench.aot --check         fails when a kernel spills
+    python -m bench.aot --check         fails when a kernel spills or exceeds its budget in aot_budgets.json
+
+Thread-instructions per cell-step count what one lane executes for one of its cells at one step: the machine code of
+one program, which at the sizes compiled here has no loop, over the cells of a lane times the steps. A branch counts as
+taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +40,7 @@ from triton.runtime.jit import JITFunction
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 
 ARCHITECTURES = (80, 90, 100)
+BUDGETS = Path(__file__).with_name("aot_budgets.json")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float32: "*fp32",
@@ -64,6 +72,7 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     instructions: int
+    per_cell_step: float | None
     loads: dict[str, int]
     stores: dict[str, int]
 
@@ -109,18 +118,43 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(BINARIES / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+\s+)?([A-Z0-9._]+)(.*)")
+LABEL = re.compile(r"\s*(\.L_x_\d+):")
+
+
+def operations_of(listing: str) -> tuple[list[str], bool]:
+    """The operations of a machine-code listing, and whether there is a loop among them."""
+    operations: list[str] = []
+    labels: set[str] = set()
+    loops = False
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels.add(label[1])
+        elif found := INSTRUCTION.search(line):
+            # A branch back to a label that has been seen; the unconditional one behind the last EXIT is padding.
+            loops |= found[2] == "BRA" and found[1] is not None and any(label in found[3] for label in labels)
+            if found[2] != "NOP":
+                operations.append(found[2])
+    return operations, loops
+
+
+def per_cell_step(launch: Launch, operations: list[str]) -> float:
+    lanes = 32 * launch.options["num_warps"]
+    return round(len(operations) / (launch.arguments["TILE"] / lanes * launch.arguments["T"]), 1)
+
+
 def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
     compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = tool("nvdisasm", "-c", file.name)
+        operations, loops = operations_of(tool("nvdisasm", "-c", file.name))
         usage = tool("cuobjdump", "-res-usage", file.name)
-    operations = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9._]+)", listing)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump told no resource usage of {variant}: {usage}")
     counted = Counter(operations)
+    walks_over_cells = "TILE" in launch.arguments and not loops
     return Report(
         variant=variant,
         kernel=launch.function.__name__,
@@ -128,7 +162,8 @@ def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
         registers=int(found[1]),
         spill_bytes=int(found[2]),
         shared_bytes=compiled.metadata.shared,
-        instructions=sum(count for name, count in counted.items() if name != "NOP"),
+        instructions=len(operations),
+        per_cell_step=per_cell_step(launch, operations) if walks_over_cells else None,
         loads={name: count for name, count in counted.items() if name.startswith(("LDG", "LDL"))},
         stores={name: count for name, count in counted.items() if name.startswith(("STG", "STL"))},
     )
@@ -145,7 +180,7 @@ def efe_loss_launches(
 ) -> list[Launch]:
     """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
     logits = meta_plan(dtype, channel_first)
-    batch, steps, height, width, outcomes = logits.shape
+    batch, _, height, width, outcomes = logits.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -166,9 +201,7 @@ def efe_loss_launches(
     needs = [tensor is not None for tensor in inputs[:7]]
     with recorded_launches() as launches:
         *_, scale, residual = efe_loss_kernels.efe_loss_forward(*inputs, *settings)
-        efe_loss_kernels.efe_loss_backward(
-            new(1).expand(batch), None, *inputs, *settings, scale, residual, needs
-        )
+        efe_loss_kernels.efe_loss_backward(new(1).expand(batch), None, *inputs, *settings, scale, residual, needs)
     return launches
 
 
@@ -183,39 +216,62 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
 }
 
 
+def compile_variant(task: tuple[str, int]) -> list[Report]:
+    name, arch = task
+    return [compile_launch(name, launch, arch) for launch in VARIANTS[name]()]
+
+
 def table(reports: list[Report]) -> str:
-    rows = [("variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "loads", "stores")]
+    rows = [("variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "per cell-step", "loads", "stores")]
     for report in reports:
-        widths = [" ".join(f"{name}x{count}" for name, count in sorted(kind.items())) for kind in (report.loads, report.stores)]
+        widths = [
+            " ".join(f"{name}x{count}" for name, count in sorted(kind.items()))
+            for kind in (report.loads, report.stores)
+        ]
         rows.append(
             (report.variant, report.kernel, report.arch, str(report.registers), str(report.spill_bytes),
-             str(report.shared_bytes), str(report.instructions), *widths)
+             str(report.shared_bytes), str(report.instructions), str(report.per_cell_step or ""), *widths)
         )  # fmt: skip
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports as JSON")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a kernel spills")
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, such as 80 90")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a budget is exceeded")
+    parser.add_argument(
+        "--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, such as 80 90"
+    )
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args(argv)
-    reports = [
-        compile_launch(variant, launch, arch)
-        for variant, launches in VARIANTS.items()
-        if options.only in variant
-        for launch in launches()
-        for arch in options.arch
-    ]
+    tasks = [(name, arch) for name in VARIANTS if options.only in name for arch in options.arch]
+    # The compiler is not safe in one process forked from another that has used it.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        reports = [report for found in pool.map(compile_variant, tasks) for report in found]
     print(table(reports))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
-    spilling = [report for report in reports if report.spill_bytes > 0]
-    for report in spilling:
-        print(f"{report.kernel} of {report.variant} spills {report.spill_bytes} bytes on {report.arch}.", file=sys.stderr)
-    return 1 if options.check and spilling else 0
+    excesses = [excess for report in reports for excess in over_budget(report)]
+    for excess in excesses:
+        print(excess, file=sys.stderr)
+    return 1 if options.check and excesses else 0
+
+
+def over_budget(report: Report) -> Iterator[str]:
+    """What of the report is worse than it may be, a sentence each."""
+    name = f"{report.kernel} of {report.variant} on {report.arch}"
+    if report.spill_bytes > 0:
+        yield f"{name} spills {report.spill_bytes} bytes."
+    budget = json.loads(BUDGETS.read_text()).get(report.variant, {}).get(report.kernel)
+    if budget is None or report.arch != "sm_90":
+        return
+    if report.per_cell_step is None or report.per_cell_step > budget:
+        yield f"{name} executes {report.per_cell_step} thread-instructions per cell-step, its budget is {budget}."
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class EFELoss(nn.Module):
         """Move the running target preference toward one-hot targets by the factor 0.05 + 0.15 * success_rate.
 
         target: [B, H, W] or [H, W] integers. valid: bool of the same shape, or None. success_rate: in [0, 1].
-        A cell moves toward the mean of the one-hot targets of the episodes in which it counts; where none counts it stays.
+        A cell moves toward the mean of the one-hot targets of the episodes in which it counts; elsewhere it stays.
         """
         if target.dim() == 2:
             target = target[None]

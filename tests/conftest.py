@@ -8,7 +8,7 @@ from efe_kernels.common.library import INTERPRET
 
 @pytest.fixture
 def device() -> str:
-    """Where the op under test runs: the GPU where there is one, else the CPU (with Triton's interpreter if it is on)."""
+    """Where the op under test runs: the GPU where there is one, else the CPU, interpreted if that is switched on."""
     return "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 
 

@@ -14,7 +14,7 @@ import torch
 LIBRARY = torch.library.Library("efe", "DEF")
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Triton's own switch. With it, the Triton kernels also serve CPU tensors, which is how they are tested without a GPU."""
+"""Triton's own switch. With it, the Triton kernels also serve CPU tensors: so they are tested without a GPU."""
 
 
 OPS: dict[str, bool] = {}

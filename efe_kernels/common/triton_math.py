@@ -21,18 +21,20 @@ APPROXIMATE = not INTERPRET
 def log2(x, APPROX: tl.constexpr):
     """log2 of a float32; with APPROX one instruction with an absolute error of about 2^-22 near 1."""
     if APPROX:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.log2(x)
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit
 def reciprocal(x, APPROX: tl.constexpr):
     """1 / x of a float32; with APPROX one instruction with a relative error of about 2^-23."""
     if APPROX:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return 1.0 / x
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
 
 
 def launch_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:

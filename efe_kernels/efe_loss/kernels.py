@@ -6,9 +6,9 @@ between lanes. Logarithms are to base 2 inside; results are in nats.
 The plan is read in pairs of steps: x = F_t with t = T-1-i, y = the step it is compared with. For a plan read backwards,
 y = F_i, and the pair (x, y) serves both steps, so each logit is read once; with separate backward logits, y = R_t.
 
-Forward: one program per (episode, pair) walks over the cells and writes its sums; a second launch, one program per
-episode, adds them up in a fixed order. Backward: one program per (tile of cells, chunk of episodes), so that the
-gradient of the shared preference is accumulated in registers and written once per chunk.
+Forward: one program per (episode, tile of cells) writes its sums; a second launch, one program per episode, adds them
+up in a fixed order. Backward: one program per (tile of cells, chunk of episodes), so that the gradient of the shared
+preference is accumulated in registers and written once per chunk. A program is one warp: its sums need no barrier.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ TARGET_PREFERENCE_FLOOR = tl.constexpr(1e-8)
 SHORTEST_DIRECTION = tl.constexpr(1e-8)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 NUM_TERMS = tl.constexpr(7)
-# Sums that one (episode, pair) program writes: risk, ambiguity, agreement, consistency, anchor, wrong cells, cells.
+# Sums that one forward program writes: the first five terms, wrong cells, cells.
 NUM_SUMS = tl.constexpr(8)
 
-LANES = 128
+NUM_WARPS = 1
+LANES = 32 * NUM_WARPS
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
 
@@ -51,13 +52,19 @@ def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.
 def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
     """C float32 tensors, one per outcome.
 
-    The mask is that of the tile, not of the cells that count: one that varies from cell to cell would forbid wide loads.
+    The mask is that of the tile, not of the cells that count: one that varies from cell to cell forbids wide loads.
     So NaN may lie in a cell that does not count, and every sum and store selects by `counted`.
     """
     xs = ()
     for c in tl.static_range(C):
         xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0).to(tl.float32),)
     return xs
+
+
+@triton.jit
+def finite(x):
+    """x with a finite stand-in for -inf, so that 0 * log 0 is 0; a NaN stays one."""
+    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -71,9 +78,7 @@ def softmax(xs, C: tl.constexpr, APPROX: tl.constexpr):
     es = ()
     total = tl.zeros_like(top)
     for c in tl.static_range(C):
-        d = xs[c] * LOG2_E - top
-        # -inf - top is kept finite, so that 0 * log2 0 is 0; a NaN stays one.
-        d = tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        d = finite(xs[c] * LOG2_E - top)
         e = tl.exp2(d)
         ds = ds + (d,)
         es = es + (e,)
@@ -116,19 +121,16 @@ def log_preference(
     C: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """c, log2 c and the unscaled preference logits of each cell."""
+    """log2 c of each cell."""
     loaded = load_outcomes(preference_ptr, offset, mask, STRIDE_C, C)
-    logits = ()
     scaled = ()
     for c in tl.static_range(C):
-        logit = tl.maximum(loaded[c], LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        logits = logits + (logit,)
-        scaled = scaled + (logit * scales[c],)
-    ps, ds, l = softmax(scaled, C, APPROX)
+        scaled = scaled + (finite(loaded[c]) * scales[c],)
+    _ps, ds, l = softmax(scaled, C, APPROX)
     logs = ()
     for c in tl.static_range(C):
         logs = logs + (ds[c] - l,)
-    return ps, logs, logits
+    return logs
 
 
 @triton.jit
@@ -168,13 +170,12 @@ def log2_of_sum(p, q, APPROX: tl.constexpr):
 
 
 @triton.jit
-def observation_sum(
-    observation_ptr,
+def observation_entropy(
+    observation_ptr,  # [B, T, H, W, C] any strides
     episode,
     step,
     cell,
     mask,
-    counted,
     STRIDES: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
@@ -185,12 +186,12 @@ def observation_sum(
     ps = load_step(observation_ptr, episode, step, cell, mask, STRIDES, WIDTH, C)
     for c in tl.static_range(C):
         total -= ps[c] * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX)
-    return tl.where(counted, total, 0.0)
+    return total
 
 
 @triton.jit
-def anchor_sum(
-    logs, ps, target_preference_ptr, offset, mask, counted, STRIDE_C: tl.constexpr, C: tl.constexpr, APPROX: tl.constexpr
+def anchor_divergence(
+    logs, target_preference_ptr, offset, mask, counted, STRIDE_C: tl.constexpr, C: tl.constexpr, APPROX: tl.constexpr
 ):
     """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
     anchors = load_outcomes(target_preference_ptr, offset, mask, STRIDE_C, C)
@@ -202,7 +203,7 @@ def anchor_sum(
     for c in tl.static_range(C):
         log_anchor = log2(tl.maximum(anchors[c], TARGET_PREFERENCE_FLOOR), APPROX)
         log_anchors = log_anchors + (log_anchor,)
-        divergence += ps[c] * (logs[c] - log_anchor)
+        divergence += tl.exp2(logs[c]) * (logs[c] - log_anchor)
     is_set = counted & (row != 0)
     return tl.where(is_set, divergence, 0.0), log_anchors, is_set
 
@@ -226,16 +227,117 @@ def cross_entropy(xs, ds, l, target, counted, C: tl.constexpr):
 
 
 @triton.jit
-def add_clamped(sums, xs, counted, C: tl.constexpr):
-    added = ()
+def store_direction(
+    direction_ptr,  # [C] float32, written
+    xs,
+    weight,
+    C: tl.constexpr,
+):
+    """Sums over the counted cells of a tile of the clamped logits of one step, for the prompt term."""
     for c in tl.static_range(C):
-        clamped = tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
-        added = added + (sums[c] + tl.where(counted, clamped, 0.0),)
-    return added
+        # A clamped NaN is a finite number, so a weight of 0 removes it.
+        tl.store(direction_ptr + c, tl.sum(weight * tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)))
 
 
 @triton.jit
-def efe_loss_pair_kernel(
+def forward_step(
+    observation_ptr,  # [B, T, H, W, C] any strides
+    direction_ptr,  # [T, C] float32, written
+    episode,
+    step,
+    cell,
+    mask,
+    weight,
+    log_cs,
+    xs,
+    ps,
+    information,
+    OBSERVATION: tl.constexpr,
+    HAS_OBSERVATION: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Risk and ambiguity in bits of each cell at one step; its part of the direction is stored."""
+    risk = information - weighted_sum(ps, log_cs, C)
+    ambiguity = -information
+    if HAS_OBSERVATION:
+        ambiguity = observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
+    if HAS_DIRECTION:
+        store_direction(direction_ptr + step * C, xs, weight, C)
+    return risk, ambiguity
+
+
+@triton.jit
+def forward_pair(
+    logits_ptr,  # [B, T, H, W, C] any strides
+    backward_ptr,  # [B, T, H, W, C] any strides
+    observation_ptr,  # [B, T, H, W, C] any strides
+    direction_ptr,  # [T, C] float32, written
+    episode,
+    pair,
+    cell,
+    mask,
+    counted,
+    weight,
+    target,
+    log_cs,
+    LOGITS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    OBSERVATION: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
+    HAS_OBSERVATION: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    ALONE: tl.constexpr,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Risk, ambiguity and agreement in bits, consistency and misses of each cell, summed over the steps of one pair.
+
+    HAS_TARGET and ALONE as in `backward_pair`.
+    """
+    step = T - 1 - pair
+    xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
+    ps, ds, l = softmax(xs, C, APPROX)
+    information = weighted_sum(ps, ds, C) - l
+    risk, ambiguity = forward_step(
+        observation_ptr, direction_ptr, episode, step, cell, mask, weight, log_cs, xs, ps, information, OBSERVATION,
+        HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
+    )  # fmt: skip
+    agreement = tl.zeros(cell.shape, tl.float32)
+    consistency = agreement
+    missed = agreement
+    if HAS_TARGET:
+        consistency, missed = cross_entropy(xs, ds, l, target, counted, C)
+    if not ALONE:
+        if HAS_BACKWARD:
+            ys = load_step(backward_ptr, episode, step, cell, mask, BACKWARD, WIDTH, C)
+        else:
+            ys = load_step(logits_ptr, episode, pair, cell, mask, LOGITS, WIDTH, C)
+        qs, es, k = softmax(ys, C, APPROX)
+        y_information = weighted_sum(qs, es, C) - k
+        # Twice the divergence: of both steps of a pair, of one step with separate backward logits.
+        agreement = information + y_information + 2.0
+        for c in tl.static_range(C):
+            agreement -= (ps[c] + qs[c]) * log2_of_sum(ps[c], qs[c], APPROX)
+        if HAS_BACKWARD:
+            agreement *= 0.5
+        else:
+            y_risk, y_ambiguity = forward_step(
+                observation_ptr, direction_ptr, episode, pair, cell, mask, weight, log_cs, ys, qs, y_information,
+                OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
+            )  # fmt: skip
+            risk += y_risk
+            ambiguity += y_ambiguity
+    return risk, ambiguity, agreement, consistency, missed
+
+
+@triton.jit
+def efe_loss_forward_kernel(
     logits_ptr,  # [B, T, H, W, C] any strides
     backward_ptr,  # [B, T, H, W, C] any strides
     final_ptr,  # [B, H, W, C] any strides
@@ -245,8 +347,8 @@ def efe_loss_pair_kernel(
     target_ptr,  # [B, H, W] any strides
     target_preference_ptr,  # [H, W, C] any strides
     valid_ptr,  # [B, H, W] uint8, any strides
-    sums_ptr,  # [B, PAIRS, NUM_SUMS] float32, written
-    direction_ptr,  # [B, T, C] float32, written: sums over cells of the clamped logits
+    sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
+    direction_ptr,  # [B, TILES, T, C] float32, written
     ignore_index,
     LOGITS: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -269,120 +371,88 @@ def efe_loss_pair_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     PAIRS: tl.constexpr,
+    ALONE: tl.constexpr,
     TILE: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Sums over the cells of one episode for one pair of steps."""
+    """Sums over the cells of one tile of one episode."""
     episode = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1)
-    step = T - 1 - pair
-    other = step if HAS_BACKWARD else pair
-    paired = HAS_BACKWARD or (step != other)
+    tile = tl.program_id(1)
+    cell = tile * TILE + tl.arange(0, TILE)
+    mask = cell < CELLS
+    counted, target = counted_cells(
+        target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+    )
+    weight = tl.where(counted, 1.0, 0.0)
     scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
-    zeros = tl.zeros((TILE,), tl.float32)
-    risk = zeros
-    ambiguity = zeros
-    agreement = zeros
-    consistency = zeros
-    anchor = zeros
-    wrong = zeros
-    cells = zeros
-    x_direction = ()
-    y_direction = ()
-    for _c in tl.static_range(C):
-        x_direction = x_direction + (zeros,)
-        y_direction = y_direction + (zeros,)
+    offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
+    log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
+    program = episode * tl.num_programs(1) + tile
+    direction_ptr += program * T * C
+    risk = tl.zeros((TILE,), tl.float32)
+    ambiguity = risk
+    agreement = risk
+    consistency = risk
+    missed = risk
+    # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
+    if PAIRS > ALONE:
+        risk, ambiguity, agreement, consistency, missed = forward_pair(
+            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, 0, cell, mask, counted, weight, target,
+            log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, not HAS_FINAL, False,
+            T, WIDTH, C, APPROX,
+        )  # fmt: skip
+    for pair in range(1, PAIRS - ALONE):
+        pair_risk, pair_ambiguity, pair_agreement, _consistency, _missed = forward_pair(
+            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, pair, cell, mask, counted, weight,
+            target, log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, False, False,
+            T, WIDTH, C, APPROX,
+        )  # fmt: skip
+        risk += pair_risk
+        ambiguity += pair_ambiguity
+        agreement += pair_agreement
+    if ALONE:
+        pair_risk, pair_ambiguity, _agreement, pair_consistency, pair_missed = forward_pair(
+            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, PAIRS - 1, cell, mask, counted, weight,
+            target, log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION,
+            not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
+        )  # fmt: skip
+        risk += pair_risk
+        ambiguity += pair_ambiguity
+        consistency += pair_consistency
+        missed += pair_missed
+    if HAS_FINAL:
+        finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
+        _ps, ds, l = softmax(finals, C, APPROX)
+        consistency, missed = cross_entropy(finals, ds, l, target, counted, C)
 
-    for start in range(0, CELLS, TILE):
-        cell = start + tl.arange(0, TILE)
-        mask = cell < CELLS
-        counted, target = counted_cells(
-            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
-        )
-        offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
-        cs, log_cs, _unscaled = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
-
-        xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
-        ps, ds, l = softmax(xs, C, APPROX)
-        x_information = weighted_sum(ps, ds, C) - l
-        risk += tl.where(counted, x_information - weighted_sum(ps, log_cs, C), 0.0)
-        if HAS_OBSERVATION:
-            ambiguity += observation_sum(
-                observation_ptr, episode, step, cell, mask, counted, OBSERVATION, WIDTH, C, APPROX
-            )
-        else:
-            ambiguity -= tl.where(counted, x_information, 0.0)
-        if HAS_DIRECTION:
-            x_direction = add_clamped(x_direction, xs, counted, C)
-
-        if paired:
-            if HAS_BACKWARD:
-                ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
-            else:
-                ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
-            qs, es, k = softmax(ys, C, APPROX)
-            y_information = weighted_sum(qs, es, C) - k
-            # Twice the divergence in bits: of both steps of a pair, of one step with separate backward logits.
-            divergence = x_information + y_information + 2.0
-            for c in tl.static_range(C):
-                divergence -= (ps[c] + qs[c]) * log2_of_sum(ps[c], qs[c], APPROX)
-            agreement += tl.where(counted, divergence, 0.0)
-            if not HAS_BACKWARD:
-                risk += tl.where(counted, y_information - weighted_sum(qs, log_cs, C), 0.0)
-                if HAS_OBSERVATION:
-                    ambiguity += observation_sum(
-                        observation_ptr, episode, other, cell, mask, counted, OBSERVATION, WIDTH, C, APPROX
-                    )
-                else:
-                    ambiguity -= tl.where(counted, y_information, 0.0)
-                if HAS_DIRECTION:
-                    y_direction = add_clamped(y_direction, ys, counted, C)
-
-        if pair == 0:
-            cells += tl.where(counted, 1.0, 0.0)
-            if HAS_FINAL:
-                finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
-                _fs, final_ds, final_l = softmax(finals, C, APPROX)
-                entropy, missed = cross_entropy(finals, final_ds, final_l, target, counted, C)
-            else:
-                entropy, missed = cross_entropy(xs, ds, l, target, counted, C)
-            consistency += entropy
-            wrong += missed
-            if HAS_ANCHOR:
-                place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
-                distance, _logs, _set = anchor_sum(
-                    log_cs, cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
-                )
-                anchor += distance
-
-    sums_ptr += (episode * PAIRS + pair) * NUM_SUMS
-    agreement_share = 0.5 if HAS_BACKWARD else 1.0
-    tl.store(sums_ptr + 0, tl.sum(risk) * LN_2)
-    tl.store(sums_ptr + 1, tl.sum(ambiguity) * LN_2)
+    sums_ptr += program * NUM_SUMS
+    tl.store(sums_ptr + 0, tl.sum(tl.where(counted, risk, 0.0)) * LN_2)
+    tl.store(sums_ptr + 1, tl.sum(tl.where(counted, ambiguity, 0.0)) * LN_2)
     tl.store(sums_ptr + 2, tl.sum(consistency) * LN_2)
-    tl.store(sums_ptr + 3, tl.sum(agreement) * LN_2 * agreement_share)
-    tl.store(sums_ptr + 4, tl.sum(anchor) * LN_2)
-    tl.store(sums_ptr + 5, tl.sum(wrong))
-    tl.store(sums_ptr + 6, tl.sum(cells))
-    if HAS_DIRECTION:
-        for c in tl.static_range(C):
-            tl.store(direction_ptr + (episode * T + step) * C + c, tl.sum(x_direction[c]))
-        if not HAS_BACKWARD and step != other:
-            for c in tl.static_range(C):
-                tl.store(direction_ptr + (episode * T + other) * C + c, tl.sum(y_direction[c]))
+    tl.store(sums_ptr + 3, tl.sum(tl.where(counted, agreement, 0.0)) * LN_2)
+    if HAS_ANCHOR:
+        place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
+        distance, _logs, _set = anchor_divergence(
+            log_cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
+        )
+        tl.store(sums_ptr + 4, tl.sum(distance) * LN_2)
+    else:
+        tl.store(sums_ptr + 4, 0.0)
+    tl.store(sums_ptr + 5, tl.sum(missed))
+    tl.store(sums_ptr + 6, tl.sum(weight))
 
 
 @triton.jit
 def efe_loss_episode_kernel(
-    sums_ptr,  # [B, PAIRS, NUM_SUMS] float32
-    direction_ptr,  # [B, T, C] float32
+    sums_ptr,  # [B, TILES, NUM_SUMS] float32
+    direction_ptr,  # [B, TILES, T, C] float32
     prompt_ptr,  # [B, D] any strides
     projection_ptr,  # [C, D] any strides
     total_ptr,  # [B] float32, written
     terms_ptr,  # [B, NUM_TERMS] float32, written
     mask_ratio_ptr,  # [B] float32, written
     scale_ptr,  # [B] float32, written
-    residual_ptr,  # [B, RESIDUAL] float32, written: cells, d prompt term / d logits_t [T, C], d prompt term / d (W e) [C]
+    residual_ptr,  # [B, RESIDUAL] float32, written: cells, then d prompt term / d logits [T, C] and / d (W e) [C]
     weight_risk,
     weight_ambiguity,
     weight_consistency,
@@ -399,7 +469,7 @@ def efe_loss_episode_kernel(
     T: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
-    PAIRS: tl.constexpr,
+    TILES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -408,8 +478,9 @@ def efe_loss_episode_kernel(
     episode = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, NUM_SUMS)
     sums = tl.zeros((NUM_SUMS,), tl.float32)
-    for pair in range(PAIRS):
-        sums += tl.load(sums_ptr + (episode * PAIRS + pair) * NUM_SUMS + slot)
+    for tile in range(TILES):
+        # The last slot is padding that no program writes.
+        sums += tl.load(sums_ptr + (episode * TILES + tile) * NUM_SUMS + slot, mask=slot < NUM_TERMS, other=0.0)
     residual_ptr += episode * RESIDUAL
     cells = pick(sums, 6)
     share = 1.0 / tl.maximum(cells, 1.0)
@@ -423,8 +494,8 @@ def efe_loss_episode_kernel(
     prompt = 0.0
     if HAS_DIRECTION:
         prompt = prompt_term(
-            direction_ptr + episode * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr, residual_ptr, share,
-            PROMPT[1], PROJECTION, T, C, D, C_BLOCK, D_BLOCK,
+            direction_ptr + episode * TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr, residual_ptr,
+            share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK,
         )  # fmt: skip
     scale = 1.0
     if HARD_CELL:
@@ -460,7 +531,7 @@ def weighted(weight, term):
 
 @triton.jit
 def prompt_term(
-    direction_ptr,  # [T, C] sums over cells of the clamped logits
+    direction_ptr,  # [TILES, T, C] sums over the cells of a tile of the clamped logits
     prompt_ptr,  # [D]
     projection_ptr,  # [C, D] any strides
     residual_ptr,  # [1 + (T + 1) * C]
@@ -470,6 +541,7 @@ def prompt_term(
     T: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    TILES: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
 ):
@@ -491,7 +563,9 @@ def prompt_term(
     total = 0.0
     grad_u = tl.zeros((C_BLOCK,), tl.float32)
     for t in range(T):
-        sums = tl.load(direction_ptr + t * C + outcome, mask=real, other=0.0)
+        sums = tl.zeros((C_BLOCK,), tl.float32)
+        for tile in range(TILES):
+            sums += tl.load(direction_ptr + (tile * T + t) * C + outcome, mask=real, other=0.0)
         z = tl.where(real, sums - tl.sum(sums) / C, 0.0) * share
         z_norm = tl.sqrt(tl.sum(z * z))
         defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)
@@ -508,9 +582,7 @@ def prompt_term(
 
 
 @triton.jit
-def store_step(
-    ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
-):
+def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
     offset = episode * STRIDES[0] + step * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
     for c in tl.static_range(C):
@@ -569,6 +641,101 @@ def observation_gradient(ps, counted, weight, C: tl.constexpr, APPROX: tl.conste
 
 
 @triton.jit
+def backward_pair(
+    logits_ptr,  # [B, T, H, W, C] any strides
+    backward_ptr,  # [B, T, H, W, C] any strides
+    grad_logits_ptr,  # [B, T, H, W, C] own strides, written
+    grad_backward_ptr,  # [B, T, H, W, C] own strides, written
+    residual_ptr,  # [RESIDUAL] float32 of this episode
+    episode,
+    pair,
+    cell,
+    mask,
+    counted,
+    target,
+    log_cs,
+    p_sums,
+    risk,
+    own,
+    consistency,
+    js,
+    direction,
+    LOGITS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr,
+    GRAD_BACKWARD: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    NEED_LOGITS: tl.constexpr,
+    NEED_BACKWARD: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    ALONE: tl.constexpr,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """Gradients of the steps of one pair, and p_sums with their probabilities added.
+
+    HAS_TARGET: the first step is the final one and is compared with the target. ALONE: the middle step of a plan read
+    backwards, which is its own partner; its divergence is 0.
+    """
+    step = T - 1 - pair
+    xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
+    ps, ds, _l = softmax(xs, C, APPROX)
+    fs = ()
+    if ALONE:
+        for c in tl.static_range(C):
+            fs = fs + (own * ds[c] - risk * log_cs[c],)
+        p_sums = add_all(p_sums, ps, C)
+    else:
+        if HAS_BACKWARD:
+            other = step
+            ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
+        else:
+            other = pair
+            ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
+        qs, es, _k = softmax(ys, C, APPROX)
+        gs = ()
+        for c in tl.static_range(C):
+            log_sum = js * log2_of_sum(ps[c], qs[c], APPROX)
+            preferred = risk * log_cs[c] + log_sum
+            fs = fs + ((own + js) * ds[c] - preferred,)
+            if HAS_BACKWARD:
+                gs = gs + (js * es[c] - log_sum,)
+            else:
+                gs = gs + ((own + js) * es[c] - preferred,)
+        p_sums = add_all(p_sums, ps, C)
+        if HAS_BACKWARD:
+            if NEED_BACKWARD:
+                grads = softmax_gradient(qs, gs, counted, C)
+                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
+        else:
+            p_sums = add_all(p_sums, qs, C)
+            if NEED_LOGITS:
+                grads = softmax_gradient(qs, gs, counted, C)
+                if HAS_DIRECTION:
+                    grads = add_direction(grads, ys, residual_ptr, other, counted, direction, C)
+                store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
+    if NEED_LOGITS:
+        grads = softmax_gradient(ps, fs, counted, C)
+        if HAS_DIRECTION:
+            grads = add_direction(grads, xs, residual_ptr, step, counted, direction, C)
+        if HAS_TARGET:
+            grads = add_cross_entropy(grads, ps, target, counted, consistency, C)
+        store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
+    return p_sums
+
+
+@triton.jit
+def add_all(sums, xs, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        added = added + (sums[c] + xs[c],)
+    return added
+
+
+@triton.jit
 def efe_loss_backward_kernel(
     grad_total_ptr,  # [B] float32
     grad_terms_ptr,  # [B, NUM_TERMS] float32
@@ -587,7 +754,7 @@ def efe_loss_backward_kernel(
     grad_backward_ptr,  # [B, T, H, W, C] own strides, written
     grad_final_ptr,  # [B, H, W, C] own strides, written
     grad_observation_ptr,  # [B, T, H, W, C] own strides, written
-    grad_preference_ptr,  # [CHUNKS, H * W, C] float32, written; [B, H * W, C] for one preference per episode
+    grad_preference_ptr,  # [CHUNKS, C, H * W] float32, written; [B, C, H * W] for one preference per episode
     grad_scales_ptr,  # [B, TILES, C] float32, written: sums over a tile of d loss / d preference scale
     weight_risk,
     weight_ambiguity,
@@ -631,6 +798,7 @@ def efe_loss_backward_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     PAIRS: tl.constexpr,
+    ALONE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EPISODES: tl.constexpr,
     TILE: tl.constexpr,
@@ -643,7 +811,8 @@ def efe_loss_backward_kernel(
 
         d KL(p || c) / d x  = p (f - sum p f),  f = log p - log c
         d H(p) / d x        = p (f - sum p f),  f = -log p
-        d JS(p || q) / d x  = p (f - sum p f),  f = (log p - log (p + q)) / 2; a pair counts twice in a plan read backwards
+        d JS(p || q) / d x  = p (f - sum p f),  f = (log p - log (p + q)) / 2; twice that in a plan
+                                                   read backwards, which meets each pair twice
         d CE(x, y) / d x    = p - onehot(y)
         d KL(p || c) / d l  = s (c - p),        c = softmax(s l), and d / d s = l (c - p)
         d KL(c || a) / d l  = s c (f - sum c f), f = log c - log a
@@ -675,63 +844,43 @@ def efe_loss_backward_kernel(
         j = upstream(grad_total, grad_terms, weight_agreement, 3, HAS_TOTAL, HAS_TERMS) * share / T
         anchor = upstream(grad_total, grad_terms, weight_anchor, 4, HAS_TOTAL, HAS_TERMS) * share
         direction = upstream(grad_total, grad_terms, weight_prompt, 5, HAS_TOTAL, HAS_TERMS)
-        own = 0.0 if HAS_OBSERVATION else e
-        js = 0.5 * j if HAS_BACKWARD else j
+        # What multiplies a logarithm carries the factor from base 2 to nats.
+        risk = LN_2 * a
+        own = risk if HAS_OBSERVATION else LN_2 * (a - e)
+        js = LN_2 * (0.5 * j if HAS_BACKWARD else j)
 
         counted, target = counted_cells(
             target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
         )
         scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
         offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
-        cs, log_cs, unscaled = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
+        log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
         p_sums = ()
         for _c in tl.static_range(C):
             p_sums = p_sums + (zeros,)
 
-        for pair in range(PAIRS):
-            step = T - 1 - pair
-            other = step if HAS_BACKWARD else pair
-            xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
-            ps, ds, _l = softmax(xs, C, APPROX)
-            if HAS_BACKWARD:
-                ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
-            else:
-                ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
-            qs, es, _k = softmax(ys, C, APPROX)
-            fs = ()
-            gs = ()
-            for c in tl.static_range(C):
-                log_sum = js * log2_of_sum(ps[c], qs[c], APPROX)
-                risk = a * log_cs[c] + log_sum
-                fs = fs + (LN_2 * ((a - own + js) * ds[c] - risk),)
-                if HAS_BACKWARD:
-                    gs = gs + (LN_2 * (js * es[c] - log_sum),)
-                else:
-                    gs = gs + (LN_2 * ((a - own + js) * es[c] - risk),)
-            if NEED_PREFERENCE or NEED_SCALES:
-                # In a plan read backwards y is a step of its own, except in the middle, which is its own partner.
-                partner = 0.0 if HAS_BACKWARD else tl.where(step != other, 1.0, 0.0)
-                updated = ()
-                for c in tl.static_range(C):
-                    updated = updated + (p_sums[c] + ps[c] + partner * qs[c],)
-                p_sums = updated
-            if NEED_LOGITS:
-                grads = softmax_gradient(ps, fs, counted, C)
-                if HAS_DIRECTION:
-                    grads = add_direction(grads, xs, residual, step, counted, direction, C)
-                if not HAS_FINAL:
-                    grads = add_cross_entropy(grads, ps, target, counted, k if pair == 0 else 0.0, C)
-                store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
-                if not HAS_BACKWARD:
-                    if step != other:
-                        grads = softmax_gradient(qs, gs, counted, C)
-                        if HAS_DIRECTION:
-                            grads = add_direction(grads, ys, residual, other, counted, direction, C)
-                        store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
-            if NEED_BACKWARD:
-                grads = softmax_gradient(qs, gs, counted, C)
-                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
-
+        # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
+        if PAIRS > ALONE:
+            p_sums = backward_pair(
+                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, 0, cell, mask, counted,
+                target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
+                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL, False,
+                T, WIDTH, C, APPROX,
+            )  # fmt: skip
+        for pair in range(1, PAIRS - ALONE):
+            p_sums = backward_pair(
+                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, pair, cell, mask,
+                counted, target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
+                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD, False, False,
+                T, WIDTH, C, APPROX,
+            )  # fmt: skip
+        if ALONE:
+            p_sums = backward_pair(
+                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, PAIRS - 1, cell, mask,
+                counted, target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
+                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD,
+                not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
+            )  # fmt: skip
         if NEED_OBSERVATION:
             for step in range(T):
                 os = load_step(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C)
@@ -746,25 +895,27 @@ def efe_loss_backward_kernel(
             grads = add_cross_entropy(nothing, ps, target, counted, k, C)
             store_step(grad_final_ptr, grads, episode, 0, cell, mask, GRAD_FINAL, WIDTH, C)
         if NEED_PREFERENCE or NEED_SCALES:
+            # c and the unscaled logits are taken up again here: kept from above, they would not fit into registers.
             grads = ()
             for c in tl.static_range(C):
-                grads = grads + (a * (T * cs[c] - p_sums[c]),)
+                grads = grads + (a * (T * tl.exp2(log_cs[c]) - p_sums[c]),)
             if HAS_ANCHOR:
                 place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
-                distance, log_anchors, is_set = anchor_sum(
-                    log_cs, cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
+                distance, log_anchors, is_set = anchor_divergence(
+                    log_cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
                 )
                 added = ()
                 for c in tl.static_range(C):
-                    grad = anchor * LN_2 * cs[c] * (log_cs[c] - log_anchors[c] - distance)
+                    grad = anchor * LN_2 * tl.exp2(log_cs[c]) * (log_cs[c] - log_anchors[c] - distance)
                     added = added + (grads[c] + tl.where(is_set, grad, 0.0),)
                 grads = added
             scaled = ()
             for c in tl.static_range(C):
                 scaled = scaled + (tl.where(counted, scales[c] * grads[c], 0.0),)
             if NEED_SCALES:
+                unscaled = load_outcomes(preference_ptr, offset, mask, PREFERENCE[3], C)
                 for c in tl.static_range(C):
-                    total = tl.sum(tl.where(counted, unscaled[c] * grads[c], 0.0))
+                    total = tl.sum(tl.where(counted, finite(unscaled[c]) * grads[c], 0.0))
                     tl.store(grad_scales_ptr + (episode * tl.num_programs(0) + tile) * C + c, total, mask=live)
             if NEED_PREFERENCE:
                 if PREFERENCE[0] == 0:
@@ -774,11 +925,11 @@ def efe_loss_backward_kernel(
                     grad_shared = added
                 else:
                     for c in tl.static_range(C):
-                        tl.store(grad_preference_ptr + (episode * CELLS + cell) * C + c, scaled[c], mask=mask)
+                        tl.store(grad_preference_ptr + (episode * C + c) * CELLS + cell, scaled[c], mask=mask)
     if NEED_PREFERENCE:
         if PREFERENCE[0] == 0:
             for c in tl.static_range(C):
-                tl.store(grad_preference_ptr + (chunk * CELLS + cell) * C + c, grad_shared[c], mask=inside)
+                tl.store(grad_preference_ptr + (chunk * C + c) * CELLS + cell, grad_shared[c], mask=inside)
 
 
 class Layout:
@@ -799,11 +950,11 @@ class Layout:
     ) -> None:
         self.batch, self.steps, height, width, self.outcomes = logits.shape
         self.cells = height * width
-        self.pairs = self.steps if backward_logits is not None else (self.steps + 1) // 2
+        alone = backward_logits is None and self.steps % 2 == 1
         # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
         cells_per_lane = 2 if logits.stride(3) == 1 else 1
         self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
-        self.num_warps = max(1, self.tile // (32 * cells_per_lane))
+        self.tiles = triton.cdiv(self.cells, self.tile)
         self.has_direction = prompt is not None and projection is not None
         if preference_logits.dim() == 3:
             preference_logits = preference_logits[None].expand(self.batch, -1, -1, -1)
@@ -837,7 +988,8 @@ class Layout:
             "CELLS": self.cells,
             "WIDTH": width,
             "C": self.outcomes,
-            "PAIRS": self.pairs,
+            "PAIRS": self.steps if backward_logits is not None else (self.steps + 1) // 2,
+            "ALONE": int(alone),
             "TILE": self.tile,
             "APPROX": APPROXIMATE,
         }
@@ -868,21 +1020,23 @@ def efe_loss_forward(
     batch, steps, outcomes = layout.batch, layout.steps, layout.outcomes
     residual_width = 1 + (steps + 1) * outcomes if layout.has_direction else 1
     new = logits.new_empty
-    sums = new(batch, layout.pairs, NUM_SUMS.value, dtype=torch.float32)
-    direction = new(batch, steps, outcomes, dtype=torch.float32) if layout.has_direction else sums
+    sums = new(batch, layout.tiles, NUM_SUMS.value, dtype=torch.float32)
+    direction = sums
+    if layout.has_direction:
+        direction = new(batch, layout.tiles, steps, outcomes, dtype=torch.float32)
     total, mask_ratio, scale = (new(batch, dtype=torch.float32) for _ in range(3))
     terms = new(batch, NUM_TERMS.value, dtype=torch.float32)
     residual = new(batch, residual_width, dtype=torch.float32)
     if batch == 0:
         return total, terms, mask_ratio, scale, residual
     with launch_guard(logits):
-        efe_loss_pair_kernel[batch, layout.pairs](
+        efe_loss_forward_kernel[batch, layout.tiles](
             **layout.pointers,
             sums_ptr=sums,
             direction_ptr=direction,
             ignore_index=ignore_index,
             **layout.constants,
-            num_warps=layout.num_warps,
+            num_warps=NUM_WARPS,
         )
         efe_loss_episode_kernel[batch,](
             sums, direction, prompt if layout.has_direction else sums, projection if layout.has_direction else sums,
@@ -894,11 +1048,11 @@ def efe_loss_forward(
             T=steps,
             C=outcomes,
             D=prompt.shape[1] if layout.has_direction else 0,
-            PAIRS=layout.pairs,
+            TILES=layout.tiles,
             RESIDUAL=residual_width,
             C_BLOCK=triton.next_power_of_2(outcomes),
             D_BLOCK=128,
-            num_warps=1,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
     return total, terms, mask_ratio, scale, residual
 
@@ -933,19 +1087,18 @@ def efe_loss_backward(
     batch, outcomes = layout.batch, layout.outcomes
     inputs = (logits, backward_logits, final_logits, observation_probs)
     plans = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False)]
-    need_preference, need_prompt, need_projection = needs[4:]
+    need_preference, need_prompt, _ = needs[4:]
     shared = preference_logits.dim() == 3
     episodes = triton.next_power_of_2(triton.cdiv(max(batch, 1), MAX_CHUNKS))
     chunks = triton.cdiv(batch, episodes)
-    tiles = triton.cdiv(layout.cells, layout.tile)
-    partial = (chunks if shared else batch, layout.cells, outcomes)
+    partial = (chunks if shared else batch, outcomes, layout.cells)
     grad_preference = residual.new_empty(partial) if need_preference else residual
-    grad_scales = residual.new_empty(batch, tiles, outcomes) if need_prompt else residual
+    grad_scales = residual.new_empty(batch, layout.tiles, outcomes) if need_prompt else residual
     grad_terms = None if grad_terms is None else grad_terms.contiguous()
     grads = dict(zip(("logits", "backward", "final", "observation"), plans, strict=True))
     if batch > 0:
         with launch_guard(logits):
-            efe_loss_backward_kernel[tiles, chunks](
+            efe_loss_backward_kernel[layout.tiles, chunks](
                 residual if grad_total is None else grad_total,
                 residual if grad_terms is None else grad_terms,
                 **layout.pointers,
@@ -978,13 +1131,16 @@ def efe_loss_backward(
                 RESIDUAL=residual.shape[1],
                 EPISODES=episodes,
                 **layout.constants,
-                num_warps=layout.num_warps,
+                num_warps=NUM_WARPS,
             )
     gradients = [grad for grad in plans if grad is not None]
     if need_preference:
         summed = grad_preference.sum(0) if shared else grad_preference
-        gradients.append(summed.view(preference_logits.shape).to(preference_logits.dtype))
-    gradients += prompt_gradients(grad_total, grad_terms, prompt, projection, weights[5], hard_cell_scale, residual, grad_scales, needs)
+        by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
+        gradients.append(by_cell.to(preference_logits.dtype))
+    gradients += prompt_gradients(
+        grad_total, grad_terms, prompt, projection, weights[5], hard_cell_scale, residual, grad_scales, needs
+    )
     return gradients
 
 

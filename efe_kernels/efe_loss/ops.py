@@ -13,9 +13,9 @@ from efe_kernels.efe_loss import reference
 
 # The floating-point inputs first: they are what a gradient can be asked for, in this order.
 INPUTS = (
-    "Tensor logits, Tensor? backward_logits, Tensor? final_logits, Tensor? observation_probs, Tensor preference_logits, "
-    "Tensor? prompt, Tensor? projection, Tensor target, Tensor? target_preference, Tensor? valid, float[] weights, "
-    "bool hard_cell, float hard_cell_min_ratio, int max_cells, int ignore_index"
+    "Tensor logits, Tensor? backward_logits, Tensor? final_logits, Tensor? observation_probs, "
+    "Tensor preference_logits, Tensor? prompt, Tensor? projection, Tensor target, Tensor? target_preference, "
+    "Tensor? valid, float[] weights, bool hard_cell, float hard_cell_min_ratio, int max_cells, int ignore_index"
 )
 NUM_DIFFERENTIABLE = 7
 

@@ -40,8 +40,10 @@ def check_target_range(target: Tensor, counted: Tensor, num_outcomes: int) -> No
 
 
 def read(values: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
-    """values [B, H, W, C] or [B, T, H, W, C] in the dtype of the arithmetic; what lies under a cell that does not count is
-    never looked at, and gets a gradient of exactly 0."""
+    """values [B, H, W, C] or [B, T, H, W, C] in the dtype of the arithmetic.
+
+    What lies under a cell that does not count is never looked at, and gets a gradient of exactly 0.
+    """
     cells = counted[:, None, ..., None] if values.dim() == 5 else counted[..., None]
     return torch.where(cells, values.to(dtype), 0)
 
@@ -135,7 +137,8 @@ def efe_loss(
     """Total [B], terms [B, 7] in the order of TERMS, mask ratio [B] and hard-cell scale [B].
 
     Shapes: logits, backward_logits and observation_probs [B, T, H, W, C]; final_logits [B, H, W, C]; target and valid
-    [B, H, W]; preference_logits [H, W, C] or [B, H, W, C]; prompt [B, D]; projection [C, D]; target_preference [H, W, C].
+    [B, H, W]; preference_logits [H, W, C] or [B, H, W, C]; prompt [B, D]; projection [C, D]; target_preference
+    [H, W, C].
     """
     dtype = accumulate_dtype(logits)
     counted = counted_cells(target, valid, ignore_index)
@@ -217,7 +220,7 @@ def efe_loss_backward(
     ignore_index: int,
     hard_cell_scale: Tensor,
 ) -> dict[str, Tensor]:
-    """Gradients of the floating-point inputs by name, in the dtype of the arithmetic. See kernels.py for the derivation."""
+    """Gradients of the floating-point inputs by name, in the dtype of the arithmetic. Derivation: kernels.py."""
     dtype = accumulate_dtype(logits)
     counted = counted_cells(target, valid, ignore_index)
     steps, outcomes = logits.shape[1], logits.shape[-1]

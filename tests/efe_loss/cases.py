@@ -92,9 +92,7 @@ def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def run(
-    inputs: dict[str, Any], *, use_terms: bool = False, **settings: Any
-) -> tuple[EFELossOutput, dict[str, Tensor]]:
+def run(inputs: dict[str, Any], *, use_terms: bool = False, **settings: Any) -> tuple[EFELossOutput, dict[str, Tensor]]:
     """The loss per episode and the gradients for an upstream gradient that differs from episode to episode."""
     output = efe_loss(**inputs, **{"weights": WEIGHTS, "reduction": "none", **settings})
     upstream = torch.linspace(0.5, 2.0, output.total.shape[0], dtype=output.total.dtype, device=output.total.device)

@@ -1,5 +1,4 @@
-"""`efe_loss` on whatever serves the device: the C++ kernels or the reference on the CPU, Triton on CUDA and under Triton's
-interpreter (TRITON_INTERPRET=1)."""
+"""`efe_loss` on whatever serves the device: C++ on the CPU, Triton on CUDA and under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -233,7 +232,9 @@ def test_compiles_without_a_graph_break(device: str) -> None:
     total = compiled(**inputs)
     torch.testing.assert_close(total, expected, rtol=0, atol=0)
     leaves = [value for value in inputs.values() if value.requires_grad]
-    for gradient, reference in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves), strict=True):
+    for gradient, reference in zip(
+        torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=0)
 
 
@@ -244,7 +245,10 @@ def test_ops_are_declared_truthfully(device: str) -> None:
     case = Case(steps=3, backward=True, final=True, observation=True)
     inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
     inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
-    names = "logits backward_logits final_logits observation_probs preference_logits prompt projection target target_preference valid"
+    names = (
+        "logits backward_logits final_logits observation_probs preference_logits prompt projection target "
+        "target_preference valid"
+    )
     arguments = [inputs[name] for name in names.split()]
     settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     torch.library.opcheck(efe_loss_forward, (*arguments, *settings))
@@ -263,20 +267,55 @@ def test_second_derivative_is_refused(device: str) -> None:
 
 WRONG = {
     "logits of integers": (lambda i: {"logits": i["logits"].detach().long()}, TypeError, "logits must be float32"),
-    "logits of 3 dimensions": (lambda i: {"logits": i["logits"][0, 0]}, ValueError, r"logits must have the shape \[T, H, W, C\]"),
-    "target of floats": (lambda i: {"target": i["target"].float()}, TypeError, "target must have an integer dtype, it was torch.float32"),
-    "NaN target": (lambda i: {"target": i["target"] * float("nan")}, TypeError, "target must have an integer dtype"),
-    "target of another size": (lambda i: {"target": i["target"][:, :-1]}, ValueError, r"target must have the shape \[B, H, W\] = \[2, 4, 5\]"),
+    "logits of 3 dimensions": (
+        lambda i: {"logits": i["logits"][0, 0]},
+        ValueError,
+        r"logits must have the shape \[T, H, W, C\]",
+    ),
+    "NaN target": (
+        lambda i: {"target": i["target"] * float("nan")},
+        TypeError,
+        "target must have an integer dtype, it was torch.float32",
+    ),
+    "target of another size": (
+        lambda i: {"target": i["target"][:, :-1]},
+        ValueError,
+        r"target must have the shape \[B, H, W\] = \[2, 4, 5\]",
+    ),
     "valid of integers": (lambda i: {"valid": i["valid"].int()}, TypeError, "valid must be a bool tensor"),
-    "preference too small": (lambda i: {"preference_logits": i["preference_logits"][:2]}, ValueError, "preference_logits must cover a grid of 4 x 5"),
-    "preference of other outcomes": (lambda i: {"preference_logits": i["preference_logits"][..., :4]}, ValueError, "preference_logits must have the shape"),
-    "two plans of different length": (lambda i: {"backward_logits": i["logits"][:, :1]}, ValueError, "backward_logits must have the shape"),
+    "preference too small": (
+        lambda i: {"preference_logits": i["preference_logits"][:2]},
+        ValueError,
+        "preference_logits must cover a grid of 4 x 5",
+    ),
+    "preference of other outcomes": (
+        lambda i: {"preference_logits": i["preference_logits"][..., :4]},
+        ValueError,
+        "preference_logits must have the shape",
+    ),
+    "plans of different length": (
+        lambda i: {"backward_logits": i["logits"][:, :1]},
+        ValueError,
+        "backward_logits must have the shape",
+    ),
     "final of a plan": (lambda i: {"final_logits": i["logits"]}, ValueError, "final_logits must have the shape"),
     "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have the shape"),
-    "projection transposed": (lambda i: {"projection": i["projection"].T}, ValueError, "projection must have the shape"),
-    "target elsewhere": (lambda i: {"target": i["target"].to("meta")}, ValueError, "target must be on the device of logits"),
-    "unknown reduction": (lambda i: {"reduction": "average"}, ValueError, "reduction must be one of 'mean', 'sum', 'none'"),
-}  # fmt: skip
+    "projection transposed": (
+        lambda i: {"projection": i["projection"].T},
+        ValueError,
+        "projection must have the shape",
+    ),
+    "target elsewhere": (
+        lambda i: {"target": i["target"].to("meta")},
+        ValueError,
+        "target must be on the device of logits",
+    ),
+    "unknown reduction": (
+        lambda i: {"reduction": "average"},
+        ValueError,
+        "reduction must be one of 'mean', 'sum', 'none'",
+    ),
+}
 
 
 @pytest.mark.parametrize(("change", "error", "message"), WRONG.values(), ids=WRONG.keys())

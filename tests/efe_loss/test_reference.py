@@ -96,7 +96,9 @@ def test_reference_equals_the_definition(case: Case) -> None:
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    case = Case(batch=2, steps=3, height=2, width=2, outcomes=3, prompt_dim=4, backward=True, final=True, observation=True)
+    case = Case(
+        batch=2, steps=3, height=2, width=2, outcomes=3, prompt_dim=4, backward=True, final=True, observation=True
+    )
     inputs = in_double(case.inputs())
     names = [name for name, value in inputs.items() if value.requires_grad]
 

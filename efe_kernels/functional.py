@@ -1,0 +1,849 @@
+"""Every public function of the library.
+
+Each checks its arguments once and hands them to the autograd Function of its family. Shapes are written as in the
+mathematics: B episodes, T planning steps, H x W grid cells, C outcomes, D prompt dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from efe_kernels.advantage.grid_reward.ops import grid_reward as grid_reward_op
+from efe_kernels.advantage.grid_reward.reference import REWARD_TERMS, colours
+from efe_kernels.advantage.grid_reward.reference import reversibility as reversibility_score
+from efe_kernels.advantage.policy_gradient_loss.ops import PolicyGradientLossFunction
+from efe_kernels.advantage.rl_advantage.ops import RLAdvantageFunction
+from efe_kernels.advantage.trace.ops import GAEFunction, VTraceFunction
+from efe_kernels.common import checks
+from efe_kernels.efe_loss.ops import EFELossFunction
+from efe_kernels.efe_loss.reference import TERMS as EFE_TERMS
+from efe_kernels.prompt.ops import MaskedMeanPoolFunction, RefinePromptFunction, SquashedLogProbFunction
+
+
+@dataclass(frozen=True)
+class EFEWeights:
+    """Weight of each term of the EFE loss. A weight of 0 removes the term from the total; it is still reported."""
+
+    risk: float = 1.0
+    ambiguity: float = 0.0
+    consistency: float = 2.0
+    agreement: float = 0.5
+    anchor: float = 0.2
+    prompt: float = 0.3
+    step: float = 0.1
+
+
+class EFELossOutput(NamedTuple):
+    """What `efe_loss` returns; float32, or float64 for float64 logits. Unbatched input gives 0-d entries.
+
+    total: the loss, 0-d, or [B] with reduction="none". Differentiable.
+    terms: risk, ambiguity, consistency, agreement, anchor, prompt, step -> [B], unweighted. Differentiable.
+    mask_ratio: [B], share of counted cells whose most probable outcome is not the target.
+    hard_cell_scale: [B], the factor on the weighted sum of the terms.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    mask_ratio: Tensor
+    hard_cell_scale: Tensor
+
+
+def efe_loss(
+    logits: Tensor,
+    target: Tensor,
+    preference_logits: Tensor,
+    *,
+    backward_logits: Tensor | None = None,
+    final_logits: Tensor | None = None,
+    observation_probs: Tensor | None = None,
+    prompt: Tensor | None = None,
+    projection: Tensor | None = None,
+    target_preference: Tensor | None = None,
+    valid: Tensor | None = None,
+    weights: EFEWeights = EFEWeights(),
+    hard_cell: bool = True,
+    hard_cell_min_ratio: float = 0.0,
+    max_cells: int = 900,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    grad_scale: Tensor | None = None,
+) -> EFELossOutput:
+    """Expected Free Energy of a plan over a grid of categorical outcomes, with hard-cell masking.
+
+    With q = softmax(logits), r = softmax(backward_logits) and c the preference distribution, per episode, in nats, as
+    means over the counted cells (and over the steps):
+
+    - risk: KL(q || c), c = softmax(preference_logits * sigmoid(prompt[:C])), or softmax(preference_logits)
+    - ambiguity: entropy of observation_probs, of q where they are not given
+    - consistency: cross-entropy of the final logits against the target
+    - agreement: Jensen-Shannon divergence of q and r, in [0, ln 2]
+    - anchor: KL(c || target_preference)
+    - prompt: minus the mean cosine of z_t and projection @ prompt, z_t = mean over cells of (logits_t - their mean
+      over C); 0 without prompt or projection
+    - step: T * number of counted cells / max_cells, a constant
+
+    total = hard_cell_scale * sum(weight * term). Every term is minimised. With mask_ratio the share of counted cells
+    whose argmax misses the target, hard_cell_scale = 0.5 + 0.5 * mask_ratio, a constant for the gradient.
+
+    Args:
+        logits: [B, T, H, W, C] forward logits, float32, float16, bfloat16 or float64, any strides. The memory order
+            [B, T, C, H, W] (a permuted view) is the fastest. Arithmetic is float32, float64 for float64.
+        target: [B, H, W], any integer dtype, in [0, C) or ignore_index.
+        preference_logits: [H', W', C] or [B, H', W', C] with H' >= H and W' >= W; the top-left part is read.
+        backward_logits: [B, T, H, W, C]; None reads the plan backwards, R_t = logits_{T-1-t}.
+        final_logits: [B, H, W, C]; None takes the last step of logits.
+        observation_probs: [B, T, H, W, C] probabilities; None takes q.
+        prompt: [B, D] with D >= C.
+        projection: [C, D].
+        target_preference: [H', W', C], a running mean of one-hot targets; a cell whose row sums to 0 is not set.
+        valid: [B, H, W] bool; cells that are False contribute nothing and get a gradient of exactly 0.
+        weights: weight of each term.
+        hard_cell: False switches the hard-cell scale off.
+        hard_cell_min_ratio: below this mask ratio the scale is 1.
+        max_cells: cells of the largest grid, the unit of the step term.
+        ignore_index: the target of a cell that does not count.
+        reduction: of the total over B, "mean", "sum" or "none".
+        grad_scale: 0-d tensor, the upstream gradient of the total that the caller expects. A hint for speed on which
+            results never depend.
+
+    Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
+
+    Raises:
+        TypeError: for a wrong dtype, such as a floating-point target.
+        ValueError: for a wrong shape, device or reduction, and on the CPU for a target out of range. On CUDA, where
+            looking would cost a synchronisation, such a target makes the episode's loss NaN.
+
+    Source: the equations of active inference with categorical outcomes (Da Costa et al., 2020, "Active inference on
+    discrete state-spaces: a synthesis"), with the consistency, agreement and prompt terms of ARC-EFE planners.
+    """
+    checks.check_floating("logits", logits)
+    batched = logits.dim() == 5
+    if not batched:
+        checks.check_dim("logits", logits, "[T, H, W, C]")
+        logits, target = logits[None], target[None]
+        backward_logits, final_logits, observation_probs, prompt, valid = (
+            None if tensor is None else tensor[None]
+            for tensor in (backward_logits, final_logits, observation_probs, prompt, valid)
+        )
+    height, width = logits.shape[2:4]
+    preference_logits = top_left("preference_logits", preference_logits, height, width)
+    if target_preference is not None:
+        target_preference = top_left("target_preference", target_preference, height, width)
+    check_efe_arguments(
+        logits, target, preference_logits, backward_logits, final_logits, observation_probs, prompt, projection,
+        target_preference, valid,
+    )  # fmt: skip
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
+        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
+        projection if prompt is not None else None, target, target_preference, valid,
+        [getattr(weights, name) for name in EFE_TERMS], hard_cell, hard_cell_min_ratio, max_cells, ignore_index,
+    )  # fmt: skip
+    named = dict(zip(EFE_TERMS, terms.unbind(1), strict=True))
+    if not batched:
+        return EFELossOutput(total[0], {name: term[0] for name, term in named.items()}, mask_ratio[0], scale[0])
+    if reduction != "none":
+        total = total.mean() if reduction == "mean" else total.sum()
+    return EFELossOutput(total, named, mask_ratio, scale)
+
+
+def top_left(name: str, tensor: Tensor, height: int, width: int) -> Tensor:
+    """The top-left height x width part of [..., H', W', C], as a view."""
+    checks.check_floating(name, tensor)
+    if tensor.dim() < 3 or tensor.shape[-3] < height or tensor.shape[-2] < width:
+        raise ValueError(f"{name} must cover a grid of {height} x {width} cells, its shape was {list(tensor.shape)}.")
+    return tensor[..., :height, :width, :]
+
+
+def check_efe_arguments(
+    logits: Tensor,
+    target: Tensor,
+    preference_logits: Tensor,
+    backward_logits: Tensor | None,
+    final_logits: Tensor | None,
+    observation_probs: Tensor | None,
+    prompt: Tensor | None,
+    projection: Tensor | None,
+    target_preference: Tensor | None,
+    valid: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices of batched arguments."""
+    batch, steps, height, width, outcomes = logits.shape
+    if steps < 1 or outcomes < 2:
+        raise ValueError(f"logits must have at least 1 step and 2 outcomes, its shape was {list(logits.shape)}.")
+    checks.check_integer("target", target)
+    checks.check_shape("target", target, "[B, H, W]", (batch, height, width))
+    if valid is not None:
+        checks.check_bool("valid", valid)
+        checks.check_shape("valid", valid, "[B, H, W]", (batch, height, width))
+    grid = (height, width, outcomes)
+    if preference_logits.dim() == 3:
+        checks.check_shape("preference_logits", preference_logits, "[H, W, C]", grid)
+    else:
+        checks.check_shape("preference_logits", preference_logits, "[B, H, W, C]", (batch, *grid))
+    plans = {"backward_logits": backward_logits, "observation_probs": observation_probs}
+    for name, plan in plans.items():
+        if plan is not None:
+            checks.check_floating(name, plan)
+            checks.check_shape(name, plan, "[B, T, H, W, C]", logits.shape)
+    if final_logits is not None:
+        checks.check_floating("final_logits", final_logits)
+        checks.check_shape("final_logits", final_logits, "[B, H, W, C]", (batch, *grid))
+    if target_preference is not None:
+        checks.check_shape("target_preference", target_preference, "[H, W, C]", grid)
+    if prompt is not None:
+        checks.check_floating("prompt", prompt)
+        checks.check_dim("prompt", prompt, "[B, D]")
+        if prompt.shape[0] != batch or prompt.shape[1] < outcomes:
+            raise ValueError(
+                f"prompt must have the shape [B, D] with B = {batch} and D >= C = {outcomes}, "
+                f"it was {list(prompt.shape)}."
+            )
+        if projection is not None:
+            checks.check_floating("projection", projection)
+            checks.check_shape("projection", projection, "[C, D]", (outcomes, prompt.shape[1]))
+    others = {
+        "target": target, "preference_logits": preference_logits, **plans, "final_logits": final_logits,
+        "prompt": prompt, "projection": projection, "target_preference": target_preference, "valid": valid,
+    }  # fmt: skip
+    for name, tensor in others.items():
+        if tensor is not None:
+            checks.check_same_device(name, tensor, "logits", logits)
+
+
+def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the token vectors of each row, over the tokens that the mask keeps.
+
+    Args:
+        hidden: [N, L, E] hidden states, float32, float16, bfloat16 or float64, any strides; no copy is made.
+        mask: [N, L], bool, integer or floating (a tokenizer's attention mask as it is): nonzero means token. It is not
+            a weight: 0.5 counts as much as 1.
+
+    Returns:
+        [N, E] in the dtype of hidden, accumulated in float32 (float64 for float64). A row without a token gives 0. What
+        is masked is not read, so NaN there is harmless, and its gradient is exactly 0.
+
+    Without the batch dimension, [L, E] and [L], the result is [E].
+
+    Raises:
+        TypeError: for a wrong dtype. ValueError: for a wrong shape or device.
+    """
+    checks.check_floating("hidden", hidden)
+    checks.check_tensor("mask", mask)
+    batched = hidden.dim() == 3
+    if not batched:
+        checks.check_dim("hidden", hidden, "[L, E]" if hidden.dim() == 2 else "[N, L, E]")
+        checks.check_dim("mask", mask, "[L]")
+        hidden, mask = hidden[None], mask[None]
+    checks.check_shape("mask", mask, "[N, L]", hidden.shape[:2])
+    checks.check_same_device("mask", mask, "hidden", hidden)
+    if mask.dtype != torch.bool:
+        if mask.is_complex():
+            raise TypeError(f"mask must be bool, integer or floating, it was {mask.dtype}.")
+        mask = mask != 0
+    pooled = MaskedMeanPoolFunction.apply(hidden, mask)
+    return pooled if batched else pooled[0]
+
+
+class RefinedPrompt(NamedTuple):
+    """What `refine_prompt` returns; without the dimension B for unbatched input. Every entry is differentiable.
+
+    prompt: [B, D], the refined prompt, in the dtype of the prompt given.
+    action: [B, D+1], u, the sampled action before squashing; float32, or float64 for float64 input, as the next two.
+    log_prob: [B], log-probability density of (Δ, α), in nats.
+    entropy: [B], one-sample estimate of the entropy of (Δ, α), in nats.
+    """
+
+    prompt: Tensor
+    action: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+
+
+def refine_prompt(
+    prompt: Tensor,
+    mean: Tensor,
+    log_std: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: int | None = None,
+    delta_scale: float = 0.2,
+) -> RefinedPrompt:
+    """Sample a refinement of a prompt embedding from a squashed Gaussian policy.
+
+    With s = delta_scale and n the noise, u = mean + exp(log_std)·n is sampled, squashed to Δ = s·tanh(u[:D]) in (-s, s)
+    and α = sigmoid(u[D]) in (0, 1), and blended: refined = (1 - α)·prompt + α·(prompt + Δ) = prompt + α·Δ.
+
+    log_prob is the exact density of (Δ, α): the Normal log-density of u minus the log-determinants of the squashing,
+    Σ_d (log s + log(1 - tanh²u_d)) + log σ'(u_D). entropy is the closed-form Gaussian entropy plus the same
+    log-determinants at u. Both are stable for any |u|.
+
+    Args:
+        prompt: [B, D], float32, float16, bfloat16 or float64.
+        mean: [B, D+1], the D components of Δ and then α, before squashing.
+        log_std: [D+1] or [B, D+1], logarithm of the standard deviation of u.
+        noise: [B, D+1] standard normal noise, a constant to the gradient. Give it to capture a CUDA graph, which would
+            replay one seed for ever.
+        seed: in [0, 2^63), the key of the counter-based noise (Philox4x32-10), which takes no state: one seed gives the
+            same noise in every dtype, on CPU and CUDA, up to a few units in the last place of the normal transform.
+            None draws a seed from torch's default CPU generator, so torch.manual_seed governs it.
+        delta_scale: s, positive.
+
+    Gradients reach prompt (the identity), mean and log_std as reparameterised with the noise fixed, from every entry
+    of the result. Arithmetic is float32, or float64 if any argument is.
+
+    Raises:
+        TypeError: for a wrong dtype. ValueError: for a wrong shape, device or range, or both noise and seed.
+
+    Source: Haarnoja et al., 2018, "Soft actor-critic", appendix C, for the squashed Gaussian; Salmon et al., 2011,
+    "Parallel random numbers: as easy as 1, 2, 3", for the noise.
+    """
+    checks.check_floating("prompt", prompt)
+    batched = prompt.dim() == 2
+    if not batched:
+        checks.check_dim("prompt", prompt, "[D]" if prompt.dim() == 1 else "[B, D]")
+        prompt, mean = prompt[None], add_batch("mean", mean, "[D+1]")
+        noise = None if noise is None else add_batch("noise", noise, "[D+1]")
+    shape = (prompt.shape[0], prompt.shape[1] + 1)
+    check_policy(shape, delta_scale, "prompt", prompt, mean=mean, log_std=log_std, noise=noise)
+    if noise is not None and seed is not None:
+        raise ValueError(f"seed must be None where noise is given, it was {seed!r}.")
+    key = seed_tensor(seed) if noise is None else None
+    dtype = common_dtype(prompt, mean, log_std, noise)
+    refined, action, log_prob, entropy = RefinePromptFunction.apply(
+        prompt.double() if dtype == torch.float64 else prompt, mean.to(dtype), log_std.to(dtype),
+        None if noise is None else noise.detach().to(dtype), key, float(delta_scale),
+    )  # fmt: skip
+    refined = refined.to(prompt.dtype)
+    if not batched:
+        return RefinedPrompt(refined[0], action[0], log_prob[0], entropy[0])
+    return RefinedPrompt(refined, action, log_prob, entropy)
+
+
+def squashed_log_prob(
+    action: Tensor, mean: Tensor, log_std: Tensor, *, delta_scale: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """log_prob and entropy of `refine_prompt` for a stored action, under a policy that may have changed since.
+
+    Args:
+        action: [B, D+1], u before squashing, as `refine_prompt` returns it; any floating dtype.
+        mean: [B, D+1].
+        log_std: [D+1] or [B, D+1].
+        delta_scale: scale of Δ, positive; the one that refine_prompt had.
+
+    Returns:
+        log_prob [B], exact density of (Δ, α) in nats, and entropy [B], the closed-form Gaussian entropy plus the
+        log-determinants of the squashing at u; float32, or float64 if any argument is. Without the dimension B in
+        action and mean both are 0-d.
+
+    Gradients reach action, mean and log_std. Stable for any |u|.
+
+    Raises:
+        TypeError: for a wrong dtype. ValueError: for a wrong shape, device or range.
+
+    Source: Haarnoja et al., 2018, "Soft actor-critic", appendix C.
+    """
+    checks.check_floating("action", action)
+    batched = action.dim() == 2
+    if not batched:
+        checks.check_dim("action", action, "[D+1]" if action.dim() == 1 else "[B, D+1]")
+        action, mean = action[None], add_batch("mean", mean, "[D+1]")
+    check_policy(tuple(action.shape), delta_scale, "action", action, mean=mean, log_std=log_std)
+    dtype = common_dtype(action, mean, log_std)
+    log_prob, entropy = SquashedLogProbFunction.apply(
+        action.to(dtype), mean.to(dtype), log_std.to(dtype), float(delta_scale)
+    )
+    return (log_prob, entropy) if batched else (log_prob[0], entropy[0])
+
+
+def add_batch(name: str, tensor: Tensor, dims: str) -> Tensor:
+    checks.check_dim(name, tensor, dims)
+    return tensor[None]
+
+
+def check_policy(
+    shape: tuple[int, ...], delta_scale: float, anchor_name: str, anchor: Tensor, **tensors: Tensor | None
+) -> None:
+    """Tensors of the policy must have the shape [B, D+1] (log_std also [D+1]) and the device of the anchor."""
+    if shape[1] < 2:
+        raise ValueError(f"{anchor_name} must have at least one prompt dimension, its shape was {list(anchor.shape)}.")
+    if not 0 < delta_scale < math.inf:
+        raise ValueError(f"delta_scale must be positive and finite, it was {delta_scale!r}.")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        checks.check_floating(name, tensor)
+        if name == "log_std" and tensor.dim() == 1:
+            checks.check_shape(name, tensor, "[D+1]", shape[1:])
+        else:
+            checks.check_shape(name, tensor, "[B, D+1]", shape)
+        checks.check_same_device(name, tensor, anchor_name, anchor)
+
+
+def common_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the arithmetic: float64 if one of the tensors has it, else float32."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def seed_tensor(seed: int | None) -> Tensor:
+    """The seed as 0-d int64 on the CPU, which torch.compile can trace where an int would have to be baked in."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device="cpu")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or None, it was {type(seed).__name__}.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2^63), it was {seed}.")
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
+@dataclass(frozen=True)
+class RewardWeights:
+    """Weight of the change of each score in the reward of `grid_reward`."""
+
+    accuracy: float = 1.0
+    size: float = 0.5
+    colour: float = 0.5
+    reversibility: float = 0.5
+
+
+class RewardOutput(NamedTuple):
+    """What `grid_reward` returns: float32, [B] each, 0-d for unbatched input. The names are those of RewardWeights.
+
+    reward: sum of weight * term.
+    terms: name -> clamp(after - before, -1, 1), unweighted.
+    before, after: name -> score of that prediction.
+    mask_ratio: share of counted cells where `after` differs from the target.
+    """
+
+    reward: Tensor
+    terms: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    mask_ratio: Tensor
+
+
+def grid_reward(
+    before: Tensor,
+    after: Tensor,
+    target: Tensor,
+    *,
+    valid: Tensor | None = None,
+    source: Tensor | None = None,
+    inverse: Callable[[Tensor], Tensor] | None = None,
+    weights: RewardWeights = RewardWeights(),
+    num_colors: int = 10,
+) -> RewardOutput:
+    """How much better the prediction `after` is than `before`, per episode.
+
+    reward = sum of weight * clamp(score(after) - score(before), -1, 1) over four scores:
+
+    - accuracy: share of the counted cells whose colour is that of the target
+    - size: 1 - (|H' - H| / H + |W' - W| / W) / 2 for a prediction of H' x W' cells; it can be negative
+    - colour: 1 - mean over colours of |difference of the normalised colour histograms of the counted cells|
+    - reversibility: share of the source's cells that `inverse` recovers from the prediction, 0.5 without `inverse`
+
+    A prediction of another size than the target's is resized to it (nearest neighbour, as `interpolate` does) for
+    accuracy and colour, and a recovered grid to the source's for reversibility. A prediction in logits stands for its
+    argmax: the first of equal logits wins and NaN never does, so the reward is finite whatever the logits hold. The
+    reward is a constant for autograd.
+
+    Args:
+        before: [B, H', W', C] logits (float32, float16, bfloat16, float64) or [B, H', W'] colours of any integer
+            dtype; any strides. H' and W' are its own.
+        after: the same, of a size and kind of its own.
+        target: [B, H, W] colours, any integer dtype, in [0, num_colors), or -100 for a cell that does not count.
+        valid: [B, H, W] bool, which cells count. For grids of different sizes in one batch, pad the target and the
+            predictions alike and mark the real cells: accuracy, colour and mask_ratio look at these alone, while size
+            compares the padded shapes and so is the same for all episodes of a batch. In an episode where no cell
+            counts accuracy and mask_ratio are 0 and colour is 1.
+        source: [B, H_in, W_in] colours of the input grids, any integer dtype; read only with `inverse`.
+        inverse: maps a predicted grid [H', W'] int64, padding included, to the input grid [h, w] it would come from,
+            of any size and integer dtype on the same device. Called for each episode, before and after.
+        weights: weight of each score.
+        num_colors: C.
+
+    Without the batch dimension B in target (and every other argument) the results are 0-d.
+
+    Raises:
+        TypeError: for a wrong dtype, such as a floating-point target.
+        ValueError: for a wrong shape or device, `inverse` without `source`, and on the CPU for a colour out of range.
+            On CUDA, where looking would cost a synchronisation, a colour out of range is wrong in accuracy and in no
+            bin of the histograms.
+
+    Source: the reward of ARC-EFE agents, which score a refined prediction against the unrefined one.
+    """
+    checks.check_integer("target", target)
+    checks.check_tensor("before", before)
+    checks.check_tensor("after", after)
+    batched = target.dim() == 3
+    if not batched:
+        checks.check_dim("target", target, "[H, W]")
+        before, after, target = before[None], after[None], target[None]
+        valid, source = (None if grid is None else grid[None] for grid in (valid, source))
+    for name, prediction in (("before", before), ("after", after)):
+        check_prediction(name, prediction, target, num_colors)
+    if valid is not None:
+        checks.check_bool("valid", valid)
+        checks.check_shape("valid", valid, "[B, H, W]", target.shape)
+        checks.check_same_device("valid", valid, "target", target)
+    before, after = before.detach(), after.detach()
+    reversibility = None
+    if inverse is not None:
+        if source is None:
+            raise ValueError("source must be given with inverse, it was None.")
+        check_grid("source", source, target)
+        reversibility = torch.stack([recovered_share(prediction, source, inverse) for prediction in (before, after)])
+    table = grid_reward_op(
+        before, after, target, valid, reversibility, [getattr(weights, name) for name in REWARD_TERMS], num_colors
+    )
+    if not batched:
+        table = table[:, 0]
+    terms, scores_before, scores_after = (
+        {name: table[first + i] for i, name in enumerate(REWARD_TERMS)} for first in (1, 5, 9)
+    )
+    return RewardOutput(table[0], terms, scores_before, scores_after, table[13])
+
+
+def check_grid(name: str, grid: Tensor, target: Tensor) -> None:
+    """A batch of non-empty integer grids beside target."""
+    checks.check_integer(name, grid)
+    checks.check_dim(name, grid, "[B, H, W]")
+    check_beside_target(name, grid, target)
+
+
+def check_prediction(name: str, prediction: Tensor, target: Tensor, num_colors: int) -> None:
+    """Logits [B, H', W', num_colors] or an integer grid [B, H', W']."""
+    checks.check_tensor(name, prediction)
+    if not prediction.is_floating_point():
+        check_grid(name, prediction, target)
+        return
+    checks.check_floating(name, prediction)
+    checks.check_dim(name, prediction, "[B, H, W, C]")
+    if prediction.shape[3] != num_colors:
+        raise ValueError(f"{name} must have num_colors = {num_colors} logits per cell, it had {prediction.shape[3]}.")
+    check_beside_target(name, prediction, target)
+
+
+def check_beside_target(name: str, grid: Tensor, target: Tensor) -> None:
+    if grid.shape[0] != target.shape[0]:
+        raise ValueError(f"{name} must have the batch size of target, {target.shape[0]}, it had {grid.shape[0]}.")
+    if 0 in grid.shape[1:] or 0 in target.shape[1:]:
+        raise ValueError(
+            f"{name} and target must have cells, their shapes were {list(grid.shape)} and {list(target.shape)}."
+        )
+    checks.check_same_device(name, grid, "target", target)
+
+
+def recovered_share(prediction: Tensor, source: Tensor, inverse: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reversibility of each episode, [B] float32."""
+    shares = []
+    for grid, original in zip(colours(prediction), source, strict=True):
+        recovered = inverse(grid)
+        checks.check_integer("inverse(grid)", recovered)
+        checks.check_dim("inverse(grid)", recovered, "[H, W]")
+        check_beside_target("inverse(grid)", recovered[None], original[None])
+        shares.append(reversibility_score(recovered, original))
+    return torch.stack(shares) if shares else source.new_empty(0, dtype=torch.float32)
+
+
+def rl_advantage(
+    reward: Tensor,
+    value: Tensor,
+    *,
+    reward_scale: float = 5.0,
+    normalize: Literal["tanh", "clamp"] | None = "tanh",
+    whiten: bool = False,
+    group_size: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Advantage of one-step episodes: normalize(reward * reward_scale) - value, optionally whitened.
+
+    Whitening gives (advantage - mean) / (std + 1e-4) over the elements that count, all of them or those of each group,
+    as in GRPO; std is torch.std's, of n - 1. A group whose advantages are all equal, such as a group of one, becomes 0.
+
+    Differentiable in value, through the mean and standard deviation too where whitened; detach the result to use it as
+    the constant of a policy gradient. The reward is a constant.
+
+    Args:
+        reward: any shape, such as [B]; float32, float16, bfloat16 or float64.
+        value: the shape of reward, the critic's estimate of the normalised scaled reward; zeros without a critic.
+        reward_scale: factor on the reward.
+        normalize: "tanh" or "clamp" bring the scaled reward to [-1, 1], None leaves it.
+        whiten: whether to whiten.
+        group_size: how many consecutive elements, in row-major order, are one group; None takes all as one group.
+        mask: bool, the shape of reward; elements that are False count nowhere, and get advantage 0 and gradient 0,
+            whatever reward and value hold there.
+
+    Returns:
+        The advantage, in the shape of reward and the dtype to which reward and value promote. Arithmetic is float32,
+        float64 if one of them is float64.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device or choice, a group_size that does not divide the number of elements, or
+            one without whiten.
+
+    Source: Shao et al. 2024, "DeepSeekMath", for group whitening.
+    """
+    check_like_first(reward=reward, value=value)
+    check_mask(mask, "reward", reward)
+    checks.check_choice("normalize", normalize, ("tanh", "clamp", None))
+    if group_size is not None:
+        if not whiten:
+            raise ValueError(f"group_size must be None unless whiten is True, it was {group_size}.")
+        if group_size < 1 or reward.numel() % group_size != 0:
+            raise ValueError(f"group_size must divide the {reward.numel()} elements of reward, it was {group_size}.")
+    group = 0 if not whiten else reward.numel() if group_size is None else group_size
+    advantage, _ = RLAdvantageFunction.apply(
+        reward.detach().reshape(-1), value.reshape(-1), None if mask is None else mask.reshape(-1), reward_scale,
+        normalize, group,
+    )  # fmt: skip
+    return advantage.reshape(reward.shape)
+
+
+def check_like_first(**tensors: Tensor) -> None:
+    """Floating-point tensors with the shape and on the device of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        checks.check_floating(name, tensor)
+        checks.check_shape(name, tensor, f"of {first_name}", first.shape)
+        checks.check_same_device(name, tensor, first_name, first)
+
+
+def check_mask(mask: Tensor | None, like_name: str, like: Tensor, name: str = "mask") -> None:
+    """A bool tensor with the shape and on the device of `like`."""
+    if mask is not None:
+        checks.check_bool(name, mask)
+        checks.check_shape(name, mask, f"of {like_name}", like.shape)
+        checks.check_same_device(name, mask, like_name, like)
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    lam: float = 0.95,
+    reward_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation along the last dimension, which is time.
+
+        delta_t = reward_scale * reward_t + gamma * next_value_t * (1 - terminated_t) - value_t
+        advantage_t = delta_t + gamma * lam * (1 - terminated_t) * (1 - truncated_t) * advantage_{t+1}
+        value_target_t = advantage_t + value_t
+
+    Differentiable in value and next_value, as these formulas are; detach the results to use them as constants.
+
+    Args:
+        reward: [..., T] float32, float16, bfloat16 or float64.
+        value: [..., T], value of the state in which step t begins.
+        next_value: [..., T], value of the state in which step t ends: of the last observation of an episode where it
+            is truncated, read nowhere where it is terminated.
+        terminated: [..., T] bool, the episode ends in a terminal state: no bootstrap, and the trace stops.
+        truncated: [..., T] bool, the episode is cut here: the bootstrap stays, and the trace stops. None: nowhere.
+            After the last step the trace stops in any case.
+        gamma: discount.
+        lam: decay of the trace.
+        reward_scale: factor on the reward.
+
+    Without leading dimensions one trajectory [T] is taken. Any strides; [T, B] buffers transposed to [B, T] are read
+    and written as they lie, without a copy.
+
+    Returns:
+        (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is
+        float32, float64 for float64.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, gamma or lam.
+
+    Source: Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation".
+    """
+    check_trajectories(terminated, truncated, reward=reward, value=value, next_value=next_value)
+    check_interval("gamma", gamma, 0.0, 1.0)
+    check_interval("lam", lam, 0.0, 1.0)
+    reward, value, next_value = promoted(reward.detach(), value, next_value)
+    advantage, target = GAEFunction.apply(
+        rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
+        None if truncated is None else rows_of(truncated), gamma, lam, reward_scale,
+    )  # fmt: skip
+    return advantage.view(reward.shape), target.view(reward.shape)
+
+
+def vtrace(
+    log_ratio: Tensor,
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    reward_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """V-trace along the last dimension, which is time: value targets and advantages corrected for off-policy data.
+
+    With ratio = exp(log_ratio), rho = min(rho_clip, ratio), c = min(c_clip, ratio) and delta_t as in `gae`:
+
+        value_target_t = value_t + rho_t * delta_t
+                         + gamma * c_t * (1 - terminated_t) * (1 - truncated_t) * (value_target_{t+1} - value_{t+1})
+        advantage_t = rho_t * (reward_scale * reward_t + gamma * (1 - terminated_t) * next_target_t - value_t)
+
+    next_target_t is next_value_t + value_target_{t+1} - value_{t+1}, that is value_target_{t+1} where next_value_t is
+    value_{t+1}, and the bare next_value_t where step t is truncated or the last one.
+
+    Differentiable in value and next_value, as these formulas are with constant importance weights; detach the results
+    to use them as constants.
+
+    Args:
+        log_ratio: [..., T] log-probability of the action under the learner's policy less that under the behaviour
+            policy; a constant for autograd.
+        reward, value, next_value, terminated, truncated, gamma, reward_scale: as in `gae`.
+        rho_clip: limit of the weight of a step; math.inf sets none.
+        c_clip: limit of the weight with which later steps count.
+
+    Returns:
+        (advantage, value_target), [..., T] in the dtype to which log_ratio, reward, value and next_value promote.
+        Arithmetic is float32, float64 for float64.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, gamma or limit.
+
+    Source: Espeholt et al. 2018, "IMPALA: scalable distributed deep-RL with importance weighted actor-learner
+    architectures".
+    """
+    check_trajectories(terminated, truncated, reward=reward, log_ratio=log_ratio, value=value, next_value=next_value)
+    check_interval("gamma", gamma, 0.0, 1.0)
+    check_interval("rho_clip", rho_clip, 0.0, math.inf)
+    check_interval("c_clip", c_clip, 0.0, math.inf)
+    log_ratio, reward, value, next_value = promoted(log_ratio.detach(), reward.detach(), value, next_value)
+    advantage, target = VTraceFunction.apply(
+        rows_of(value), rows_of(next_value), rows_of(log_ratio), rows_of(reward), rows_of(terminated),
+        None if truncated is None else rows_of(truncated), gamma, rho_clip, c_clip, reward_scale,
+    )  # fmt: skip
+    return advantage.view(reward.shape), target.view(reward.shape)
+
+
+class PolicyLossOutput(NamedTuple):
+    """What `policy_gradient_loss` returns: 0-d tensors, float32, or float64 for float64 inputs.
+
+    total: policy + value_coef * value - entropy_coef * entropy. Differentiable.
+    policy: the surrogate, minimised. Differentiable.
+    value: mean squared error of the critic. Differentiable.
+    entropy: mean entropy, which the total maximises. Differentiable.
+    clip_fraction: share of elements whose ratio is further than clip from 1; 0 without old_log_prob.
+    approx_kl: mean of ratio - 1 - log(ratio), an estimate of KL(old || new) that is never negative; 0 without
+        old_log_prob.
+    explained_variance: 1 - variance of the critic's error / variance of its target; 0 for a constant target.
+    """
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    explained_variance: Tensor
+
+
+def policy_gradient_loss(
+    log_prob: Tensor,
+    advantage: Tensor,
+    value: Tensor,
+    value_target: Tensor,
+    entropy: Tensor,
+    *,
+    old_log_prob: Tensor | None = None,
+    clip: float = 0.2,
+    value_coef: float = 0.5,
+    entropy_coef: float = 0.01,
+    mask: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Actor-critic loss: the clipped surrogate of PPO, the critic's squared error and an entropy bonus.
+
+    As means over the elements that count, with ratio = exp(log_prob - old_log_prob):
+
+        policy = mean(-min(ratio * advantage, clamp(ratio, 1 - clip, 1 + clip) * advantage))
+        value = mean((value - value_target)²)
+        total = policy + value_coef * value - entropy_coef * mean(entropy)
+
+    Without old_log_prob the policy term is the plain score function, mean(-log_prob * advantage).
+
+    Differentiable in log_prob, value and entropy; advantage, value_target and old_log_prob are constants.
+
+    Args:
+        log_prob: log-probability of the action taken, any shape; float32, float16, bfloat16 or float64. The shape is
+            that of every other tensor.
+        advantage: advantage of the action; whitened by the caller where that is wanted.
+        value: the critic's estimate.
+        value_target: what it should be.
+        entropy: entropy of the policy.
+        old_log_prob: log_prob as it was when the action was taken.
+        clip: how far the ratio may move from 1.
+        value_coef: weight of the critic's error.
+        entropy_coef: weight of the entropy.
+        mask: bool; elements that are False count nowhere and get gradient 0, whatever they hold. Without an element
+            that counts every result is 0.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device, or a clip that is not positive.
+
+    Source: Schulman et al. 2017, "Proximal policy optimization algorithms"; Williams 1992 without old_log_prob.
+    """
+    tensors = {
+        "log_prob": log_prob, "value": value, "entropy": entropy, "advantage": advantage, "value_target": value_target,
+    }  # fmt: skip
+    if old_log_prob is not None:
+        tensors["old_log_prob"] = old_log_prob
+    check_like_first(**tensors)
+    check_mask(mask, "log_prob", log_prob)
+    if not clip > 0:
+        raise ValueError(f"clip must be positive, it was {clip!r}.")
+    inputs = [tensor.reshape(-1) for tensor in promoted(*tensors.values())]
+    constants = [tensor.detach() for tensor in inputs[3:]]
+    total, policy, value_loss, mean_entropy, diagnostics = PolicyGradientLossFunction.apply(
+        *inputs[:3], *constants[:2], None if old_log_prob is None else constants[2],
+        None if mask is None else mask.reshape(-1), clip, value_coef, entropy_coef,
+    )  # fmt: skip
+    return PolicyLossOutput(total, policy, value_loss, mean_entropy, *diagnostics[:3].unbind())
+
+
+def check_trajectories(terminated: Tensor, truncated: Tensor | None, **tensors: Tensor) -> None:
+    """Floating-point tensors [..., T] and flags of the same shape."""
+    check_like_first(**tensors)
+    first_name, first = next(iter(tensors.items()))
+    if first.dim() == 0:
+        raise ValueError(f"{first_name} must have the shape [..., T], it was [].")
+    check_mask(terminated, first_name, first, "terminated")
+    check_mask(truncated, first_name, first, "truncated")
+
+
+def check_interval(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], it was {value!r}.")
+
+
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """All in the dtype to which they promote together."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """[..., T] as [N, T]."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

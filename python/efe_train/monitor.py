@@ -1,0 +1,94 @@
+"""Watches the metrics of a run and explains what looks wrong."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Row = Mapping[str, float]
+"""The metrics of one batch, as they stand in metrics.jsonl."""
+
+WINDOW = 100
+"""Batches over which Qwen must have got a gradient, and over which the loss must have fallen."""
+
+LEAST_FALL = 0.001
+"""Share by which the mean of a window must lie below that of the window before."""
+
+SKIPPED_STEPS = 25
+"""GradScaler halves its scale at each overflow: 65536 is below 1 after 17 in a row, so this many are too many."""
+
+
+@dataclass(frozen=True)
+class RedFlag:
+    """What was seen at a batch and what to check. A fatal one stops the training."""
+
+    batch: int
+    message: str
+    fatal: bool = False
+
+
+class Monitor:
+    """Feed it the metrics of every batch in order.
+
+    loss_scaling: whether a GradScaler is at work, which makes a gradient overflow now and then and skips that step.
+    """
+
+    def __init__(self, *, loss_scaling: bool = False) -> None:
+        self.loss_scaling = loss_scaling
+        self.losses: deque[float] = deque(maxlen=2 * WINDOW)
+        self.without_qwen = 0
+        self.overflows = 0
+        self.next_trend = 2 * WINDOW
+
+    def observe(self, row: Row) -> list[RedFlag]:
+        flags = [self.not_finite(row), self.no_qwen_gradient(row), self.no_progress(row)]
+        return [flag for flag in flags if flag is not None]
+
+    def not_finite(self, row: Row) -> RedFlag | None:
+        batch = int(row["batch"])
+        causes = {
+            "loss": "the learning rates (lower --agent_lr), or logits that overflow in fp16 (--precision fp32)",
+            "prompt_norm": "Qwen's weights and learning rate (lower --qwen_lr), or fp16 activations (--precision bf16)",
+            "policy_loss": "the policy's learning rate (lower --agent_lr)",
+            "policy_grad_norm": "the policy's learning rate (lower --agent_lr)",
+            "grad_norm": "the learning rates (lower --agent_lr and --qwen_lr, or --max_grad_norm)",
+        }
+        gradient_failed = not math.isfinite(row["grad_norm"])
+        self.overflows = self.overflows + 1 if gradient_failed else 0
+        for name, cause in causes.items():
+            tolerated = name == "grad_norm" and self.loss_scaling and self.overflows < SKIPPED_STEPS
+            if not math.isfinite(row[name]) and not tolerated:
+                return RedFlag(batch, f"{name} is {row[name]} at batch {batch}. Check {cause}.", fatal=True)
+        return None
+
+    def no_qwen_gradient(self, row: Row) -> RedFlag | None:
+        self.without_qwen = 0 if row["qwen_grad"] > 0 and row["refresh"] else self.without_qwen + 1
+        if self.without_qwen == 0 or self.without_qwen % WINDOW:
+            return None
+        batch = int(row["batch"])
+        return RedFlag(
+            batch,
+            f"Qwen_grad was 0 over {self.without_qwen} batches up to batch {batch}. Check that --prompt_refresh is "
+            f"below {WINDOW}, that Qwen's parameters require gradients and stand in the optimizer, and that the prompt "
+            "reaches the planner and the loss without detach().",
+        )
+
+    def no_progress(self, row: Row) -> RedFlag | None:
+        """Looks at the EFE itself, not at the loss, whose weight on it changes after the first epoch."""
+        self.losses.append(row["efe"])
+        batch = int(row["batch"])
+        if batch < self.next_trend or len(self.losses) < 2 * WINDOW:
+            return None
+        self.next_trend = batch + WINDOW
+        values = list(self.losses)
+        before, now = sum(values[:WINDOW]) / WINDOW, sum(values[WINDOW:]) / WINDOW
+        if before - now >= LEAST_FALL * abs(before):
+            return None
+        return RedFlag(
+            batch,
+            f"The loss is {'rising' if now > before else 'flat'}: its EFE was {before:.4f} in the {WINDOW} batches "
+            f"before the last {WINDOW} and is {now:.4f} now (batch {batch}). Check the learning rates (--agent_lr, "
+            "--qwen_lr): too high makes it rise, too low makes it flat; or the run has learned what it can.",
+        )

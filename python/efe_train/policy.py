@@ -1,0 +1,94 @@
+"""The policy that refines prompts, and its update by reinforcement learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from efe_kernels import policy_gradient_loss, rl_advantage, squashed_log_prob
+from efe_train.config import NUM_COLORS, PROMPT_DIM
+from efe_train.data import NUM_FEATURES
+
+NUM_CONTROLS = NUM_COLORS + 2
+LOG_STD_RANGE = (-3.0, 0.0)
+"""The entropy bonus pulls to the upper end: the refinement spreads over its range and does not stick to the ends."""
+MAX_GRAD_NORM = 1.0
+
+
+class PolicyOutput(NamedTuple):
+    """mean and log_std: [B, D+1], of the action before squashing. value: [B], of the normalised scaled reward."""
+
+    mean: Tensor
+    log_std: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What `Policy.update` needs of a batch; no tensor of it carries a graph.
+
+    state: [B, S], action: [B, D+1] before squashing, reward: [B].
+    """
+
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+
+
+class PolicyUpdate(NamedTuple):
+    """0-d tensors without a graph."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class Policy(nn.Module):
+    """A Gaussian over refinements given [prompt, control, features], with a value estimate and its own optimizer."""
+
+    def __init__(self, learning_rate: float, prompt_dim: int = PROMPT_DIM, hidden: int = 128) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(prompt_dim + NUM_CONTROLS + NUM_FEATURES, hidden), nn.SiLU())
+        self.mean = nn.Linear(hidden, prompt_dim + 1)
+        self.log_std = nn.Linear(hidden, prompt_dim + 1)
+        self.value = nn.Linear(hidden, 1)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+
+    def forward(self, state: Tensor) -> PolicyOutput:
+        """state: [B, S] as `policy_state` makes it."""
+        hidden = self.body(state)
+        low, high = LOG_STD_RANGE
+        # A smooth bound: a clamp would stop the gradient at its ends.
+        log_std = low + (high - low) * torch.sigmoid(self.log_std(hidden))
+        return PolicyOutput(self.mean(hidden), log_std, self.value(hidden)[:, 0])
+
+    def update(self, rollout: Rollout) -> PolicyUpdate:
+        """One step of the score-function gradient on the rollout."""
+        self.optimizer.zero_grad(set_to_none=True)
+        mean, log_std, value = self(rollout.state)
+        log_prob, entropy = squashed_log_prob(rollout.action, mean, log_std)
+        advantage = rl_advantage(rollout.reward, value).detach()
+        value_target = advantage + value.detach()
+        loss = policy_gradient_loss(log_prob, advantage, value, value_target, entropy).total
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        return PolicyUpdate(loss.detach(), grad_norm)
+
+
+def policy_state(prompt: Tensor, before: Tensor, views: Tensor, valid: Tensor, features: Tensor) -> Tensor:
+    """What the policy sees, [B, S] without a graph: the prompt, the control and the features of the task.
+
+    The control sums up the planner's unrefined plan `before` [B, H, W, C]: its mean colours, its mean entropy and the
+    share of cells where it departs from the input. Like all that the policy sees it knows nothing of the target.
+    """
+    inside = valid[..., None].float()
+    cells = inside.sum((1, 2, 3)).clamp_min(1)[:, None]
+    log_probs = before.detach().float().log_softmax(-1)
+    probs = log_probs.exp()
+    colours = (probs * inside).sum((1, 2)) / cells
+    entropy = -(probs * log_probs * inside).sum((1, 2, 3))[:, None] / cells
+    departs = ((before.argmax(-1) != views[:, 0]) & valid).sum((1, 2))[:, None] / cells
+    return torch.cat([prompt.detach(), colours, entropy, departs, features], 1)

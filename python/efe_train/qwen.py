@@ -1,0 +1,202 @@
+"""Qwen as a prompter: the text of a query in, one prompt embedding out, and the cache between two refreshes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efe_kernels import masked_mean_pool
+from efe_train.config import PROMPT_DIM, UserError
+from efe_train.data import Query, prompt_text
+
+SMALL_TOKENS = 384
+PRETRAINED_TOKENS = 2048
+"""Longest prompts. A pretrained Qwen reads about as many tokens as the small one reads bytes: each digit is one."""
+
+
+class Prompter(nn.Module):
+    """A language model whose mean hidden state is projected to the prompt.
+
+    language_model: maps token ids to `last_hidden_state` [N, L, E]. projection: trained from scratch, E to D.
+    """
+
+    def __init__(
+        self, language_model: nn.Module, tokenizer: Any, max_tokens: int, prompt_dim: int = PROMPT_DIM
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        width = int(language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.projection = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, prompt_dim))
+
+    def forward(self, queries: Sequence[Query]) -> Tensor:
+        """Prompt embeddings [B, D] in float32."""
+        texts = [prompt_text(query, self.max_tokens) for query in queries]
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        device = self.projection[1].weight.device
+        ids, mask = (tokens[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask"))
+        hidden = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        prompts: Tensor = self.projection(masked_mean_pool(hidden, mask.bool())).float()
+        return prompts
+
+    def save_architecture(self, folder: Path) -> None:
+        """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""
+        self.language_model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        self.tokenizer.save_pretrained(folder)
+
+
+class PromptCache:
+    """The latest prompt of each query, without its graph; the least recently used leave when it is full."""
+
+    def __init__(self, capacity: int = 16384) -> None:
+        self.capacity = capacity
+        self.rows: OrderedDict[str, Tensor] = OrderedDict()
+
+    def store(self, queries: Sequence[Query], prompts: Tensor) -> None:
+        for query, row in zip(queries, prompts.detach().clone().unbind(), strict=True):
+            self.rows[query.key] = row
+            self.rows.move_to_end(query.key)
+        while len(self.rows) > self.capacity:
+            self.rows.popitem(last=False)
+
+    def prompts(self, prompter: Prompter, queries: Sequence[Query], *, refresh: bool) -> Tensor:
+        """[B, D]. With refresh all are computed, with gradient; otherwise only the missing, without."""
+        if refresh:
+            prompts = prompter(queries)
+            self.store(queries, prompts)
+            return prompts
+        found = {query.key: self.rows[query.key] for query in queries if query.key in self.rows}
+        missing = [query for query in queries if query.key not in found]
+        if missing:
+            with torch.no_grad():
+                computed = prompter(missing)
+            found.update((query.key, row) for query, row in zip(missing, computed, strict=True))
+            self.store(missing, computed)
+        for query in queries:
+            if query.key in self.rows:
+                self.rows.move_to_end(query.key)
+        return torch.stack([found[query.key] for query in queries])
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = torch.stack(list(self.rows.values())) if self.rows else torch.empty(0)
+        return {"keys": list(self.rows), "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.rows = OrderedDict(zip(state["keys"], state["rows"].to(device).unbind(), strict=True))
+
+
+def build_prompter(name: str | None) -> tuple[Prompter, str]:
+    """The prompter of `--qwen_model`, and a sentence about it.
+
+    Raises:
+        UserError: neither a folder with a saved model nor an id that can be loaded.
+    """
+    if name is None:
+        model, tokenizer = small_qwen()
+        prompter = Prompter(model, tokenizer, SMALL_TOKENS)
+        return prompter, f"a small Qwen from a config, {millions(prompter)} parameters, random weights, byte tokens"
+    model, tokenizer = load_pretrained(name)
+    stored = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
+    model.float()
+    prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS)
+    cast = f", loaded in {' and '.join(stored)} and cast up to float32 master weights" if stored else ""
+    return prompter, f"{name}, {millions(prompter)} parameters{cast}"
+
+
+def millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"
+
+
+def small_qwen() -> tuple[nn.Module, Any]:
+    """A Qwen3 with random weights that two CPU cores can train, and a tokenizer of bytes. Nothing is downloaded."""
+    from transformers import AutoModel, Qwen3Config
+
+    tokenizer = byte_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=SMALL_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return AutoModel.from_config(config), tokenizer
+
+
+def byte_tokenizer() -> Any:
+    """Byte-pair encoding without any pair: each byte is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(
+        models.BPE(vocab={"<pad>": 0, **{byte: 1 + n for n, byte in enumerate(alphabet)}}, merges=[])
+    )
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token="<pad>", model_max_length=SMALL_TOKENS)
+
+
+def load_pretrained(name: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a local folder or a Hugging Face id."""
+    from transformers import AutoModel, AutoTokenizer
+
+    check_exists(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"--qwen_model {name!r} cannot be loaded ({reason}): "
+            "it should hold a model and its tokenizer, as save_pretrained writes them."
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return model, tokenizer
+
+
+def check_exists(name: str) -> None:
+    """Whether there is a model of that name, asked once: transformers would ask an unreachable hub for minutes."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).is_dir():
+        return
+    try:
+        if constants.HF_HUB_OFFLINE or try_to_load_from_cache(name, "config.json"):
+            return
+        HfApi().model_info(name, timeout=10)
+    except HFValidationError:
+        reason = "there is no such folder, and it is not a Hugging Face id"
+    except Exception as error:  # the hub's client raises a different class per transport
+        reason = f"there is no such folder, and the Hugging Face hub answers {type(error).__name__}"
+    else:
+        return
+    raise UserError(
+        f"--qwen_model {name!r} was not found: {reason}; give a local folder or an id such as Qwen/Qwen3-0.6B."
+    )
+
+
+def load_architecture(folder: Path, name: str | None) -> Prompter:
+    """The prompter that `save_architecture` wrote, with random weights for the checkpoint to replace.
+
+    name: the --qwen_model of that run.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    return Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)

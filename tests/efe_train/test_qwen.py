@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efe_train import qwen
+from efe_train.config import PROMPT_DIM, UserError
+from efe_train.data import Example, Query
+from efe_train.qwen import PromptCache, Prompter
+
+
+@pytest.fixture
+def queries(examples: list[Example]) -> list[Query]:
+    return [example.query for example in examples[:4]]
+
+
+def test_each_byte_is_one_token_and_nothing_is_lost() -> None:
+    tokenizer = qwen.byte_tokenizer()
+    text = "ARC puzzle. in 3x3 > 012|345..\n é→"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_prompt_hardly_depends_on_the_texts_beside_it(prompter: Prompter, queries: list[Query]) -> None:
+    with torch.no_grad():
+        together = prompter(queries)
+        alone = torch.cat([prompter([query]) for query in queries])
+    assert together.shape == (4, PROMPT_DIM)
+    assert together.dtype == torch.float32
+    # float32 attention over a few hundred tokens, with the padding masked
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert (together[0] - together[3]).abs().max() > 1e-2
+
+
+def test_the_gradient_reaches_the_first_layer_of_qwen(prompter: Prompter, queries: list[Query]) -> None:
+    prompter(queries).square().sum().backward()
+    model: Any = prompter.language_model
+    assert model.embed_tokens.weight.grad.norm() > 0
+    assert all(parameter.grad.norm() > 0 for parameter in model.layers[0].parameters())
+    assert all(parameter.grad is not None for parameter in prompter.projection.parameters())
+
+
+class CountingPrompter:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.weight = torch.ones((), requires_grad=True)
+
+    def __call__(self, queries: list[Query]) -> torch.Tensor:
+        self.asked += [query.key for query in queries]
+        rows = [[float(len(self.asked)), float(number)] for number, _ in enumerate(queries)]
+        return torch.tensor(rows) * self.weight
+
+
+def test_between_refreshes_only_missing_prompts_are_computed_and_without_gradient(queries: list[Query]) -> None:
+    prompter: Any = CountingPrompter()
+    cache = PromptCache()
+    first = cache.prompts(prompter, queries[:2], refresh=False)
+    second = cache.prompts(prompter, queries[:3], refresh=False)
+    assert prompter.asked == [query.key for query in queries[:3]]
+    assert torch.equal(second[:2], first)
+    assert not second.requires_grad
+
+
+def test_a_refresh_computes_all_with_gradient_and_renews_the_cache(queries: list[Query]) -> None:
+    prompter: Any = CountingPrompter()
+    cache = PromptCache()
+    old = cache.prompts(prompter, queries, refresh=False)
+    new = cache.prompts(prompter, queries, refresh=True)
+    assert new.requires_grad
+    cached = cache.prompts(prompter, queries, refresh=False)
+    assert torch.equal(cached, new) and not torch.equal(cached, old)
+    assert not cached.requires_grad
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_recently_used(queries: list[Query]) -> None:
+    prompter: Any = CountingPrompter()
+    cache = PromptCache(capacity=3)
+    for query in (*queries[:3], queries[0], queries[3]):
+        cache.prompts(prompter, [query], refresh=False)
+    assert list(cache.rows) == [queries[2].key, queries[0].key, queries[3].key]
+    assert cache.prompts(prompter, queries, refresh=False).shape == (4, 2)
+    assert len(cache.rows) == 3
+
+
+def test_the_cache_survives_saving(queries: list[Query], tmp_path: Path) -> None:
+    prompter: Any = CountingPrompter()
+    cache, restored = PromptCache(), PromptCache()
+    restored.load_state_dict(cache.state_dict(), torch.device("cpu"))
+    assert not restored.rows
+    expected = cache.prompts(prompter, queries, refresh=False)
+    torch.save(cache.state_dict(), tmp_path / "cache.pt")
+    restored.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True), torch.device("cpu"))
+    assert list(restored.rows) == list(cache.rows)
+    assert torch.equal(restored.prompts(prompter, queries, refresh=False), expected)
+    assert len(prompter.asked) == 4
+
+
+def save(prompter: Prompter, folder: Path) -> str:
+    model: Any = prompter.language_model
+    model.save_pretrained(folder)
+    prompter.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_folder_written_with_save_pretrained_loads_back(
+    prompter: Prompter, queries: list[Query], tmp_path: Path
+) -> None:
+    loaded, about = qwen.build_prompter(save(prompter, tmp_path))
+    assert "cast up" not in about
+    loaded.projection.load_state_dict(prompter.projection.state_dict())
+    loaded.max_tokens = prompter.max_tokens
+    with torch.no_grad():
+        assert torch.equal(loaded(queries), prompter(queries))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_cast_up_with_a_message(
+    prompter: Prompter, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    prompter.language_model.to(dtype)
+    loaded, about = qwen.build_prompter(save(prompter, tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert f"loaded in {dtype} and cast up to float32 master weights" in about
+
+
+def test_the_architecture_alone_is_enough_for_a_checkpoint(
+    prompter: Prompter, queries: list[Query], tmp_path: Path
+) -> None:
+    prompter.save_architecture(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    restored = qwen.load_architecture(tmp_path, None)
+    restored.load_state_dict(prompter.state_dict())
+    with torch.no_grad():
+        assert torch.equal(restored(queries), prompter(queries))
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "../model", "/no/such/model", "a/b/c"])
+def test_a_path_that_does_not_exist_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(UserError, match="there is no such folder, and it is not a Hugging Face id") as caught:
+        qwen.build_prompter(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_id_that_the_hub_does_not_give_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("line one\nline two")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(UserError, match="the Hugging Face hub answers ConnectionError") as caught:
+        qwen.build_prompter("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be loaded .* as save_pretrained writes them") as caught:
+        qwen.build_prompter(str(tmp_path))
+    assert "\n" not in str(caught.value)
