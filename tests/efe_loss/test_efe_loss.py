@@ -7,12 +7,18 @@ import torch
 
 from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
-from tests.efe_loss.cases import Case, in_double, run
+from efe_kernels.efe_loss import reference
+from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 # Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
 # precision: one rounding of a result that was computed in float32, which Triton's interpreter does by truncation.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 SMALLEST_HALF = 2**-24
+
+REFERENCE_ARGUMENTS = (
+    "logits", "backward_logits", "final_logits", "observation_probs", "target", "preference_logits", "prompt",
+    "projection", "target_preference", "valid",
+)  # fmt: skip
 
 CASES = {
     "plan read backwards": Case(),
@@ -54,6 +60,52 @@ def test_matches_reference_in_double(case: Case, dtype: torch.dtype, device: str
     for name, gradient in gradients.items():
         assert gradient.dtype == inputs[name].dtype
         assert_close(name, gradient, expected_gradients[name], TOLERANCE[gradient.dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further from float64 than plain PyTorch is that computes in the inputs' own dtype, up to a rounding."""
+    case = Case(backward=True, observation=True, anchor=False)
+    inputs = case.inputs(dtype, device)
+    preference = inputs["preference_logits"].detach()[: case.height, : case.width]
+    inputs["preference_logits"] = preference.clone().requires_grad_()
+    arguments = [inputs.get(name) for name in REFERENCE_ARGUMENTS]
+    settings = ([*vars(WEIGHTS).values()], True, 0.0, 900, -100)
+    names = [name for name, value in inputs.items() if value.requires_grad]
+    leaves = [inputs[name] for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "accumulate_dtype", lambda tensor: tensor.dtype)
+        patch.setattr(reference, "LOWEST_LOGIT", torch.finfo(dtype).min)
+        eager, *_ = reference.efe_loss(*arguments, *settings)
+        eager_gradients = torch.autograd.grad(eager.sum(), leaves)
+    total = efe_loss(**inputs, weights=WEIGHTS, reduction="none").total
+    gradients = torch.autograd.grad(total.sum(), leaves)
+    doubles = in_double(inputs)
+    expected = efe_loss(**doubles, weights=WEIGHTS, reduction="none").total
+    expected_gradients = torch.autograd.grad(expected.sum(), [doubles[name] for name in names])
+    compared = zip(
+        ["total", *names],
+        [total, *gradients],
+        [eager, *eager_gradients],
+        [expected, *expected_gradients],
+        strict=True,
+    )
+    for name, ours, plain, exact in compared:
+        error, allowed = ((x.cpu().double() - exact).abs().max().item() for x in (ours, plain))
+        # The interpreter has no fused multiply-add: it rounds twice where the GPU rounds once.
+        rounding = (2 if INTERPRET else 1) * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        assert error <= allowed + rounding, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+def test_half_precision_gradients_survive_a_large_mean(device: str) -> None:
+    """With a loss scale, float16 gradients of a mean over very many cells do not flush to zero on the way."""
+    inputs = Case(batch=4, height=7, width=13, prompt=False, anchor=False).inputs(torch.float16, device)
+    share, scale = 2.0**-18, 2.0**16  # as if the mean were over 2^18 times as many episodes
+    (gradient,) = torch.autograd.grad(efe_loss(**inputs).total * share * scale, inputs["logits"])
+    doubles = in_double(inputs)
+    (expected,) = torch.autograd.grad(efe_loss(**doubles).total * share * scale, doubles["logits"])
+    assert (gradient.cpu() != 0)[expected.abs() > 2 * SMALLEST_HALF].all()
+    assert (expected.abs() / scale).max() < SMALLEST_HALF  # without the scale none of them would exist
 
 
 def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +284,9 @@ def test_compiles_without_a_graph_break(device: str) -> None:
     total = compiled(**inputs)
     torch.testing.assert_close(total, expected, rtol=0, atol=0)
     leaves = [value for value in inputs.values() if value.requires_grad]
-    for gradient, reference in zip(
-        torch.autograd.grad(total, leaves), torch.autograd.grad(expected, leaves), strict=True
-    ):
-        torch.testing.assert_close(gradient, reference, rtol=0, atol=0)
+    gradients, expected_gradients = (torch.autograd.grad(value, leaves) for value in (total, expected))
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")

@@ -1,0 +1,1 @@
+"""The reward of a prediction that replaces another."""

@@ -1,0 +1,1 @@
+"""The clipped surrogate with value and entropy terms."""

@@ -1,0 +1,356 @@
+"""The Triton kernels of policy_gradient_loss and their launchers.
+
+One launch where all elements fit a tile; otherwise one program per tile leaves partial sums, which a second launch adds
+up in a fixed order. The backward pass recomputes from the inputs in one launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments
+from efe_kernels.common.triton_math import launch_guard
+
+TILE_LIMIT = 4096
+NUM_SUMS = 5
+
+
+@triton.jit
+def total_of(x):
+    """The sum of [1, TILE] as a scalar."""
+    return tl.sum(tl.sum(x, axis=1), axis=0)
+
+
+@triton.jit
+def load(
+    ptr,  # [N]
+    offset,
+    member,
+):
+    return tl.load(ptr + offset, mask=member, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def members_of(
+    mask_ptr,  # [N] or None
+    offset,
+    numel,
+):
+    member = offset < numel
+    if mask_ptr is not None:
+        member = member & (tl.load(mask_ptr + offset, mask=member, other=0) != 0)
+    return member
+
+
+@triton.jit
+def excess_exponential(x):
+    """exp(x) - 1 - x, the estimate of the KL divergence, by its series where the difference would cancel."""
+    series = 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = (series * x + 0.5) * x * x
+    return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def surrogate(
+    log_prob_ptr,  # [N]
+    old_log_prob_ptr,  # [N] or None
+    offset,
+    member,
+    advantage,
+    clip,
+):
+    """Loss, clipped or not and KL estimate of each element; 0 where it does not count."""
+    log_prob = load(log_prob_ptr, offset, member)
+    if old_log_prob_ptr is None:
+        loss = -log_prob * advantage
+        outside = tl.zeros_like(loss)
+        divergence = tl.zeros_like(loss)
+    else:
+        log_ratio = log_prob - load(old_log_prob_ptr, offset, member)
+        ratio = tl.exp(log_ratio)
+        limited = tl.where(ratio > 1.0 + clip, 1.0 + clip, tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio))
+        loss = -tl.minimum(ratio * advantage, limited * advantage)
+        outside = (tl.abs(ratio - 1.0) > clip).to(tl.float32)
+        divergence = excess_exponential(log_ratio)
+    return tl.where(member, loss, 0.0), tl.where(member, outside, 0.0), tl.where(member, divergence, 0.0)
+
+
+@triton.jit
+def store_losses(
+    total_ptr,  # []
+    policy_ptr,  # []
+    value_loss_ptr,  # []
+    mean_entropy_ptr,  # []
+    diagnostics_ptr,  # [4]
+    policy_sum,
+    square_sum,
+    entropy_sum,
+    outside_sum,
+    divergence_sum,
+    count,
+    unexplained,
+    variance,
+    value_coef,
+    entropy_coef,
+):
+    some = tl.maximum(count, 1.0)
+    policy = policy_sum / some
+    value_loss = square_sum / some
+    mean_entropy = entropy_sum / some
+    tl.store(total_ptr, policy + value_coef * value_loss - entropy_coef * mean_entropy)
+    tl.store(policy_ptr, policy)
+    tl.store(value_loss_ptr, value_loss)
+    tl.store(mean_entropy_ptr, mean_entropy)
+    tl.store(diagnostics_ptr, outside_sum / some)
+    tl.store(diagnostics_ptr + 1, divergence_sum / some)
+    explained = 1.0 - unexplained / tl.where(variance == 0, 1.0, variance)
+    tl.store(diagnostics_ptr + 2, tl.where(variance == 0, 0.0, explained))
+    tl.store(diagnostics_ptr + 3, count)
+
+
+@triton.jit
+def policy_gradient_loss_kernel(
+    log_prob_ptr,  # [N]
+    value_ptr,  # [N]
+    entropy_ptr,  # [N]
+    advantage_ptr,  # [N]
+    value_target_ptr,  # [N]
+    old_log_prob_ptr,  # [N] or None
+    mask_ptr,  # [N] or None
+    sums_ptr,  # [parts, 5], or None where one program has everything
+    moments_ptr,  # [2, parts, 3], or None where one program has everything
+    total_ptr,  # []
+    policy_ptr,  # []
+    value_loss_ptr,  # []
+    mean_entropy_ptr,  # []
+    diagnostics_ptr,  # [4]
+    numel,
+    parts,
+    clip,
+    value_coef,
+    entropy_coef,
+    TILE: tl.constexpr,
+):
+    part = tl.program_id(0).to(tl.int64)
+    offset = part * TILE + tl.arange(0, TILE)[None, :]
+    member = members_of(mask_ptr, offset, numel)
+    advantage = load(advantage_ptr, offset, member)
+    loss, outside, divergence = surrogate(log_prob_ptr, old_log_prob_ptr, offset, member, advantage, clip)
+    value_target = load(value_target_ptr, offset, member)
+    error = value_target - load(value_ptr, offset, member)
+    count, error_mean, unexplained = moments(error, member)
+    _, target_mean, variance = moments(value_target, member)
+    entropy_sum = total_of(load(entropy_ptr, offset, member))
+    if sums_ptr is None:
+        store_losses(
+            total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr, total_of(loss),
+            total_of(error * error), entropy_sum, total_of(outside), total_of(divergence), tl.sum(count, axis=0),
+            tl.sum(unexplained, axis=0), tl.sum(variance, axis=0), value_coef, entropy_coef,
+        )  # fmt: skip
+    else:
+        tl.store(sums_ptr + part * 5, total_of(loss))
+        tl.store(sums_ptr + part * 5 + 1, total_of(error * error))
+        tl.store(sums_ptr + part * 5 + 2, entropy_sum)
+        tl.store(sums_ptr + part * 5 + 3, total_of(outside))
+        tl.store(sums_ptr + part * 5 + 4, total_of(divergence))
+        store_moments(moments_ptr + part * 3, count, error_mean, unexplained)
+        store_moments(moments_ptr + (parts + part) * 3, count, target_mean, variance)
+
+
+@triton.jit
+def store_moments(
+    ptr,  # [3]
+    count,
+    mean,
+    squares,
+):
+    tl.store(ptr, tl.sum(count, axis=0))
+    tl.store(ptr + 1, tl.sum(mean, axis=0))
+    tl.store(ptr + 2, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def policy_gradient_loss_finish_kernel(
+    sums_ptr,  # [parts, 5]
+    moments_ptr,  # [2, parts, 3]
+    total_ptr,  # []
+    policy_ptr,  # []
+    value_loss_ptr,  # []
+    mean_entropy_ptr,  # []
+    diagnostics_ptr,  # [4]
+    parts,
+    value_coef,
+    entropy_coef,
+    PARTS: tl.constexpr,
+):
+    part = tl.arange(0, PARTS)[None, :]
+    there = part < parts
+    base = sums_ptr + part * 5
+    count, _, unexplained = merge_moments(moments_ptr, 0, parts, PARTS)
+    _, _, variance = merge_moments(moments_ptr, 1, parts, PARTS)
+    store_losses(
+        total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr,
+        total_of(tl.load(base, mask=there, other=0.0)),
+        total_of(tl.load(base + 1, mask=there, other=0.0)),
+        total_of(tl.load(base + 2, mask=there, other=0.0)),
+        total_of(tl.load(base + 3, mask=there, other=0.0)),
+        total_of(tl.load(base + 4, mask=there, other=0.0)),
+        tl.sum(count, axis=0), tl.sum(unexplained, axis=0), tl.sum(variance, axis=0), value_coef, entropy_coef,
+    )  # fmt: skip
+
+
+@triton.jit
+def upstream(
+    grad_total_ptr,  # [] or None
+    grad_part_ptr,  # [] or None
+    weight,
+    count,
+):
+    """Gradient of one element of a part from those of the total, in which it has a weight, and of the part itself."""
+    gradient = 0.0
+    if grad_total_ptr is not None:
+        gradient += weight * tl.load(grad_total_ptr)
+    if grad_part_ptr is not None:
+        gradient += tl.load(grad_part_ptr)
+    return gradient / tl.maximum(count, 1.0)
+
+
+# Over n elements that count, with ratio = exp(log_prob - old_log_prob), so d ratio = ratio d log_prob:
+#   policy  = mean of -min(ratio A, clamp(ratio) A): -A ratio / n where the minimum is not the constant clamp, which it
+#             is for A > 0 above 1 + clip and for A < 0 below 1 - clip; without old_log_prob -A / n
+#   value   = mean of (value - target)²: 2 (value - target) / n
+#   entropy = mean of entropy: 1 / n
+# each times the gradient of its own output and of the total, in which the weights are 1, value_coef and -entropy_coef.
+@triton.jit
+def policy_gradient_loss_backward_kernel(
+    grad_total_ptr,  # [] or None
+    grad_policy_ptr,  # [] or None
+    grad_value_loss_ptr,  # [] or None
+    grad_mean_entropy_ptr,  # [] or None
+    log_prob_ptr,  # [N]
+    value_ptr,  # [N]
+    advantage_ptr,  # [N]
+    value_target_ptr,  # [N]
+    old_log_prob_ptr,  # [N] or None
+    mask_ptr,  # [N] or None
+    diagnostics_ptr,  # [4]
+    grad_log_prob_ptr,  # [N] or None
+    grad_value_ptr,  # [N] or None
+    grad_entropy_ptr,  # [N] or None
+    numel,
+    clip,
+    value_coef,
+    entropy_coef,
+    TILE: tl.constexpr,
+):
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = offset < numel
+    member = members_of(mask_ptr, offset, numel)
+    count = tl.load(diagnostics_ptr + 3)
+    if grad_log_prob_ptr is not None:
+        slope = load(advantage_ptr, offset, member)
+        if old_log_prob_ptr is not None:
+            ratio = tl.exp(load(log_prob_ptr, offset, member) - load(old_log_prob_ptr, offset, member))
+            clipped = ((slope > 0) & (ratio > 1.0 + clip)) | ((slope < 0) & (ratio < 1.0 - clip))
+            slope = tl.where(clipped, 0.0, slope * ratio)
+        gradient = -upstream(grad_total_ptr, grad_policy_ptr, 1.0, count) * slope
+        store_gradient(grad_log_prob_ptr, offset, inside, member, gradient)
+    if grad_value_ptr is not None:
+        error = load(value_ptr, offset, member) - load(value_target_ptr, offset, member)
+        gradient = 2.0 * upstream(grad_total_ptr, grad_value_loss_ptr, value_coef, count) * error
+        store_gradient(grad_value_ptr, offset, inside, member, gradient)
+    if grad_entropy_ptr is not None:
+        gradient = upstream(grad_total_ptr, grad_mean_entropy_ptr, -entropy_coef, count)
+        store_gradient(grad_entropy_ptr, offset, inside, member, gradient)
+
+
+@triton.jit
+def store_gradient(
+    ptr,  # [N]
+    offset,
+    inside,
+    member,
+    gradient,
+):
+    tl.store(ptr + offset, tl.where(member, gradient, 0.0).to(ptr.dtype.element_ty), mask=inside)
+
+
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, bool as bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return as_bytes(tensor) if tensor.dtype == torch.bool else tensor
+
+
+def policy_gradient_loss_forward(
+    log_prob: Tensor,
+    value: Tensor,
+    entropy: Tensor,
+    advantage: Tensor,
+    value_target: Tensor,
+    old_log_prob: Tensor | None,
+    mask: Tensor | None,
+    clip: float,
+    value_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See the reference."""
+    inputs = [flat(tensor) for tensor in (log_prob, value, entropy, advantage, value_target, old_log_prob, mask)]
+    numel = log_prob.numel()
+    tile = min(max(triton.next_power_of_2(numel), 128), TILE_LIMIT)
+    parts = max(triton.cdiv(numel, tile), 1)
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=log_prob.device)
+
+    outputs = (new(), new(), new(), new(), new(4))
+    sums, parts_moments = (new(parts, NUM_SUMS), new(2, parts, 3)) if parts > 1 else (None, None)
+    warps = 8 if tile == TILE_LIMIT else 4
+    with launch_guard(log_prob):
+        policy_gradient_loss_kernel[(parts,)](
+            *inputs, sums, parts_moments, *outputs, numel, parts, clip, value_coef, entropy_coef,
+            TILE=tile, num_warps=warps, **OPTIONS,
+        )  # fmt: skip
+        if parts > 1:
+            policy_gradient_loss_finish_kernel[(1,)](
+                sums, parts_moments, *outputs, parts, value_coef, entropy_coef,
+                PARTS=triton.next_power_of_2(parts), num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return outputs
+
+
+def policy_gradient_loss_backward(
+    grad_total: Tensor | None,
+    grad_policy: Tensor | None,
+    grad_value: Tensor | None,
+    grad_entropy: Tensor | None,
+    log_prob: Tensor,
+    value: Tensor,
+    advantage: Tensor,
+    value_target: Tensor,
+    old_log_prob: Tensor | None,
+    mask: Tensor | None,
+    diagnostics: Tensor,
+    clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """See the reference."""
+    inputs = [flat(tensor) for tensor in (log_prob, value, advantage, value_target, old_log_prob, mask)]
+    numel = log_prob.numel()
+    found = [torch.empty(numel, dtype=log_prob.dtype, device=log_prob.device) if need else None for need in needs]
+    if numel > 0:
+        with launch_guard(log_prob):
+            policy_gradient_loss_backward_kernel[(triton.cdiv(numel, 1024),)](
+                grad_total, grad_policy, grad_value, grad_entropy, *inputs, diagnostics, *found, numel,
+                clip, value_coef, entropy_coef, TILE=1024, num_warps=4, **OPTIONS,
+            )  # fmt: skip
+    return [gradient for gradient in found if gradient is not None]

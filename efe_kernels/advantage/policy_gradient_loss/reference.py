@@ -1,0 +1,108 @@
+"""The policy-gradient loss in plain PyTorch: the definition, and what serves where no kernel exists.
+
+All tensors are [N] of one floating dtype, and bool for mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efe_kernels.common.library import accumulate_dtype
+
+
+def policy_gradient_loss_forward(
+    log_prob: Tensor,
+    value: Tensor,
+    entropy: Tensor,
+    advantage: Tensor,
+    value_target: Tensor,
+    old_log_prob: Tensor | None,
+    mask: Tensor | None,
+    clip: float,
+    value_coef: float,
+    entropy_coef: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, policy loss, value loss, entropy (0-d), and clip_fraction, approx_kl, explained_variance, count [4]."""
+    dtype = accumulate_dtype(log_prob)
+    members = torch.ones_like(log_prob, dtype=torch.bool) if mask is None else mask
+    log_prob, value, entropy, advantage, value_target = (
+        torch.where(members, tensor.to(dtype), 0) for tensor in (log_prob, value, entropy, advantage, value_target)
+    )
+    count = members.sum().to(dtype)
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(members, x, 0).sum() / count.clamp(min=1)
+
+    clip_fraction = approx_kl = torch.zeros_like(count)
+    if old_log_prob is None:
+        policy = mean(-log_prob * advantage)
+    else:
+        log_ratio = log_prob - torch.where(members, old_log_prob.to(dtype), 0)
+        ratio = log_ratio.exp()
+        policy = mean(-torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage))
+        clip_fraction = mean(((ratio - 1).abs() > clip).to(dtype))
+        approx_kl = mean(log_ratio.expm1() - log_ratio)
+
+    def variance_of(x: Tensor) -> Tensor:
+        # Relative to the largest, so that a constant has a variance of exactly 0. The padding stands in for no element.
+        largest = F.pad(torch.where(members, x, -torch.inf), (0, 1), value=-torch.inf).amax()
+        offset = x - torch.where(count > 0, largest, 0)
+        return mean((offset - mean(offset)).square())
+
+    error = value_target - value
+    value_loss, mean_entropy = mean(error.square()), mean(entropy)
+    unexplained, variance = variance_of(error), variance_of(value_target)
+    explained_variance = torch.where(variance == 0, 0, 1 - unexplained / variance)
+    total = policy + value_coef * value_loss - entropy_coef * mean_entropy
+    diagnostics = torch.stack([clip_fraction, approx_kl, explained_variance, count])
+    return total, policy, value_loss, mean_entropy, diagnostics
+
+
+def policy_gradient_loss_backward(
+    grad_total: Tensor | None,
+    grad_policy: Tensor | None,
+    grad_value: Tensor | None,
+    grad_entropy: Tensor | None,
+    log_prob: Tensor,
+    value: Tensor,
+    advantage: Tensor,
+    value_target: Tensor,
+    old_log_prob: Tensor | None,
+    mask: Tensor | None,
+    diagnostics: Tensor,
+    clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of log_prob, value and entropy, those of them that are needed; the derivation is beside the kernel."""
+    dtype = diagnostics.dtype
+    share = 1 / diagnostics[3].clamp(min=1)
+    found = []
+    if needs[0]:
+        slope = advantage.to(dtype)
+        if old_log_prob is not None:
+            ratio = (log_prob.to(dtype) - old_log_prob.to(dtype)).exp()
+            clipped = ((slope > 0) & (ratio > 1 + clip)) | ((slope < 0) & (ratio < 1 - clip))
+            slope = torch.where(clipped, 0, slope * ratio)
+        found.append(-upstream(grad_total, 1.0, grad_policy, share) * slope)
+    if needs[1]:
+        error = value.to(dtype) - value_target.to(dtype)
+        found.append(upstream(grad_total, value_coef, grad_value, share) * 2 * error)
+    if needs[2]:
+        found.append(upstream(grad_total, -entropy_coef, grad_entropy, share).expand_as(log_prob))
+    if mask is not None:
+        found = [torch.where(mask, gradient, 0) for gradient in found]
+    return [gradient.to(log_prob.dtype).contiguous() for gradient in found]
+
+
+def upstream(grad_total: Tensor | None, weight: float, grad_part: Tensor | None, share: Tensor) -> Tensor:
+    """Gradient of one element of a part from those of the total, in which it has a weight, and of the part itself."""
+    gradient = torch.zeros_like(share)
+    if grad_total is not None:
+        gradient = gradient + weight * grad_total
+    if grad_part is not None:
+        gradient = gradient + grad_part
+    return gradient * share

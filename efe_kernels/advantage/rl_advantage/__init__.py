@@ -1,0 +1,1 @@
+"""The advantage of one-step episodes."""

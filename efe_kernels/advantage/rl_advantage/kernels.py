@@ -1,0 +1,337 @@
+"""The Triton kernels of rl_advantage and their launchers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments, unit_clamp
+from efe_kernels.advantage.rl_advantage.reference import WHITEN_EPS
+from efe_kernels.common.triton_math import launch_guard
+
+EPS = tl.constexpr(WHITEN_EPS)
+
+NO_WHITENING = tl.constexpr(0)
+WHOLE_GROUPS = tl.constexpr(1)
+PARTS_OF_GROUPS = tl.constexpr(2)
+TILE_LIMIT = 4096
+
+
+@triton.jit
+def tanh(x):
+    """tanh of a float32 to a few ulp: a series near 0, where the exponentials would cancel."""
+    square = x * x
+    series = 62.0 / 2835.0
+    series = series * square - 17.0 / 315.0
+    series = series * square + 2.0 / 15.0
+    series = series * square - 1.0 / 3.0
+    series = series * square * x + x
+    decay = tl.exp(-2.0 * tl.abs(x))
+    ratio = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(x < 0, -ratio, ratio)
+    return tl.where(tl.abs(x) < 0.25, series, far)
+
+
+@triton.jit
+def load_advantage(
+    reward_ptr,  # [N]
+    value_ptr,  # [N]
+    mask_ptr,  # [N] or None
+    offset,
+    ok,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+):
+    """Normalised reward minus value, and which elements count."""
+    member = ok
+    if mask_ptr is not None:
+        member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
+    scaled = tl.load(reward_ptr + offset, mask=member, other=0.0).to(tl.float32) * reward_scale
+    if NORMALIZE == "tanh":
+        scaled = tanh(scaled)
+    if NORMALIZE == "clamp":
+        scaled = unit_clamp(scaled)
+    return tl.where(member, scaled - tl.load(value_ptr + offset, mask=member, other=0.0).to(tl.float32), 0.0), member
+
+
+@triton.jit
+def tile_offset(groups, group_size, parts, GROUPS: tl.constexpr, TILE: tl.constexpr):
+    """Groups of this program, its part of them, and the positions and bounds of its tile [GROUPS, TILE]."""
+    pid = tl.program_id(0).to(tl.int64)
+    part = pid % parts
+    group = (pid // parts) * GROUPS + tl.arange(0, GROUPS)
+    member = part * TILE + tl.arange(0, TILE)
+    offset = group[:, None] * group_size + member[None, :]
+    ok = (group[:, None] < groups) & (member[None, :] < group_size)
+    return group, part, offset, ok
+
+
+@triton.jit
+def rl_advantage_moments_kernel(
+    reward_ptr,  # [groups * group_size]
+    value_ptr,  # [groups * group_size]
+    mask_ptr,  # [groups * group_size] or None
+    partial_ptr,  # [groups, parts, 3]
+    groups,
+    group_size,
+    parts,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
+    count, mean, squares = moments(advantage, member)
+    base = partial_ptr + (group * parts + part) * 3
+    tl.store(base, count, mask=group < groups)
+    tl.store(base + 1, mean, mask=group < groups)
+    tl.store(base + 2, squares, mask=group < groups)
+
+
+@triton.jit
+def rl_advantage_kernel(
+    reward_ptr,  # [groups * group_size]
+    value_ptr,  # [groups * group_size]
+    mask_ptr,  # [groups * group_size] or None
+    partial_ptr,  # [groups, parts, 3], or None unless MODE is PARTS_OF_GROUPS
+    out_ptr,  # [groups * group_size]
+    statistics_ptr,  # [groups, 3], or None without whitening
+    groups,
+    group_size,
+    parts,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+    MODE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
+    if MODE != NO_WHITENING:
+        if MODE == WHOLE_GROUPS:
+            count, mean, squares = moments(advantage, member)
+        else:
+            count, mean, squares = merge_moments(partial_ptr, (tl.program_id(0) // parts).to(tl.int64), parts, PARTS)
+        std = tl.sqrt_rn(squares / tl.maximum(count - 1.0, 1.0))
+        advantage = whiten(advantage, member, mean, std)
+        first = group < tl.where(part == 0, groups, 0)  # one program of each group writes
+        tl.store(statistics_ptr + group * 3, count, mask=first)
+        tl.store(statistics_ptr + group * 3 + 1, mean, mask=first)
+        tl.store(statistics_ptr + group * 3 + 2, std, mask=first)
+    tl.store(out_ptr + offset, advantage.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def whiten(advantage, member, mean, std):
+    whitened = (advantage - mean[:, None]) / (std[:, None] + EPS)
+    return tl.where(member & (std[:, None] != 0), whitened, 0.0)
+
+
+@triton.jit
+def load_whitened_gradient(
+    grad_ptr,  # [groups * group_size]
+    reward_ptr,  # [groups * group_size]
+    value_ptr,  # [groups * group_size]
+    mask_ptr,  # [groups * group_size] or None
+    statistics_ptr,  # [groups, 3]
+    group,
+    offset,
+    ok,
+    groups,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+):
+    """Upstream gradient, whitened advantage, members, count and standard deviation of a tile."""
+    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
+    count = tl.load(statistics_ptr + group * 3, mask=group < groups, other=0.0)
+    mean = tl.load(statistics_ptr + group * 3 + 1, mask=group < groups, other=0.0)
+    std = tl.load(statistics_ptr + group * 3 + 2, mask=group < groups, other=0.0)
+    grad = tl.load(grad_ptr + offset, mask=member, other=0.0).to(tl.float32)
+    return grad, whiten(advantage, member, mean, std), member, count, std
+
+
+@triton.jit
+def rl_advantage_sums_kernel(
+    grad_ptr,  # [groups * group_size]
+    reward_ptr,  # [groups * group_size]
+    value_ptr,  # [groups * group_size]
+    mask_ptr,  # [groups * group_size] or None
+    statistics_ptr,  # [groups, 3]
+    partial_ptr,  # [groups, parts, 2]
+    groups,
+    group_size,
+    parts,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sums of the upstream gradient g and of g times the whitened advantage over each part of each group."""
+    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    grad, whitened, _, _, _ = load_whitened_gradient(
+        grad_ptr, reward_ptr, value_ptr, mask_ptr, statistics_ptr, group, offset, ok, groups, reward_scale, NORMALIZE
+    )
+    base = partial_ptr + (group * parts + part) * 2
+    tl.store(base, tl.sum(grad, axis=1), mask=group < groups)
+    tl.store(base + 1, tl.sum(grad * whitened, axis=1), mask=group < groups)
+
+
+# Whitening is y_i = k c_i with c_i = x_i - mean, k = 1 / (s + eps) and s² = sum c² / (n - 1), where sum c = 0 gives
+# ds/dx_i = c_i / ((n - 1) s). So for an upstream gradient g
+#   dx_i = k (g_i - mean(g)) - k² c_i (sum_j g_j c_j) / ((n - 1) s)
+#        = k (g_i - mean(g)) - y_i (sum_j g_j y_j) / ((n - 1) s),
+# and x = normalised reward - value gives dvalue_i = -dx_i. A group with s = 0 is whitened to the constant 0.
+@triton.jit
+def rl_advantage_backward_kernel(
+    grad_ptr,  # [groups * group_size]
+    reward_ptr,  # [groups * group_size]
+    value_ptr,  # [groups * group_size]
+    mask_ptr,  # [groups * group_size] or None
+    statistics_ptr,  # [groups, 3]
+    partial_ptr,  # [groups, parts, 2], or None unless MODE is PARTS_OF_GROUPS
+    out_ptr,  # [groups * group_size]
+    groups,
+    group_size,
+    parts,
+    reward_scale,
+    NORMALIZE: tl.constexpr,
+    MODE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    group, _, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    if MODE == NO_WHITENING:
+        member = ok
+        if mask_ptr is not None:
+            member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
+        grad = tl.load(grad_ptr + offset, mask=member, other=0.0).to(tl.float32)
+    else:
+        grad, whitened, member, count, std = load_whitened_gradient(
+            grad_ptr,
+            reward_ptr,
+            value_ptr,
+            mask_ptr,
+            statistics_ptr,
+            group,
+            offset,
+            ok,
+            groups,
+            reward_scale,
+            NORMALIZE,
+        )
+        if MODE == WHOLE_GROUPS:
+            grad_sum = tl.sum(grad, axis=1)
+            product_sum = tl.sum(grad * whitened, axis=1)
+        else:
+            slot = tl.arange(0, PARTS)[None, :]
+            base = partial_ptr + ((tl.program_id(0) // parts).to(tl.int64) * parts + slot) * 2
+            grad_sum = tl.sum(tl.load(base, mask=slot < parts, other=0.0), axis=1)
+            product_sum = tl.sum(tl.load(base + 1, mask=slot < parts, other=0.0), axis=1)
+        varied = std != 0
+        mean_grad = grad_sum / tl.maximum(count, 1.0)
+        slope = tl.where(varied, product_sum / tl.where(varied, (count - 1.0) * std, 1.0), 0.0)
+        grad = (grad - mean_grad[:, None]) / (std[:, None] + EPS) - whitened * slope[:, None]
+        grad = tl.where(member & varied[:, None], grad, 0.0)
+    tl.store(out_ptr + offset, (-grad).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def advantage_tiles(numel: int, group_size: int) -> tuple[int, dict[str, Any]]:
+    """Programs of a launch, and how they cover the groups: several groups side by side, or one group in parts.
+
+    Without whitening (group_size 0) everything is one group. Shapes alone decide, so that the bits of a result do too.
+    """
+    whole = group_size or numel
+    tile = min(triton.next_power_of_2(whole), TILE_LIMIT if group_size else 1024)
+    parts = triton.cdiv(whole, tile)
+    groups = numel // whole
+    side_by_side = max(1, 1024 // tile)
+    tiles = {"groups": groups, "group_size": whole, "parts": parts, "GROUPS": side_by_side, "TILE": tile}
+    return triton.cdiv(groups, side_by_side) * parts, {**tiles, **OPTIONS, "num_warps": 8 if tile > 1024 else 4}
+
+
+def whitening_mode(group_size: int, parts: int) -> int:
+    return (NO_WHITENING if group_size == 0 else WHOLE_GROUPS if parts == 1 else PARTS_OF_GROUPS).value
+
+
+def rl_advantage_forward(
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """See the reference. Two launches where a group is larger than a tile, else one."""
+    numel = reward.numel()
+    out = torch.empty(numel, dtype=torch.result_type(reward, value), device=reward.device)
+    statistics = torch.empty(numel // group_size if group_size else 0, 3, dtype=torch.float32, device=reward.device)
+    if numel == 0:
+        return out, statistics
+    inputs = (reward.contiguous(), value.contiguous(), as_bytes(mask if mask is None else mask.contiguous()))
+    programs, tiles = advantage_tiles(numel, group_size)
+    mode = whitening_mode(group_size, tiles["parts"])
+    partial = None
+    with launch_guard(reward):
+        if mode == PARTS_OF_GROUPS.value:
+            partial = torch.empty(tiles["groups"], tiles["parts"], 3, dtype=torch.float32, device=reward.device)
+            rl_advantage_moments_kernel[(programs,)](
+                *inputs, partial, reward_scale=reward_scale, NORMALIZE=normalize, **tiles
+            )
+        rl_advantage_kernel[(programs,)](
+            *inputs,
+            partial,
+            out,
+            statistics if group_size else None,
+            reward_scale=reward_scale,
+            NORMALIZE=normalize,
+            MODE=mode,
+            PARTS=triton.next_power_of_2(tiles["parts"]),
+            **tiles,
+        )
+    return out, statistics
+
+
+def rl_advantage_backward(
+    grad: Tensor,
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    statistics: Tensor,
+    reward_scale: float,
+    normalize: str | None,
+    group_size: int,
+) -> Tensor:
+    """See the reference. Two launches where a group is larger than a tile, else one."""
+    numel = reward.numel()
+    out = torch.empty(numel, dtype=value.dtype, device=value.device)
+    if numel == 0:
+        return out
+    inputs = (
+        grad.contiguous(),
+        reward.contiguous(),
+        value.contiguous(),
+        as_bytes(mask if mask is None else mask.contiguous()),
+        statistics if group_size else None,
+    )
+    programs, tiles = advantage_tiles(numel, group_size)
+    mode = whitening_mode(group_size, tiles["parts"])
+    partial = None
+    with launch_guard(reward):
+        if mode == PARTS_OF_GROUPS.value:
+            partial = torch.empty(tiles["groups"], tiles["parts"], 2, dtype=torch.float32, device=reward.device)
+            rl_advantage_sums_kernel[(programs,)](
+                *inputs, partial, reward_scale=reward_scale, NORMALIZE=normalize, **tiles
+            )
+        rl_advantage_backward_kernel[(programs,)](
+            *inputs,
+            partial,
+            out,
+            reward_scale=reward_scale,
+            NORMALIZE=normalize,
+            MODE=mode,
+            PARTS=triton.next_power_of_2(tiles["parts"]),
+            **tiles,
+        )
+    return out

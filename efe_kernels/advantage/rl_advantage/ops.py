@@ -1,0 +1,87 @@
+"""The ops torch.ops.efe.rl_advantage_forward and _backward, and the autograd Function over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efe_kernels.advantage.rl_advantage import reference
+from efe_kernels.common.autograd import first_order
+from efe_kernels.common.library import define_op, triton_module
+
+kernels: Any = triton_module("efe_kernels.advantage.rl_advantage.kernels")
+
+
+def is_double(*tensors: Tensor) -> bool:
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
+def rl_advantage_forward_triton(reward: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    serve = reference if is_double(reward, value) else kernels
+    return serve.rl_advantage_forward(reward, value, *rest)
+
+
+def rl_advantage_backward_triton(grad: Tensor, reward: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    serve = reference if is_double(reward, value) else kernels
+    return serve.rl_advantage_backward(grad, reward, value, *rest)
+
+
+def rl_advantage_forward_fake(
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    groups = reward.shape[0] // group_size if group_size else 0
+    dtype = torch.float64 if is_double(reward, value) else torch.float32
+    advantage = reward.new_empty(reward.shape[0], dtype=torch.result_type(reward, value))
+    return advantage, reward.new_empty(groups, 3, dtype=dtype)
+
+
+def rl_advantage_backward_fake(grad: Tensor, reward: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return value.new_empty(value.shape[0])
+
+
+rl_advantage_forward = define_op(
+    "rl_advantage_forward(Tensor reward, Tensor value, Tensor? mask, float reward_scale, str? normalize, "
+    "SymInt group_size) -> (Tensor advantage, Tensor statistics)",
+    reference=reference.rl_advantage_forward,
+    fake=rl_advantage_forward_fake,
+    triton=rl_advantage_forward_triton if kernels else None,
+)
+rl_advantage_backward = define_op(
+    "rl_advantage_backward(Tensor grad, Tensor reward, Tensor value, Tensor? mask, Tensor statistics, "
+    "float reward_scale, str? normalize, SymInt group_size) -> Tensor",
+    reference=reference.rl_advantage_backward,
+    fake=rl_advantage_backward_fake,
+    triton=rl_advantage_backward_triton if kernels else None,
+)
+
+
+class RLAdvantageFunction(torch.autograd.Function):
+    """reward, value [N] -> advantage [N], differentiable in value; and the statistics of the groups."""
+
+    @staticmethod
+    def forward(
+        reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        return rl_advantage_forward(reward, value, mask, reward_scale, normalize, group_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        reward, value, mask, *settings = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(reward, value, mask, output[1])
+        ctx.settings = settings
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        grad_value = None
+        if grad is not None and ctx.needs_input_grad[1]:
+            tensors = (grad, *ctx.saved_tensors)
+            (grad_value,) = first_order("rl_advantage", rl_advantage_backward_one, *tensors, *ctx.settings)
+        return None, grad_value, None, None, None, None
+
+
+def rl_advantage_backward_one(*args: Any) -> tuple[Tensor]:
+    return (rl_advantage_backward(*args),)

@@ -1,0 +1,88 @@
+"""One-step advantages in plain PyTorch: the definition, and what serves where no kernel exists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WHITEN_EPS = 1e-4
+
+
+def plain_advantage(
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None
+) -> Tensor:
+    """Normalised reward minus value in the dtype of the arithmetic; 0 where mask is False."""
+    dtype = torch.float64 if torch.float64 in (reward.dtype, value.dtype) else torch.float32
+    scaled = reward.to(dtype) * reward_scale
+    if normalize == "tanh":
+        scaled = scaled.tanh()
+    elif normalize == "clamp":
+        scaled = scaled.clamp(-1, 1)
+    advantage = scaled - value.to(dtype)
+    return advantage if mask is None else torch.where(mask, advantage, 0)
+
+
+def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
+    """advantage, mask [G, S] -> [G, 3]: members, mean, standard deviation (of n - 1) of each group.
+
+    Summed relative to the largest member, so that equal members have a standard deviation of exactly 0.
+    """
+    members = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
+    count = members.sum(1).to(advantage.dtype)
+    shift = torch.where(members, advantage, -torch.inf).amax(1)
+    shift = torch.where(count > 0, shift, 0)
+    offset = torch.where(members, advantage - shift[:, None], 0)
+    mean = offset.sum(1) / count.clamp(min=1)
+    squares = torch.where(members, (offset - mean[:, None]).square(), 0).sum(1)
+    return torch.stack([count, shift + mean, (squares / (count - 1).clamp(min=1)).sqrt()], 1)
+
+
+def rl_advantage_forward(
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """reward, value, mask [N] -> advantage [N] and, with group_size > 0, the statistics [N / group_size, 3].
+
+    Whitening: (advantage - mean) / (std + WHITEN_EPS) within each group; 0 in a group whose members are equal.
+    """
+    advantage = plain_advantage(reward, value, mask, reward_scale, normalize)
+    statistics = advantage.new_empty(0, 3)
+    if group_size > 0:
+        groups = advantage.view(-1, group_size)
+        members = None if mask is None else mask.view(-1, group_size)
+        statistics = group_statistics(groups, members)
+        advantage = whiten(groups, members, statistics).view(-1)
+    return advantage.to(torch.result_type(reward, value)), statistics
+
+
+def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor) -> Tensor:
+    """advantage, mask [G, S] and statistics [G, 3] -> [G, S]."""
+    _, mean, std = statistics[:, :, None].unbind(1)
+    whitened = torch.where(std == 0, 0, (advantage - mean) / (std + WHITEN_EPS))
+    return whitened if mask is None else torch.where(mask, whitened, 0)
+
+
+def rl_advantage_backward(
+    grad: Tensor,
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    statistics: Tensor,
+    reward_scale: float,
+    normalize: str | None,
+    group_size: int,
+) -> Tensor:
+    """Gradient of value [N]; the derivation stands beside the kernel."""
+    dtype = statistics.dtype
+    grad_advantage = grad.to(dtype) if mask is None else torch.where(mask, grad.to(dtype), 0)
+    if group_size > 0:
+        advantage = plain_advantage(reward, value, mask, reward_scale, normalize).view(-1, group_size)
+        members = None if mask is None else mask.view(-1, group_size)
+        whitened = whiten(advantage, members, statistics)
+        grad_groups = grad_advantage.view(-1, group_size)
+        count, _, std = statistics[:, :, None].unbind(1)
+        mean_grad = grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
+        product = (grad_groups * whitened).sum(1, keepdim=True)
+        grad_groups = (grad_groups - mean_grad) / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
+        grad_groups = torch.where(std == 0, 0, grad_groups)
+        grad_advantage = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(-1)
+    return (-grad_advantage).to(value.dtype)

@@ -1,0 +1,1 @@
+"""Advantages along trajectories: gae and vtrace."""
