@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 TRAIN_ARGS ?=
+BENCH_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: help train test aot lint clean
+.PHONY: help train test aot bench gpu lint clean
 
 help:
 	@echo "make train   set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test    set up .venv, build, run every test that this machine can run"
 	@echo "make aot     compile every Triton kernel ahead of time and check registers, spills and instructions"
+	@echo "make bench   time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
+	@echo "make gpu     with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove .venv and everything built"
 
@@ -21,11 +25,18 @@ train: $(VENV)/.built
 # The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/efe_loss tests/advantage
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
 
 # What the Triton compiler makes of every kernel for three architectures, against the committed budgets. Needs no GPU.
 aot: $(VENV)/.built
 	$(BIN)/python -m bench.aot --check
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# Needs no network and no environment of its own: only a python3 with torch, triton, pytest and pytest-benchmark.
+gpu:
+	$(PYTHON) -m bench.gpu $(GPU_ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -43,4 +54,8 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,test,dev]"
 	$(BIN)/python -m efe_kernels.info
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable ".[bench]"
 	touch $@

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from efe_kernels.advantage.grid_reward import kernels as grid_reward_kernels
+from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradient_loss_kernels
+from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
+from efe_kernels.advantage.trace import kernels as trace_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 
 ARCHITECTURES = (80, 90, 100)
+WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -97,20 +104,21 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """The launch as the compiler takes it, specialised as Triton's own launcher would."""
+    """The launch as Triton would compile it: 1 and None as constants, pointers and multiples of 16 aligned."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (is_int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, Tensor):
+            continue
+        if isinstance(value, Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = "i32" if is_int else "fp32"
+        if isinstance(value, Tensor) or (is_int and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -154,7 +162,7 @@ def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
     if found is None:
         raise RuntimeError(f"cuobjdump told no resource usage of {variant}: {usage}")
     counted = Counter(operations)
-    walks_over_cells = "TILE" in launch.arguments and not loops
+    walks_over_cells = launch.function in WALKS_OVER_CELLS and not loops
     return Report(
         variant=variant,
         kernel=launch.function.__name__,
@@ -205,14 +213,67 @@ def efe_loss_launches(
     return launches
 
 
+def grid_reward_launches() -> list[Launch]:
+    target = torch.zeros(2, 30, 30, dtype=torch.int64)
+    channel_last = torch.zeros(2, 30, 30, 10)
+    channel_first = torch.zeros(2, 10, 30, 30, dtype=torch.bfloat16).permute(0, 2, 3, 1)
+    small, valid = target[:, :7, :13].to(torch.uint8), torch.ones(2, 30, 30, dtype=torch.bool)
+    weights = [1.0, 0.5, 0.5, 0.5]
+    with recorded_launches() as launches:
+        grid_reward_kernels.grid_reward(channel_last, channel_first, target, None, None, weights, 10)
+        grid_reward_kernels.grid_reward(channel_last.double(), small, target, valid, torch.zeros(2, 2), weights, 10)
+    return launches
+
+
+def rl_advantage_launches(group_size: int, normalize: str | None) -> list[Launch]:
+    reward = torch.zeros(60000)
+    arguments = (reward, reward.bfloat16(), torch.ones(60000, dtype=torch.bool))
+    with recorded_launches() as launches:
+        _, statistics = rl_advantage_kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
+        rl_advantage_kernels.rl_advantage_backward(reward, *arguments, statistics, 5.0, normalize, group_size)
+    return launches
+
+
+def trace_launches(steps: int) -> list[Launch]:
+    flags = torch.zeros(4096, steps, dtype=torch.bool)
+    with recorded_launches() as launches:
+        x = torch.zeros(4096, steps)
+        trace_kernels.gae_forward(x, x, x, flags, None, 0.99, 0.95, 1.0)
+        trace_kernels.gae_backward(x, None, flags, None, 0.99, 0.95, [True, False])
+        x = x.bfloat16()
+        trace_kernels.vtrace_forward(x, x, x, x, flags, flags, 0.99, 1.0, 1.0, 1.0)
+        trace_kernels.vtrace_backward(x, x, x, flags, flags, 0.99, 1.0, 1.0, [True, True])
+    return launches
+
+
+def policy_gradient_loss_launches(numel: int) -> list[Launch]:
+    x, mask, scalar = torch.zeros(numel), torch.ones(numel, dtype=torch.bool), torch.ones(())
+    settings = (0.2, 0.5, 0.01)
+    old, counted = (x, mask) if numel > 1000 else (None, None)
+    with recorded_launches() as launches:
+        policy_gradient_loss_kernels.policy_gradient_loss_forward(x, x, x, x, x, old, counted, *settings)
+        policy_gradient_loss_kernels.policy_gradient_loss_backward(
+            scalar, None, scalar, None, x, x, x, x, x, mask, torch.ones(4), *settings, [True, True, True]
+        )
+    return launches
+
+
 VARIANTS: dict[str, Callable[[], list[Launch]]] = {
-    "efe_loss bf16 channel-first": lambda: efe_loss_launches(torch.bfloat16, True, 0, False, False),
-    "efe_loss bf16 channel-first prompt": lambda: efe_loss_launches(torch.bfloat16, True, 256, False, False),
-    "efe_loss bf16 channel-last prompt": lambda: efe_loss_launches(torch.bfloat16, False, 256, False, False),
-    "efe_loss fp32 channel-first prompt": lambda: efe_loss_launches(torch.float32, True, 256, False, False),
-    "efe_loss fp32 channel-last prompt": lambda: efe_loss_launches(torch.float32, False, 256, False, False),
-    "efe_loss fp16 channel-first two plans": lambda: efe_loss_launches(torch.float16, True, 256, True, False),
-    "efe_loss fp32 channel-first everything": lambda: efe_loss_launches(torch.float32, True, 256, True, True),
+    "efe_loss bf16 channel-first": partial(efe_loss_launches, torch.bfloat16, True, 0, False, False),
+    "efe_loss bf16 channel-first prompt": partial(efe_loss_launches, torch.bfloat16, True, 256, False, False),
+    "efe_loss bf16 channel-last prompt": partial(efe_loss_launches, torch.bfloat16, False, 256, False, False),
+    "efe_loss fp32 channel-first prompt": partial(efe_loss_launches, torch.float32, True, 256, False, False),
+    "efe_loss fp32 channel-last prompt": partial(efe_loss_launches, torch.float32, False, 256, False, False),
+    "efe_loss fp16 channel-first two plans": partial(efe_loss_launches, torch.float16, True, 256, True, False),
+    "efe_loss fp32 channel-first everything": partial(efe_loss_launches, torch.float32, True, 256, True, True),
+    "grid_reward": grid_reward_launches,
+    "rl_advantage": partial(rl_advantage_launches, 0, "tanh"),
+    "rl_advantage small groups": partial(rl_advantage_launches, 8, "clamp"),
+    "rl_advantage large groups": partial(rl_advantage_launches, 30000, None),
+    "gae and vtrace serial": partial(trace_launches, 8),
+    "gae and vtrace scan": partial(trace_launches, 1500),
+    "policy_gradient_loss one block": partial(policy_gradient_loss_launches, 64),
+    "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000),
 }
 
 

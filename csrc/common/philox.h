@@ -24,7 +24,7 @@ EFE_INLINE Words4 philox4x32(Words4 counter, uint64_t key) {
     constexpr int kRounds = 10;
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
     Words4 c = counter;
-#pragma GCC unroll 10
+    EFE_UNROLL
     for (int round = 0; round < kRounds; ++round) {
         c = {multiply_high(kMultiplier1, c.x2) ^ c.x1 ^ k0, kMultiplier1 * c.x2,
              multiply_high(kMultiplier0, c.x0) ^ c.x3 ^ k1, kMultiplier0 * c.x0};
@@ -53,12 +53,16 @@ EFE_INLINE void box_muller(uint32_t first, uint32_t second, A* n0, A* n1) {
     *n1 = radius * sine;
 }
 
-// Noise of the elements 4 quad ... 4 quad + 3 of row `row`.
+// The words behind the noise of the elements 4 quad ... 4 quad + 3 of a row.
+EFE_INLINE Words4 philox_noise_words(uint64_t seed, int64_t row, int64_t quad) {
+    return philox4x32({static_cast<uint32_t>(quad), 0u, static_cast<uint32_t>(row),
+                       static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)},
+                      seed);
+}
+
 template <class A>
 EFE_INLINE Normals4<A> philox_normal4(uint64_t seed, int64_t row, int64_t quad) {
-    const uint64_t high = static_cast<uint64_t>(row);
-    const Words4 words = philox4x32(
-        {static_cast<uint32_t>(quad), 0u, static_cast<uint32_t>(high), static_cast<uint32_t>(high >> 32)}, seed);
+    const Words4 words = philox_noise_words(seed, row, quad);
     Normals4<A> noise;
     box_muller(words.x0, words.x1, &noise.n0, &noise.n1);
     box_muller(words.x2, words.x3, &noise.n2, &noise.n3);

@@ -68,9 +68,10 @@ struct LaneSum {
     }
 
     EFE_INLINE A total() const {
-        A sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-        return sum;
+        A eight[8], four[4];
+        for (int lane = 0; lane < 8; ++lane) eight[lane] = lanes[lane] + lanes[lane + 8];
+        for (int lane = 0; lane < 4; ++lane) four[lane] = eight[lane] + eight[lane + 4];
+        return (four[0] + four[2]) + (four[1] + four[3]);
     }
 };
 

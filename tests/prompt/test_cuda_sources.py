@@ -1,0 +1,57 @@
+"""The CUDA sources compile for every architecture without a spilled register. Needs nvcc, but no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils import cpp_extension
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")]
+
+
+def nvcc(*arguments: str) -> str:
+    assert NVCC is not None
+    done = subprocess.run([NVCC, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> None:
+    if architecture not in nvcc("--list-gpu-code"):
+        pytest.skip(f"this nvcc does not know {architecture}")
+    report = nvcc(
+        "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CSRC}",
+        "-cubin", str(CSRC / "prompt" / "cuda.cu"), "-o", str(tmp_path / "prompt.cubin"),
+    )  # fmt: skip
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills, report
+    assert set(spills) == {("0", "0")}, report
+
+
+def cuda_includes() -> list[str]:
+    line = re.search(r'INCLUDES="(.*?)"', nvcc("--dryrun", str(CSRC / "prompt" / "cuda.cu")))
+    assert line is not None
+    return line.group(1).split()
+
+
+def test_glue_compiles() -> None:
+    """C10_CUDA_NO_CMAKE_CONFIGURE_FILE: a torch that was built without CUDA lacks that one generated header."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
+    command = [
+        compiler, "-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DEFE_WITH_CUDA",
+        *includes, *cuda_includes(), str(CSRC / "prompt" / "cuda.cpp"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
