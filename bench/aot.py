@@ -43,6 +43,7 @@ from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradien
 from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
 from efe_kernels.advantage.trace import kernels as trace_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
+from efe_kernels.efe_loss.reference import Inputs, Settings
 
 ARCHITECTURES = (80, 90, 100)
 WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
@@ -193,7 +194,7 @@ def efe_loss_launches(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    inputs = (
+    inputs = Inputs(
         logits,
         meta_plan(dtype, channel_first) if separate else None,
         logits[:, -1] if everything else None,
@@ -205,11 +206,11 @@ def efe_loss_launches(
         new(height, width, outcomes) if prompt_dim else None,
         new(batch, height, width, dtype=torch.bool),
     )
-    settings = ([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
+    settings = Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     needs = [tensor is not None for tensor in inputs[:7]]
     with recorded_launches() as launches:
-        *_, scale, residual = efe_loss_kernels.efe_loss_forward(*inputs, *settings)
-        efe_loss_kernels.efe_loss_backward(new(1).expand(batch), None, *inputs, *settings, scale, residual, needs)
+        *_, scale, residual = efe_loss_kernels.efe_loss_forward(inputs, settings)
+        efe_loss_kernels.efe_loss_backward(new(1).expand(batch), None, inputs, settings, scale, residual, needs)
     return launches
 
 

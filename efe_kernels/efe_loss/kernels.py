@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
-from efe_kernels.efe_loss.reference import upstream_of_term
+from efe_kernels.efe_loss.reference import Inputs, Settings, upstream_of_term
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
@@ -936,27 +936,17 @@ def efe_loss_backward_kernel(
 class Layout:
     """Strides of the inputs, what is present, and the sizes: everything the kernels are specialised on."""
 
-    def __init__(
-        self,
-        logits: Tensor,
-        backward_logits: Tensor | None,
-        final_logits: Tensor | None,
-        observation_probs: Tensor | None,
-        preference_logits: Tensor,
-        prompt: Tensor | None,
-        projection: Tensor | None,
-        target: Tensor,
-        target_preference: Tensor | None,
-        valid: Tensor | None,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        logits, preference_logits, valid = inputs.logits, inputs.preference_logits, inputs.valid
         self.batch, self.steps, height, width, self.outcomes = logits.shape
         self.cells = height * width
-        alone = backward_logits is None and self.steps % 2 == 1
+        separate = inputs.backward_logits is not None
+        alone = not separate and self.steps % 2 == 1
         # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
         cells_per_lane = 2 if logits.stride(3) == 1 else 1
         self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
         self.tiles = triton.cdiv(self.cells, self.tile)
-        self.has_direction = prompt is not None and projection is not None
+        self.has_direction = inputs.prompt is not None and inputs.projection is not None
         if preference_logits.dim() == 3:
             preference_logits = preference_logits[None].expand(self.batch, -1, -1, -1)
         if valid is not None:
@@ -964,13 +954,13 @@ class Layout:
         # An absent input hands over the logits' pointer, which the kernel then never reads.
         present = {
             "logits": logits,
-            "backward": backward_logits,
-            "final": None if final_logits is None else final_logits[:, None],
-            "observation": observation_probs,
+            "backward": inputs.backward_logits,
+            "final": None if inputs.final_logits is None else inputs.final_logits[:, None],
+            "observation": inputs.observation_probs,
             "preference": preference_logits,
-            "prompt": prompt,
-            "target": target,
-            "target_preference": target_preference,
+            "prompt": inputs.prompt,
+            "target": inputs.target,
+            "target_preference": inputs.target_preference,
             "valid": valid,
         }
         self.pointers = {f"{name}_ptr": logits if tensor is None else tensor for name, tensor in present.items()}
@@ -978,46 +968,28 @@ class Layout:
             name.upper(): (0,) if tensor is None else tensor.stride() for name, tensor in present.items()
         }
         self.constants |= {
-            "HAS_BACKWARD": backward_logits is not None,
-            "HAS_FINAL": final_logits is not None,
-            "HAS_OBSERVATION": observation_probs is not None,
-            "HAS_PROMPT": prompt is not None,
+            "HAS_BACKWARD": separate,
+            "HAS_FINAL": inputs.final_logits is not None,
+            "HAS_OBSERVATION": inputs.observation_probs is not None,
+            "HAS_PROMPT": inputs.prompt is not None,
             "HAS_DIRECTION": self.has_direction,
-            "HAS_ANCHOR": target_preference is not None,
+            "HAS_ANCHOR": inputs.target_preference is not None,
             "HAS_VALID": valid is not None,
             "T": self.steps,
             "CELLS": self.cells,
             "WIDTH": width,
             "C": self.outcomes,
-            "PAIRS": self.steps if backward_logits is not None else (self.steps + 1) // 2,
+            "PAIRS": self.steps if separate else (self.steps + 1) // 2,
             "ALONE": int(alone),
             "TILE": self.tile,
             "APPROX": APPROXIMATE,
         }
 
 
-def efe_loss_forward(
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target: Tensor,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    weights: list[float],
-    hard_cell: bool,
-    hard_cell_min_ratio: float,
-    max_cells: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def efe_loss_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
-    layout = Layout(
-        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection, target,
-        target_preference, valid,
-    )  # fmt: skip
+    layout = Layout(inputs)
+    logits, prompt, projection = inputs.logits, inputs.prompt, inputs.projection
     batch, steps, outcomes = layout.batch, layout.steps, layout.outcomes
     residual_width = 1 + (steps + 1) * outcomes if layout.has_direction else 1
     new = logits.new_empty
@@ -1035,16 +1007,17 @@ def efe_loss_forward(
             **layout.pointers,
             sums_ptr=sums,
             direction_ptr=direction,
-            ignore_index=ignore_index,
+            ignore_index=settings.ignore_index,
             **layout.constants,
             **OPTIONS,
         )
         efe_loss_episode_kernel[batch,](
             sums, direction, prompt if layout.has_direction else sums, projection if layout.has_direction else sums,
-            total, terms, mask_ratio, scale, residual, *weights, hard_cell_min_ratio, max_cells,
+            total, terms, mask_ratio, scale, residual, *settings.weights, settings.hard_cell_min_ratio,
+            settings.max_cells,
             PROMPT=layout.constants["PROMPT"],
             PROJECTION=projection.stride() if layout.has_direction else (0,),
-            HARD_CELL=hard_cell,
+            HARD_CELL=settings.hard_cell,
             HAS_DIRECTION=layout.has_direction,
             T=steps,
             C=outcomes,
@@ -1061,33 +1034,20 @@ def efe_loss_forward(
 def efe_loss_backward(
     grad_total: Tensor | None,
     grad_terms: Tensor | None,
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target: Tensor,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    weights: list[float],
-    hard_cell: bool,
-    hard_cell_min_ratio: float,
-    max_cells: int,
-    ignore_index: int,
+    inputs: Inputs,
+    settings: Settings,
     hard_cell_scale: Tensor,
     residual: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients asked for in `needs`, in the order of the inputs, each in its input's dtype."""
-    layout = Layout(
-        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection, target,
-        target_preference, valid,
-    )  # fmt: skip
+    layout = Layout(inputs)
+    weights, preference_logits = settings.weights, inputs.preference_logits
     batch, outcomes = layout.batch, layout.outcomes
-    inputs = (logits, backward_logits, final_logits, observation_probs)
-    plans = [torch.empty_like(tensor) if need else None for tensor, need in zip(inputs, needs, strict=False)]
+    plans = [
+        torch.empty_like(tensor) if tensor is not None and need else None
+        for tensor, need in zip(inputs[:4], needs, strict=False)
+    ]
     need_preference, need_prompt, _ = needs[4:]
     shared = preference_logits.dim() == 3
     episodes = triton.next_power_of_2(triton.cdiv(max(batch, 1), MAX_CHUNKS))
@@ -1098,7 +1058,7 @@ def efe_loss_backward(
     grad_terms = None if grad_terms is None else grad_terms.contiguous()
     grads = dict(zip(("logits", "backward", "final", "observation"), plans, strict=True))
     if batch > 0:
-        with launch_guard(logits):
+        with launch_guard(inputs.logits):
             efe_loss_backward_kernel[layout.tiles, chunks](
                 residual if grad_total is None else grad_total,
                 residual if grad_terms is None else grad_terms,
@@ -1114,7 +1074,7 @@ def efe_loss_backward(
                 weight_agreement=weights[3],
                 weight_anchor=weights[4],
                 weight_prompt=weights[5],
-                ignore_index=ignore_index,
+                ignore_index=settings.ignore_index,
                 num_episodes=batch,
                 GRAD_TOTAL=(0,) if grad_total is None else grad_total.stride(),
                 GRAD_LOGITS=plan_strides(grads["logits"]),
@@ -1140,7 +1100,15 @@ def efe_loss_backward(
         by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
         gradients.append(by_cell.to(preference_logits.dtype))
     gradients += prompt_gradients(
-        grad_total, grad_terms, prompt, projection, weights[5], hard_cell_scale, residual, grad_scales, needs
+        grad_total,
+        grad_terms,
+        inputs.prompt,
+        inputs.projection,
+        weights[5],
+        hard_cell_scale,
+        residual,
+        grad_scales,
+        needs,
     )
     return gradients
 

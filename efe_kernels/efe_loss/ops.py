@@ -10,126 +10,93 @@ from torch import Tensor
 from efe_kernels.common.autograd import first_order, spread
 from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
 from efe_kernels.efe_loss import reference
+from efe_kernels.efe_loss.reference import Inputs, Settings
 
-# The floating-point inputs first: they are what a gradient can be asked for, in this order.
-INPUTS = (
+# The fields of reference.Inputs, then those of reference.Settings.
+ARGUMENTS = (
     "Tensor logits, Tensor? backward_logits, Tensor? final_logits, Tensor? observation_probs, "
     "Tensor preference_logits, Tensor? prompt, Tensor? projection, Tensor target, Tensor? target_preference, "
     "Tensor? valid, float[] weights, bool hard_cell, float hard_cell_min_ratio, int max_cells, int ignore_index"
 )
+NUM_INPUTS = len(Inputs._fields)
+NUM_ARGUMENTS = NUM_INPUTS + len(Settings._fields)
 NUM_DIFFERENTIABLE = 7
 
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-def residual_width(logits: Tensor, projection: Tensor | None) -> int:
+
+def grouped(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
+    return Inputs(*arguments[:NUM_INPUTS]), Settings(*arguments[NUM_INPUTS:NUM_ARGUMENTS])
+
+
+def residual_width(inputs: Inputs) -> int:
     """Columns of the residual: the cell count, then what the prompt term needs again (see kernels.py)."""
-    steps, outcomes = logits.shape[1], logits.shape[-1]
-    return 1 if projection is None else 1 + (steps + 1) * outcomes
+    steps, outcomes = inputs.logits.shape[1], inputs.logits.shape[-1]
+    return 1 if inputs.projection is None else 1 + (steps + 1) * outcomes
 
 
-def forward_reference(
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target: Tensor,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward_reference(*arguments: Any) -> Forward:
     """The reference as an op. Its backward computes everything again, so it leaves the residual at zero."""
-    if target.device.type == "cpu":
-        counted = reference.counted_cells(target, valid, settings[-1])
-        reference.check_target_range(target, counted, logits.shape[-1])
-    outputs = reference.efe_loss(
-        logits, backward_logits, final_logits, observation_probs, target, preference_logits, prompt, projection,
-        target_preference, valid, *settings,
-    )  # fmt: skip
-    residual = outputs[0].new_zeros(logits.shape[0], residual_width(logits, projection))
-    return *outputs, residual
+    inputs, settings = grouped(arguments)
+    if inputs.target.device.type == "cpu":
+        counted = reference.counted_cells(inputs.target, inputs.valid, settings.ignore_index)
+        reference.check_target_range(inputs.target, counted, inputs.logits.shape[-1])
+    outputs = reference.efe_loss(inputs, settings)
+    return *outputs, outputs[0].new_zeros(inputs.logits.shape[0], residual_width(inputs))
 
 
-def backward_reference(
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target: Tensor,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    weights, *_, ignore_index, hard_cell_scale, _residual, needs = rest
-    found = reference.efe_loss_backward(
-        grad_total, grad_terms, logits, backward_logits, final_logits, observation_probs, target, preference_logits,
-        prompt, projection, target_preference, valid, weights, ignore_index, hard_cell_scale,
-    )  # fmt: skip
-    inputs = {
-        "logits": logits, "backward_logits": backward_logits, "final_logits": final_logits,
-        "observation_probs": observation_probs, "preference_logits": preference_logits, "prompt": prompt,
-        "projection": projection,
-    }  # fmt: skip
+def backward_reference(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
+    inputs, settings = grouped(arguments)
+    hard_cell_scale, _residual, needs = arguments[NUM_ARGUMENTS:]
+    found = reference.efe_loss_backward(grad_total, grad_terms, inputs, settings, hard_cell_scale)
     return [
         torch.empty_like(tensor).copy_(found[name])
-        for (name, tensor), need in zip(inputs.items(), needs, strict=True)
+        for name, tensor, need in zip(Inputs._fields, inputs, needs, strict=False)
         if need and tensor is not None
     ]
 
 
-def forward_fake(
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = logits.shape[0]
-    dtype = accumulate_dtype(logits)
-    terms = logits.new_empty(batch, len(reference.TERMS), dtype=dtype)
-    residual = logits.new_empty(batch, residual_width(logits, projection), dtype=dtype)
-    per_episode = [logits.new_empty(batch, dtype=dtype) for _ in range(3)]
-    return per_episode[0], terms, per_episode[1], per_episode[2], residual
+def forward_fake(*arguments: Any) -> Forward:
+    inputs, _ = grouped(arguments)
+    batch = inputs.logits.shape[0]
+
+    def new(*shape: int) -> Tensor:
+        return inputs.logits.new_empty(shape, dtype=accumulate_dtype(inputs.logits))
+
+    return new(batch), new(batch, len(reference.TERMS)), new(batch), new(batch), new(batch, residual_width(inputs))
 
 
-def backward_fake(grad_total: Tensor | None, grad_terms: Tensor | None, *rest: Any) -> list[Tensor]:
-    needs = rest[-1]
-    return [torch.empty_like(rest[i]) for i in range(NUM_DIFFERENTIABLE) if needs[i]]
+def backward_fake(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
+    needs = arguments[-1]
+    return [torch.empty_like(arguments[i]) for i in range(NUM_DIFFERENTIABLE) if needs[i]]
 
 
 kernels = triton_module("efe_kernels.efe_loss.kernels")
 
 
-def forward_triton(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if logits.dtype == torch.float64 or kernels is None:
-        return forward_reference(logits, *rest)
-    return kernels.efe_loss_forward(logits, *rest)
+def forward_triton(*arguments: Any) -> Forward:
+    inputs, settings = grouped(arguments)
+    if inputs.logits.dtype == torch.float64 or kernels is None:
+        return forward_reference(*arguments)
+    return kernels.efe_loss_forward(inputs, settings)
 
 
-def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, logits: Tensor, *rest: Any) -> list[Tensor]:
-    if logits.dtype == torch.float64 or kernels is None:
-        return backward_reference(grad_total, grad_terms, logits, *rest)
-    return kernels.efe_loss_backward(grad_total, grad_terms, logits, *rest)
+def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
+    inputs, settings = grouped(arguments)
+    if inputs.logits.dtype == torch.float64 or kernels is None:
+        return backward_reference(grad_total, grad_terms, *arguments)
+    return kernels.efe_loss_backward(grad_total, grad_terms, inputs, settings, *arguments[NUM_ARGUMENTS:])
 
 
 efe_loss_forward = define_op(
-    f"efe_loss_forward({INPUTS}) "
+    f"efe_loss_forward({ARGUMENTS}) "
     "-> (Tensor total, Tensor terms, Tensor mask_ratio, Tensor hard_cell_scale, Tensor residual)",
     reference=forward_reference,
     fake=forward_fake,
     triton=forward_triton if kernels else None,
 )
 efe_loss_backward = define_op(
-    f"efe_loss_backward(Tensor? grad_total, Tensor? grad_terms, {INPUTS}, Tensor hard_cell_scale, Tensor residual, "
+    f"efe_loss_backward(Tensor? grad_total, Tensor? grad_terms, {ARGUMENTS}, Tensor hard_cell_scale, Tensor residual, "
     "bool[] needs) -> Tensor[]",
     reference=backward_reference,
     fake=backward_fake,
@@ -146,12 +113,11 @@ class EFELossFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index = inputs
+        tensors, ctx.settings = grouped(inputs)
         *_, mask_ratio, hard_cell_scale, residual = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, residual)
         ctx.save_for_backward(*tensors, hard_cell_scale, residual)
-        ctx.settings = (weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index)
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_terms: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

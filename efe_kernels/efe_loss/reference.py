@@ -7,6 +7,7 @@ autograd; `efe_loss_backward` writes the same gradient out, because an op may ru
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,29 @@ PROMPT_LOGIT_RANGE = 1e4
 TARGET_PREFERENCE_FLOOR = 1e-8
 # A direction shorter than this is none: its cosine and the gradient of it are 0.
 SHORTEST_DIRECTION = 1e-8
+
+
+class Inputs(NamedTuple):
+    """The tensors of the loss. The first seven are what a gradient can be asked for, in this order."""
+
+    logits: Tensor  # [B, T, H, W, C]
+    backward_logits: Tensor | None  # [B, T, H, W, C]
+    final_logits: Tensor | None  # [B, H, W, C]
+    observation_probs: Tensor | None  # [B, T, H, W, C]
+    preference_logits: Tensor  # [H, W, C] or [B, H, W, C]
+    prompt: Tensor | None  # [B, D]
+    projection: Tensor | None  # [C, D]
+    target: Tensor  # [B, H, W]
+    target_preference: Tensor | None  # [H, W, C]
+    valid: Tensor | None  # [B, H, W]
+
+
+class Settings(NamedTuple):
+    weights: list[float]  # in the order of TERMS
+    hard_cell: bool
+    hard_cell_min_ratio: float
+    max_cells: int
+    ignore_index: int
 
 
 def counted_cells(target: Tensor, valid: Tensor | None, ignore_index: int) -> Tensor:
@@ -117,38 +141,20 @@ def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted[:, None, ..., None], centred, 0).sum((2, 3)) / cells[:, None, None]
 
 
-def efe_loss(
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    target: Tensor,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    weights: list[float],
-    hard_cell: bool,
-    hard_cell_min_ratio: float,
-    max_cells: int,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Total [B], terms [B, 7] in the order of TERMS, mask ratio [B] and hard-cell scale [B].
-
-    Shapes: logits, backward_logits and observation_probs [B, T, H, W, C]; final_logits [B, H, W, C]; target and valid
-    [B, H, W]; preference_logits [H, W, C] or [B, H, W, C]; prompt [B, D]; projection [C, D]; target_preference
-    [H, W, C].
-    """
+def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Total [B], terms [B, 7] in the order of TERMS, mask ratio [B] and hard-cell scale [B]."""
+    logits, preference_logits, target_preference = inputs.logits, inputs.preference_logits, inputs.target_preference
+    backward_logits, observation_probs = inputs.backward_logits, inputs.observation_probs
+    prompt, projection = inputs.prompt, inputs.projection
     dtype = accumulate_dtype(logits)
-    counted = counted_cells(target, valid, ignore_index)
-    final_logits = logits[:, -1] if final_logits is None else final_logits
+    counted = counted_cells(inputs.target, inputs.valid, settings.ignore_index)
+    final_logits = logits[:, -1] if inputs.final_logits is None else inputs.final_logits
 
     forward = read(logits, counted, dtype)
     log_q = log_softmax(forward)
     log_r = log_q.flip(1) if backward_logits is None else log_softmax(read(backward_logits, counted, dtype))
     log_c = log_preference(preference_logits.to(dtype), None if prompt is None else prompt.to(dtype))
-    cell_target = torch.where(counted, target, 0).long()
+    cell_target = torch.where(counted, inputs.target, 0).long()
     final = read(final_logits, counted, dtype)
 
     zero = log_q.new_zeros(logits.shape[0])
@@ -173,16 +179,16 @@ def efe_loss(
             mean_over_cells(jensen_shannon(log_q, log_r), counted),
             anchor,
             prompt_term,
-            (logits.shape[1] / max_cells) * cells.to(dtype),
+            (logits.shape[1] / settings.max_cells) * cells.to(dtype),
         ],
         1,
     )
     wrong = counted & (final.argmax(-1) != cell_target)
     mask_ratio = wrong.flatten(1).sum(1).to(dtype) / cells.clamp_min(1)
     scale = torch.ones_like(mask_ratio)
-    if hard_cell:
-        scale = torch.where(mask_ratio < hard_cell_min_ratio, scale, 0.5 + 0.5 * mask_ratio)
-    total = scale * sum((w * terms[:, k] for k, w in enumerate(weights) if w != 0), zero)
+    if settings.hard_cell:
+        scale = torch.where(mask_ratio < settings.hard_cell_min_ratio, scale, 0.5 + 0.5 * mask_ratio)
+    total = scale * sum((w * terms[:, k] for k, w in enumerate(settings.weights) if w != 0), zero)
     return total, terms, mask_ratio, scale
 
 
@@ -204,29 +210,18 @@ def direction_gradients(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def efe_loss_backward(
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    logits: Tensor,
-    backward_logits: Tensor | None,
-    final_logits: Tensor | None,
-    observation_probs: Tensor | None,
-    target: Tensor,
-    preference_logits: Tensor,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    target_preference: Tensor | None,
-    valid: Tensor | None,
-    weights: list[float],
-    ignore_index: int,
-    hard_cell_scale: Tensor,
+    grad_total: Tensor | None, grad_terms: Tensor | None, inputs: Inputs, settings: Settings, hard_cell_scale: Tensor
 ) -> dict[str, Tensor]:
     """Gradients of the floating-point inputs by name, in the dtype of the arithmetic. Derivation: kernels.py."""
+    logits, preference_logits, target_preference = inputs.logits, inputs.preference_logits, inputs.target_preference
+    backward_logits, observation_probs = inputs.backward_logits, inputs.observation_probs
+    prompt, projection, final_logits = inputs.prompt, inputs.projection, inputs.final_logits
     dtype = accumulate_dtype(logits)
-    counted = counted_cells(target, valid, ignore_index)
+    counted = counted_cells(inputs.target, inputs.valid, settings.ignore_index)
     steps, outcomes = logits.shape[1], logits.shape[-1]
     upstream = [
         upstream_of_term(grad_total, grad_terms, hard_cell_scale, term, weight)[:, None, None, None]
-        for term, weight in enumerate(weights)
+        for term, weight in enumerate(settings.weights)
     ]
     share = (counted.to(dtype) / counted.flatten(1).sum(1).clamp_min(1)[:, None, None])[..., None]
     risk, ambiguity, consistency, agreement, anchor, direction, _ = (share * grad for grad in upstream)
@@ -252,7 +247,7 @@ def efe_loss_backward(
         tiny = torch.finfo(dtype).tiny
         found["observation_probs"] = -ambiguity * (probs.clamp_min(tiny).log() + (probs >= tiny))
     final = read(logits[:, -1] if final_logits is None else final_logits, counted, dtype)
-    one_hot = F.one_hot(torch.where(counted, target, 0).long(), outcomes)
+    one_hot = F.one_hot(torch.where(counted, inputs.target, 0).long(), outcomes)
     grad_final = consistency * (torch.softmax(final, -1) - one_hot)
     if final_logits is None:
         found["logits"][:, -1] += grad_final

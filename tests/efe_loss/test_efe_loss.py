@@ -8,17 +8,13 @@ import torch
 from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
 from efe_kernels.efe_loss import reference
+from efe_kernels.efe_loss.reference import Inputs, Settings
 from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 # Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
 # precision: one rounding of a result that was computed in float32, which Triton's interpreter does by truncation.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 SMALLEST_HALF = 2**-24
-
-REFERENCE_ARGUMENTS = (
-    "logits", "backward_logits", "final_logits", "observation_probs", "target", "preference_logits", "prompt",
-    "projection", "target_preference", "valid",
-)  # fmt: skip
 
 CASES = {
     "plan read backwards": Case(),
@@ -69,14 +65,14 @@ def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.Monke
     inputs = case.inputs(dtype, device)
     preference = inputs["preference_logits"].detach()[: case.height, : case.width]
     inputs["preference_logits"] = preference.clone().requires_grad_()
-    arguments = [inputs.get(name) for name in REFERENCE_ARGUMENTS]
-    settings = ([*vars(WEIGHTS).values()], True, 0.0, 900, -100)
+    arguments = Inputs(*(inputs.get(name) for name in Inputs._fields))
+    settings = Settings([*vars(WEIGHTS).values()], True, 0.0, 900, -100)
     names = [name for name, value in inputs.items() if value.requires_grad]
     leaves = [inputs[name] for name in names]
     with monkeypatch.context() as patch:
         patch.setattr(reference, "accumulate_dtype", lambda tensor: tensor.dtype)
         patch.setattr(reference, "LOWEST_LOGIT", torch.finfo(dtype).min)
-        eager, *_ = reference.efe_loss(*arguments, *settings)
+        eager, *_ = reference.efe_loss(arguments, settings)
         eager_gradients = torch.autograd.grad(eager.sum(), leaves)
     total = efe_loss(**inputs, weights=WEIGHTS, reduction="none").total
     gradients = torch.autograd.grad(total.sum(), leaves)
@@ -296,11 +292,7 @@ def test_ops_are_declared_truthfully(device: str) -> None:
     case = Case(steps=3, backward=True, final=True, observation=True)
     inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
     inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
-    names = (
-        "logits backward_logits final_logits observation_probs preference_logits prompt projection target "
-        "target_preference valid"
-    )
-    arguments = [inputs[name] for name in names.split()]
+    arguments = [inputs[name] for name in Inputs._fields]
     settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     torch.library.opcheck(efe_loss_forward, (*arguments, *settings))
     total, terms, _, scale, residual = efe_loss_forward(*arguments, *settings)
