@@ -49,8 +49,8 @@ EFE_INLINE Exponential<float> exponential(float x) {
     const float shifted = x * 1.44269504f + kShift;
     const float k = shifted - kShift;
     const float r = (x - k * 0.693359375f) - k * -2.12194440e-4f;  // the first product is exact
-    const float p =
-        r + r * r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040))))));
+    const float tail = 1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)));
+    const float p = r + r * r * (1.0f / 2 + r * (1.0f / 6 + r * tail));
     const uint32_t exponent = __builtin_bit_cast(uint32_t, shifted) - __builtin_bit_cast(uint32_t, kShift);
     const float half_scale = __builtin_bit_cast(float, (exponent + 126u) << 23);  // 2^(k - 1): 2^128 has no float
     float value = (2.0f + 2.0f * p) * half_scale;
@@ -66,7 +66,8 @@ EFE_INLINE float exp(float x) { return exponential(x).value; }
 // CPU takes a hundred times as long.
 EFE_INLINE float log1p_of_ratio(float s) {
     const float z = s * s + 0x1p-100f;
-    return s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9 + z * (2.0f / 11 + z * (2.0f / 13)))))));
+    const float tail = 2.0f / 7 + z * (2.0f / 9 + z * (2.0f / 11 + z * (2.0f / 13)));
+    return s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * tail)));
 }
 
 EFE_INLINE float log1p_unit(float x) { return log1p_of_ratio(x / (2.0f + x)); }

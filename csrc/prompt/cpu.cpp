@@ -43,7 +43,8 @@ void for_dtype(Dtype dtype, const Body& body) {
 // body(begin, end) over ranges of [0, count), each item being `cost` elements of work.
 template <class Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         vectorized([&]() EFE_SIMD_BODY { body(begin, end); });
     });
 }
@@ -96,7 +97,8 @@ struct Noise {
             words[3][q] = drawn.x3;
         }
         for (int k = 0; k < 4; k += 2)
-            for (int q = 0; q < kQuads; ++q) box_muller(words[k][q], words[k + 1][q], &normals[k][q], &normals[k + 1][q]);
+            for (int q = 0; q < kQuads; ++q)
+                box_muller(words[k][q], words[k + 1][q], &normals[k][q], &normals[k + 1][q]);
         for (int q = 0; q < kQuads; ++q)
             for (int k = 0; k < 4; ++k) out[4 * q + k] = normals[k][q];
     }
@@ -156,7 +158,8 @@ void pool_backward(const PoolBackward& args) {
                 A values[kPoolTile];
                 T gradient[kPoolTile];
                 const Row<T> grad = row_of<T>(args.grad, n);
-                for (int i = 0; i < count; ++i) values[i] = scale * static_cast<A>(grad.data[(begin + i) * grad.column]);
+                for (int i = 0; i < count; ++i)
+                    values[i] = scale * static_cast<A>(grad.data[(begin + i) * grad.column]);
                 convert(values, count, gradient);
                 for (int64_t l = from; l < to; ++l) {
                     T* token = out + l * args.width + begin;

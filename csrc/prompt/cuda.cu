@@ -1,5 +1,5 @@
-// The CUDA kernels of prompt refinement. Sums run in a fixed order (lanes, then warps, then chunks) and without atomics,
-// so every run gives the same bits. No torch header: cuda.cpp is the glue.
+// The CUDA kernels of prompt refinement. Sums run in a fixed order (lanes, then warps, then chunks), without atomics:
+// every run gives the same bits. No torch header: cuda.cpp is the glue.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,8 +15,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kPoolWarps = 8;          // walk the tokens of a pool block, one token each at a time
+constexpr int kPoolThreads = kWarp * kPoolWarps;
 constexpr int kPoolUnroll = 4;         // tokens in flight per warp
-constexpr int64_t kPoolBlocks = 512;   // enough to fill the largest GPUs; a constant, so that bits depend on shapes alone
+constexpr int64_t kPoolBlocks = 512;   // fill the largest GPUs; a constant, so that bits depend on shapes alone
 constexpr int64_t kPoolMinTokens = 64; // per chunk in the forward
 constexpr int64_t kPoolTokens = 64;    // per block in the backward
 constexpr int64_t kPoolColumns = 256;  // per block, about, for the count of chunks
@@ -120,7 +121,8 @@ struct PoolPlace {
 
 // One lane holds N columns. Each warp sums every eighth token; then the warps are added up in order.
 template <class T, int N>
-__global__ void __launch_bounds__(kWarp* kPoolWarps) pool_forward_kernel(PoolForward args, int64_t blocks, int64_t tiles) {
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_forward_kernel(PoolForward args, int64_t blocks, int64_t tiles) {
     using A = Accumulate<T>;
     __shared__ A sums[kPoolWarps][kWarp * N];
     __shared__ int counts[kPoolWarps];
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kWarp* kPoolWarps) pool_forward_kernel(PoolFor
         for (int w = 0; w < kPoolWarps; ++w) total += counts[w];
         const A scale = total > 0 ? A(1) / A(total) : A(0);
         const bool first = threadIdx.x == 0 && place.column == 0;
-        for (int slot = threadIdx.x; slot < kWarp * N; slot += kWarp * kPoolWarps) {
+        for (int slot = threadIdx.x; slot < kWarp * N; slot += kPoolThreads) {
             const int64_t c = place.column + slot % kWarp * N + slot / kWarp;
             if (c >= args.width) continue;
             A value = 0;
@@ -182,7 +184,8 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) pool_combine_kernel(PoolForward args) {
     using A = Accumulate<T>;
     const int64_t elements = args.rows * args.width;
-    for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < elements; at += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < elements; at += stride) {
         const int64_t row = at / args.width, column = at % args.width;
         int64_t count = 0;
         A sum = 0;
@@ -199,7 +202,8 @@ __global__ void __launch_bounds__(kRowThreads) pool_combine_kernel(PoolForward a
 
 // The gradient of a token is grad * scale, or 0 where it is masked: made once per lane, then written to every token.
 template <class T, int N>
-__global__ void __launch_bounds__(kWarp* kPoolWarps, 4) pool_backward_kernel(PoolBackward args, int64_t blocks, int64_t tiles) {
+__global__ void __launch_bounds__(kPoolThreads, 4)
+    pool_backward_kernel(PoolBackward args, int64_t blocks, int64_t tiles) {
     using A = Accumulate<T>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int64_t chunks = (args.length + kPoolTokens - 1) / kPoolTokens;
@@ -226,8 +230,8 @@ __global__ void __launch_bounds__(kWarp* kPoolWarps, 4) pool_backward_kernel(Poo
 template <class T>
 __device__ __forceinline__ void load4(const Row<T>& row, int64_t begin, int64_t count, Accumulate<T> (&out)[4]) {
     const T* data = row.data + begin * row.column;
-    const bool whole = begin + 4 <= count && row.column == 1 && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0;
-    if (row.data != nullptr && whole) {
+    const bool vector = row.column == 1 && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0;
+    if (row.data != nullptr && vector && begin + 4 <= count) {
         Pack<T, 4> pack;
         pack.load(data);
 #pragma unroll
@@ -411,7 +415,8 @@ __global__ void __launch_bounds__(kRowThreads) log_prob_backward_kernel(LogProbB
     A* const grad_action = static_cast<A*>(args.grad_action);
     A* const grad_mean = static_cast<A*>(args.grad_mean);
     A* const grad_log_std = static_cast<A*>(args.grad_log_std);
-    for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < elements; at += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; at < elements; at += stride) {
         const int64_t b = at / width, d = at % width;
         const A u = element(row_of<A>(args.action, b), d);
         const A slope = d < args.dimension ? squash_tanh(u).log_slope_slope : squash_sigmoid(u).log_slope_slope;
@@ -465,14 +470,14 @@ void pool_forward(const PoolForward& args, cudaStream_t stream) {
     for_dtype(args.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kVector = 16 / sizeof(T);
-        const bool vector = args.column == 1 && args.width % kVector == 0 && aligned(args.hidden, args.row, sizeof(T)) &&
-                            args.token * int64_t{sizeof(T)} % 16 == 0;
+        const bool vector = args.column == 1 && args.width % kVector == 0 &&
+                            aligned(args.hidden, args.row, sizeof(T)) && aligned(args.hidden, args.token, sizeof(T));
         const int64_t tiles = divide_up(args.width, kWarp * (vector ? kVector : 1));
         const int64_t blocks = args.rows * args.chunks * tiles;
         if (vector)
-            pool_forward_kernel<T, kVector><<<grid(blocks), kWarp * kPoolWarps, 0, stream>>>(args, blocks, tiles);
+            pool_forward_kernel<T, kVector><<<grid(blocks), kPoolThreads, 0, stream>>>(args, blocks, tiles);
         else
-            pool_forward_kernel<T, 1><<<grid(blocks), kWarp * kPoolWarps, 0, stream>>>(args, blocks, tiles);
+            pool_forward_kernel<T, 1><<<grid(blocks), kPoolThreads, 0, stream>>>(args, blocks, tiles);
         if (args.chunks > 1)
             pool_combine_kernel<T>
                 <<<grid(divide_up(args.rows * args.width, kRowThreads)), kRowThreads, 0, stream>>>(args);
@@ -488,9 +493,9 @@ void pool_backward(const PoolBackward& args, cudaStream_t stream) {
         const int64_t tiles = divide_up(args.width, kWarp * (vector ? kVector : 1));
         const int64_t blocks = args.rows * divide_up(args.length, kPoolTokens) * tiles;
         if (vector)
-            pool_backward_kernel<T, kVector><<<grid(blocks), kWarp * kPoolWarps, 0, stream>>>(args, blocks, tiles);
+            pool_backward_kernel<T, kVector><<<grid(blocks), kPoolThreads, 0, stream>>>(args, blocks, tiles);
         else
-            pool_backward_kernel<T, 1><<<grid(blocks), kWarp * kPoolWarps, 0, stream>>>(args, blocks, tiles);
+            pool_backward_kernel<T, 1><<<grid(blocks), kPoolThreads, 0, stream>>>(args, blocks, tiles);
     });
 }
 

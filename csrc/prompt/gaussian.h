@@ -31,7 +31,7 @@ EFE_INLINE Squashed<A> squash_tanh(A u) {
     return {value, A(4) * e.value * parts.inverse * parts.inverse, log_slope, A(-2) * value};
 }
 
-// sigmoid, from e = exp(-|u|): sigmoid' = e / (1 + e)^2, its logarithm -|u| - 2 log(1 + e) with derivative -tanh(u / 2).
+// sigmoid, from e = exp(-|u|): sigmoid' = e / (1 + e)^2, log sigmoid' = -|u| - 2 log(1 + e), derivative -tanh(u / 2).
 template <class A>
 EFE_INLINE Squashed<A> squash_sigmoid(A u) {
     const A magnitude = std::abs(u);
@@ -64,7 +64,7 @@ EFE_INLINE Score<A> score(const RowSums<A>& sums, int64_t dimension, double log_
 // refine_prompt backward. With the noise fixed, u = mean + std n is the only way to the mean, and
 // log N(u) = -n^2/2 - log_std - const does not depend on u. With J the log-determinant, the gradient arriving at u is
 //     g_u = grad_refined . d refined / du + grad_action + (grad_entropy - grad_log_prob) J'(u)
-// and then d mean = g_u, d log_std = g_u std n + (grad_entropy - grad_log_prob). The caller gives as `grad_squashed` the
+// and then d mean = g_u, d log_std = g_u std n + (grad_entropy - grad_log_prob). The caller gives `grad_squashed`, the
 // gradient of the squashed value: grad_refined alpha s for tanh, sum_d grad_refined_d s tanh(u_d) for sigmoid.
 template <class A>
 struct PolicyGradient {

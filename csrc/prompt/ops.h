@@ -104,9 +104,9 @@ struct Ops {
         at::Tensor action = at::empty({batch, dimension + 1}, mean.options());
         at::Tensor log_prob = at::empty({batch}, mean.options()), entropy = at::empty({batch}, mean.options());
         Backend::refine_forward(
-            {dtype_of(prompt), batch, dimension, delta_scale, std::log(delta_scale), seed_of(seed), matrix(prompt, prompt.scalar_type()),
-             matrix(mean, type), matrix(log_std, type), matrix(noise, type), refined.mutable_data_ptr(),
-             action.mutable_data_ptr(), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
+            {dtype_of(prompt), batch, dimension, delta_scale, std::log(delta_scale), seed_of(seed),
+             matrix(prompt, prompt.scalar_type()), matrix(mean, type), matrix(log_std, type), matrix(noise, type),
+             refined.mutable_data_ptr(), action.mutable_data_ptr(), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
         return {refined, action, log_prob, entropy};
     }
 
@@ -134,8 +134,8 @@ struct Ops {
         const int64_t batch = action.size(0);
         at::Tensor log_prob = at::empty({batch}, action.options()), entropy = at::empty({batch}, action.options());
         Backend::log_prob_forward(
-            {dtype_of(action), batch, action.size(1) - 1, std::log(delta_scale), matrix(action, type), matrix(mean, type),
-             matrix(log_std, type), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
+            {dtype_of(action), batch, action.size(1) - 1, std::log(delta_scale), matrix(action, type),
+             matrix(mean, type), matrix(log_std, type), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
         return {log_prob, entropy};
     }
 

@@ -42,6 +42,8 @@ MAX_CHUNKS = 128
 @triton.jit
 def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
     """Element offset of flat cell indices; grids whose rows follow each other need no division."""
+    if STRIDE_H > 65536 or STRIDE_W > 65536:
+        cell = cell.to(tl.int64)
     if STRIDE_H == WIDTH * STRIDE_W:
         offset = cell * STRIDE_W
     else:
@@ -160,7 +162,7 @@ def counted_cells(
 @triton.jit
 def load_step(ptr, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
     """The C values of each cell at one step of [B, T, H, W, C]."""
-    offset = episode * STRIDES[0] + step * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    offset = episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
     return load_outcomes(ptr, offset, mask, STRIDES[4], C)
 
 
@@ -585,7 +587,7 @@ def prompt_term(
 @triton.jit
 def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
-    offset = episode * STRIDES[0] + step * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    offset = episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
     for c in tl.static_range(C):
         tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
 
@@ -788,6 +790,7 @@ def efe_loss_backward_kernel(
     HAS_DIRECTION: tl.constexpr,
     HAS_ANCHOR: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    SHARED_PREFERENCE: tl.constexpr,
     NEED_LOGITS: tl.constexpr,
     NEED_BACKWARD: tl.constexpr,
     NEED_FINAL: tl.constexpr,
@@ -919,7 +922,7 @@ def efe_loss_backward_kernel(
                     total = tl.sum(tl.where(counted, finite(unscaled[c]) * grads[c], 0.0))
                     tl.store(grad_scales_ptr + (episode * tl.num_programs(0) + tile) * C + c, total, mask=live)
             if NEED_PREFERENCE:
-                if PREFERENCE[0] == 0:
+                if SHARED_PREFERENCE:
                     added = ()
                     for c in tl.static_range(C):
                         added = added + (grad_shared[c] + scaled[c],)
@@ -928,7 +931,7 @@ def efe_loss_backward_kernel(
                     for c in tl.static_range(C):
                         tl.store(grad_preference_ptr + (episode * C + c) * CELLS + cell, scaled[c], mask=mask)
     if NEED_PREFERENCE:
-        if PREFERENCE[0] == 0:
+        if SHARED_PREFERENCE:
             for c in tl.static_range(C):
                 tl.store(grad_preference_ptr + (chunk * C + c) * CELLS + cell, grad_shared[c], mask=inside)
 
@@ -1083,6 +1086,7 @@ def efe_loss_backward(
                 GRAD_OBSERVATION=plan_strides(grads["observation"]),
                 HAS_TOTAL=grad_total is not None,
                 HAS_TERMS=grad_terms is not None,
+                SHARED_PREFERENCE=shared,
                 NEED_LOGITS=needs[0],
                 NEED_BACKWARD=needs[1],
                 NEED_FINAL=needs[2],

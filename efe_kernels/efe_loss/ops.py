@@ -107,17 +107,16 @@ efe_loss_backward = define_op(
 class EFELossFunction(torch.autograd.Function):
     """Total, terms, mask ratio, hard-cell scale, each per episode; differentiable are total and terms."""
 
+    # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return efe_loss_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors, ctx.settings = grouped(inputs)
+    def forward(ctx: Any, *arguments: Any) -> Forward:
+        output: Forward = efe_loss_forward(*arguments)
         *_, mask_ratio, hard_cell_scale, residual = output
+        tensors, ctx.settings = grouped(arguments)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, residual)
         ctx.save_for_backward(*tensors, hard_cell_scale, residual)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_terms: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -105,14 +105,20 @@ def test_half_precision_gradients_survive_a_large_mean(device: str) -> None:
 
 
 def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of the shared preference adds several episodes per chunk, and the last chunk is not full."""
+    """The gradient of a shared preference adds several episodes per chunk, and the last chunk is not full.
+
+    One preference per episode is not shared, even where all of them lie in the same memory.
+    """
     kernels = pytest.importorskip("efe_kernels.efe_loss.kernels")
     monkeypatch.setattr(kernels, "MAX_CHUNKS", 2)
     inputs = Case(batch=5, steps=2, height=2, width=3).inputs(device=device)
-    _, gradients = run(inputs)
-    _, expected = run(in_double(inputs))
-    for name, gradient in gradients.items():
-        assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
+    each = inputs["preference_logits"].detach().expand(5, -1, -1, -1).requires_grad_()
+    for preference in (inputs["preference_logits"], each):
+        inputs["preference_logits"] = preference
+        _, gradients = run(inputs)
+        _, expected = run(in_double(inputs))
+        for name, gradient in gradients.items():
+            assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
