@@ -2,13 +2,15 @@
 
 EFE_KERNELS_CUDA=0|1|auto chooses whether the CUDA sources are built. `auto`, the default, builds them where torch was
 built with CUDA and nvcc is found. No GPU is asked: a wheel can be built on a machine that has none. The architectures
-are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc of CUDA 12.8 and newer knows.
+are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc knows.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +28,19 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 # at::parallel_for is a template whose threads exist only where the including file is compiled with OpenMP.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
+
+
+def nvcc_version() -> tuple[int, int] | None:
+    """(major, minor) of the toolkit's compiler, None where there is none."""
+    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    if cpp_extension.CUDA_HOME is None or not nvcc.exists():
+        return None
+    found = re.search(
+        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def choose_cuda() -> tuple[bool, str]:
@@ -39,8 +53,11 @@ def choose_cuda() -> tuple[bool, str]:
     missing = []
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} was built without CUDA")
-    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+    nvcc = nvcc_version()
+    if nvcc is None:
         missing.append("nvcc was not found (set CUDA_HOME)")
+    elif torch.version.cuda is not None and nvcc[0] != int(torch.version.cuda.split(".")[0]):
+        missing.append(f"nvcc is {nvcc[0]}.{nvcc[1]} where torch was built with CUDA {torch.version.cuda}")
     if missing and wish == "1":
         sys.exit(f"EFE_KERNELS_CUDA=1 asks for the CUDA sources, but {' and '.join(missing)}.")
     if missing:
@@ -61,7 +78,8 @@ def extensions() -> list[cpp_extension.CppExtension]:
     flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]}
     kind = cpp_extension.CppExtension
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        known = ARCHITECTURES if (nvcc_version() or (0, 0)) >= (12, 8) else ARCHITECTURES_BEFORE_12_8
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known)
         sources += sorted({*cuda_only, *ROOT.glob("csrc/*/*.cu")})
         flags["cxx"].append("-DEFE_WITH_CUDA")
         flags["nvcc"] = ["-O3"]

@@ -94,7 +94,9 @@ def efe_loss(
 
     Args:
         logits: [B, T, H, W, C] forward logits, float32, float16, bfloat16 or float64, any strides. The memory order
-            [B, T, C, H, W] (a permuted view) is the fastest. Arithmetic is float32, float64 for float64.
+            [B, T, C, H, W] (a permuted view) is the fastest. Arithmetic is float32, float64 for float64, whatever
+            the dtype of the other arguments. On CUDA each shape [T, H, W, C] and layout is compiled once, at its
+            first use; more than 32 outcomes are served by plain PyTorch.
         target: [B, H, W], any integer dtype, in [0, C) or ignore_index.
         preference_logits: [H', W', C] or [B, H', W', C] with H' >= H and W' >= W; the top-left part is read.
         backward_logits: [B, T, H, W, C]; None reads the plan backwards, R_t = logits_{T-1-t}.
@@ -111,7 +113,7 @@ def efe_loss(
         ignore_index: the target of a cell that does not count.
         reduction: of the total over B, "mean", "sum" or "none".
         grad_scale: 0-d tensor, the upstream gradient of the total that the caller expects. A hint for speed on which
-            results never depend.
+            results never depend; no kernel takes it so far.
 
     Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
 
@@ -141,6 +143,10 @@ def efe_loss(
         target_preference, valid,
     )  # fmt: skip
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if max_cells < 1:
+        raise ValueError(f"max_cells must be at least 1, it was {max_cells}.")
+    if grad_scale is not None:
+        checks.check_shape("grad_scale", grad_scale, "[]", ())
     total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
         logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,
@@ -176,8 +182,9 @@ def check_efe_arguments(
 ) -> None:
     """Shapes, dtypes and devices of batched arguments."""
     batch, steps, height, width, outcomes = logits.shape
-    if steps < 1 or outcomes < 2:
-        raise ValueError(f"logits must have at least 1 step and 2 outcomes, its shape was {list(logits.shape)}.")
+    if steps < 1 or height * width < 1 or outcomes < 2:
+        shape = list(logits.shape)
+        raise ValueError(f"logits must have at least 1 step, 1 cell and 2 outcomes, its shape was {shape}.")
     checks.check_integer("target", target)
     checks.check_shape("target", target, "[B, H, W]", (batch, height, width))
     if valid is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from efe_kernels.common import checks
 from efe_kernels.efe_loss.reference import counted_cells
 from efe_kernels.functional import EFELossOutput, EFEWeights, efe_loss
 
@@ -91,6 +92,12 @@ class EFELoss(nn.Module):
         target: [B, H, W] or [H, W] integers. valid: bool of the same shape, or None. success_rate: in [0, 1].
         A cell moves toward the mean of the one-hot targets of the episodes in which it counts; elsewhere it stays.
         """
+        checks.check_integer("target", target)
+        if max(target.shape[-2:]) > self.max_grid_size:
+            raise ValueError(
+                f"target must be a grid of at most {self.max_grid_size} x {self.max_grid_size} cells, "
+                f"its shape was {list(target.shape)}."
+            )
         if target.dim() == 2:
             target = target[None]
             valid = None if valid is None else valid[None]

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -395,7 +396,7 @@ void finish_episode(const Problem<A>& p, const double* partial, int64_t width, c
     double values[kTerms] = {sums[risk] / n / p.steps,
                              sums[ambiguity] / n / p.steps,
                              sums[consistency] / n,
-                             sums[agreement] / n / p.steps,
+                             sums[agreement] < 0 ? 0.0 : sums[agreement] / n / p.steps,
                              sums[anchor] / n,
                              0,
                              sums[cells] * p.steps / max_cells};
@@ -449,6 +450,7 @@ Outputs forward_as(const Problem<A>& p, const at::Tensor& direction_u, const std
 
 at::Tensor direction_of(const OptionalTensor& prompt, const OptionalTensor& projection) {
     if (!prompt.has_value() || !projection.has_value()) return {};
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return prompt->to(at::kDouble).matmul(projection->to(at::kDouble).t()).contiguous();
 }
 
@@ -727,10 +729,14 @@ std::vector<at::Tensor> efe_loss_backward(
         std::vector<at::Tensor> found;
         for (const at::Tensor& plan : plans)
             if (plan.defined()) found.push_back(plan);
-        if (needs[4])
-            found.push_back(preference.defined()
-                                ? preference
-                                : shared.sum(0).view(preference_logits.sizes()).to(preference_logits.scalar_type()));
+        // In the dtype and the memory order of what it is the gradient of, as the fake kernel promises.
+        const auto add = [&](const at::Tensor& grad, const at::Tensor& like) {
+            found.push_back(at::empty_like(like).copy_(grad));
+        };
+        if (preference.defined()) found.push_back(preference);
+        if (shared.defined()) add(shared.sum(0).view(preference_logits.sizes()), preference_logits);
+        // The products below are float32 also where the caller's backward runs under autocast.
+        const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         at::Tensor grad_u;
         if (has_direction)
             grad_u = upstream.select(1, prompt_term).unsqueeze(1) * residual.narrow(1, 1 + p.steps * p.outcomes, p.outcomes);
@@ -738,9 +744,9 @@ std::vector<at::Tensor> efe_loss_backward(
             at::Tensor grad = has_direction ? grad_u.matmul(projection->to(options.dtype()))
                                             : at::zeros(prompt->sizes(), options);
             grad.narrow(1, 0, p.outcomes).add_(scales.sum(1) * p.scales * (1 - p.scales));
-            found.push_back(grad.to(prompt->scalar_type()));
+            add(grad, *prompt);
         }
-        if (needs[6]) found.push_back(grad_u.t().matmul(prompt->to(options.dtype())).to(projection->scalar_type()));
+        if (needs[6]) add(grad_u.t().matmul(prompt->to(options.dtype())), *projection);
         return found;
     };
     return logits.scalar_type() == at::kDouble ? run(double{}) : run(float{});

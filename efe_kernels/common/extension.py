@@ -8,22 +8,32 @@ import warnings
 
 import torch
 
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
 
 def load() -> str | None:
-    """Import `efe_kernels._C`. Returns None where that worked, else a sentence that says why not and what to do."""
+    """Import `efe_kernels._C`. Returns None where nothing is missing, else a sentence on what is and what to do."""
     if importlib.util.find_spec("efe_kernels._C") is None:
         return (
             "the C++ extension was not built, so CPU tensors are served by plain PyTorch. Install a C++ compiler, "
-            "then run: pip install --no-build-isolation --force-reinstall --no-deps efe-kernels"
+            f"then run in the source folder: {REBUILD}"
         )
     try:
-        importlib.import_module("efe_kernels._C")
+        module = importlib.import_module("efe_kernels._C")
     except ImportError as error:
         return (
             f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors are served by "
             "plain PyTorch. It must be rebuilt with this torch: "
-            "pip install --no-build-isolation --force-reinstall --no-deps efe-kernels"
+            f"{REBUILD} in the source folder"
         )
+    if torch.cuda.is_available() and not module.with_cuda:
+        return (
+            "the extension was built without its CUDA sources, so the prompt ops on CUDA are served by plain PyTorch. "
+            f"Install the CUDA toolkit of torch {torch.version.cuda} (set CUDA_HOME), then run in the source folder: "
+            f"EFE_KERNELS_CUDA=1 {REBUILD}"
+        )
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, so CUDA tensors are served by plain PyTorch. Run: pip install triton"
     return None
 
 

@@ -14,7 +14,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Inline assembly does not exist in Triton's interpreter: there the precise forms stand in for the approximate ones.
-APPROXIMATE = not INTERPRET
+APPROXIMATE = not INTERPRET and torch.version.hip is None
 
 
 @triton.jit

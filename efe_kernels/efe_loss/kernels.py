@@ -162,7 +162,9 @@ def counted_cells(
 @triton.jit
 def load_step(ptr, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
     """The C values of each cell at one step of [B, T, H, W, C]."""
-    offset = episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    offset = (
+        episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    )
     return load_outcomes(ptr, offset, mask, STRIDES[4], C)
 
 
@@ -490,7 +492,8 @@ def efe_loss_episode_kernel(
     risk = pick(sums, 0) * share / T
     ambiguity = pick(sums, 1) * share / T
     consistency = pick(sums, 2) * share
-    agreement = pick(sums, 3) * share / T
+    # Rounding can take a divergence of 0 below it.
+    agreement = tl.maximum(pick(sums, 3), 0.0, propagate_nan=tl.PropagateNan.ALL) * share / T
     anchor = pick(sums, 4) * share
     mask_ratio = pick(sums, 5) * share
     step = cells * T / max_cells
@@ -587,7 +590,9 @@ def prompt_term(
 @triton.jit
 def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
-    offset = episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    offset = (
+        episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    )
     for c in tl.static_range(C):
         tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
 
@@ -1102,18 +1107,20 @@ def efe_loss_backward(
     if need_preference:
         summed = grad_preference.sum(0) if shared else grad_preference
         by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
-        gradients.append(by_cell.to(preference_logits.dtype))
-    gradients += prompt_gradients(
-        grad_total,
-        grad_terms,
-        inputs.prompt,
-        inputs.projection,
-        weights[5],
-        hard_cell_scale,
-        residual,
-        grad_scales,
-        needs,
-    )
+        gradients.append(torch.empty_like(preference_logits).copy_(by_cell))
+    # The products in there are float32 also where the caller's backward runs under autocast.
+    with torch.autocast(residual.device.type, enabled=False):
+        gradients += prompt_gradients(
+            grad_total,
+            grad_terms,
+            inputs.prompt,
+            inputs.projection,
+            weights[5],
+            hard_cell_scale,
+            residual,
+            grad_scales,
+            needs,
+        )
     return gradients
 
 
@@ -1148,7 +1155,7 @@ def prompt_gradients(
             grad_prompt = grad_direction @ projection.float()
         scales = torch.sigmoid(prompt[:, :outcomes].float())
         grad_prompt[:, :outcomes] += grad_scales.sum(1) * scales * (1 - scales)
-        gradients.append(grad_prompt.to(prompt.dtype))
+        gradients.append(torch.empty_like(prompt).copy_(grad_prompt))
     if need_projection:
-        gradients.append((grad_direction.T @ prompt.float()).to(projection.dtype))
+        gradients.append(torch.empty_like(projection).copy_(grad_direction.T @ prompt.float()))
     return gradients

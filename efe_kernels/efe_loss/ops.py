@@ -21,6 +21,7 @@ ARGUMENTS = (
 NUM_INPUTS = len(Inputs._fields)
 NUM_ARGUMENTS = NUM_INPUTS + len(Settings._fields)
 NUM_DIFFERENTIABLE = 7
+MAX_OUTCOMES = 32
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -74,16 +75,21 @@ def backward_fake(grad_total: Tensor | None, grad_terms: Tensor | None, *argumen
 kernels = triton_module("efe_kernels.efe_loss.kernels")
 
 
+def has_kernel(logits: Tensor) -> bool:
+    """The Triton kernels hold all outcomes of a cell in registers and compute in float32."""
+    return logits.dtype != torch.float64 and logits.shape[-1] <= MAX_OUTCOMES
+
+
 def forward_triton(*arguments: Any) -> Forward:
     inputs, settings = grouped(arguments)
-    if inputs.logits.dtype == torch.float64 or kernels is None:
+    if kernels is None or not has_kernel(inputs.logits):
         return forward_reference(*arguments)
     return kernels.efe_loss_forward(inputs, settings)
 
 
 def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
     inputs, settings = grouped(arguments)
-    if inputs.logits.dtype == torch.float64 or kernels is None:
+    if kernels is None or not has_kernel(inputs.logits):
         return backward_reference(grad_total, grad_terms, *arguments)
     return kernels.efe_loss_backward(grad_total, grad_terms, inputs, settings, *arguments[NUM_ARGUMENTS:])
 

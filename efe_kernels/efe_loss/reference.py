@@ -51,7 +51,7 @@ class Settings(NamedTuple):
 
 def counted_cells(target: Tensor, valid: Tensor | None, ignore_index: int) -> Tensor:
     """[B, H, W] bool: the cells that count."""
-    counted = target != ignore_index
+    counted = target.long() != ignore_index
     return counted if valid is None else counted & valid
 
 
@@ -73,7 +73,8 @@ def read(values: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits.clamp_min(LOWEST_LOGIT), -1)
+    """A row of -inf alone has no distribution and gives NaN, as torch's own softmax does."""
+    return F.log_softmax((logits - logits.amax(-1, keepdim=True)).clamp_min(LOWEST_LOGIT), -1)
 
 
 def mean_over_cells(values: Tensor, counted: Tensor) -> Tensor:
@@ -133,6 +134,11 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
+def project(vectors: Tensor, matrix: Tensor) -> Tensor:
+    """vectors [B, D] times matrix [C, D] transposed, without the half precision that autocast gives to a matmul."""
+    return (vectors[:, None] * matrix).sum(-1)
+
+
 def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
     """z [B, T, C]: mean over the counted cells of the logits, clamped and centred over the outcomes."""
     clamped = logits.clamp(-PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
@@ -153,7 +159,8 @@ def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor
     forward = read(logits, counted, dtype)
     log_q = log_softmax(forward)
     log_r = log_q.flip(1) if backward_logits is None else log_softmax(read(backward_logits, counted, dtype))
-    log_c = log_preference(preference_logits.to(dtype), None if prompt is None else prompt.to(dtype))
+    preference = torch.where(counted[..., None], preference_logits.to(dtype), 0)
+    log_c = log_preference(preference, None if prompt is None else prompt.to(dtype))
     cell_target = torch.where(counted, inputs.target, 0).long()
     final = read(final_logits, counted, dtype)
 
@@ -168,7 +175,7 @@ def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor
         anchor = mean_over_cells(divergence.expand(counted.shape), counted)
     if prompt is not None and projection is not None:
         z, _ = unit(plan_direction(forward, counted))
-        u, _ = unit(prompt.to(dtype) @ projection.to(dtype).T)
+        u, _ = unit(project(prompt.to(dtype), projection.to(dtype)))
         prompt_term = -(z * u[:, None]).sum(-1).mean(1)
     cells = counted.flatten(1).sum(1)
     terms = torch.stack(
@@ -176,7 +183,8 @@ def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor
             mean_over_cells(kl_divergence(log_q, log_c[:, None]), counted),
             mean_over_cells(ambiguity, counted),
             mean_over_cells(F.cross_entropy(final.movedim(-1, 1), cell_target, reduction="none"), counted),
-            mean_over_cells(jensen_shannon(log_q, log_r), counted),
+            # Rounding can take a divergence of 0 below it.
+            mean_over_cells(jensen_shannon(log_q, log_r), counted).clamp_min(0),
             anchor,
             prompt_term,
             (logits.shape[1] / settings.max_cells) * cells.to(dtype),
@@ -232,7 +240,8 @@ def efe_loss_backward(
     log_r = log_q.flip(1) if backward_logits is None else log_softmax(read(backward_logits, counted, dtype))
     log_sum = torch.logaddexp(log_q, log_r)
     prompt = None if prompt is None else prompt.to(dtype)
-    log_c = log_preference(preference_logits.to(dtype), prompt)
+    preference = torch.where(counted[..., None], preference_logits.to(dtype), 0)
+    log_c = log_preference(preference, prompt)
     found: dict[str, Tensor] = {}
 
     # A plan read backwards meets each step twice: as q and as r.
@@ -262,7 +271,7 @@ def efe_loss_backward(
     found["preference_logits"] = grad_c
     if prompt is not None:
         scales = preference_scales(prompt, outcomes)
-        grad_scales = (grad_c * preference_logits.to(dtype).clamp_min(LOWEST_LOGIT)).sum((1, 2))
+        grad_scales = (grad_c * preference.clamp_min(LOWEST_LOGIT)).sum((1, 2))
         found["prompt"] = torch.zeros_like(prompt)
         found["prompt"][:, :outcomes] = grad_scales * (scales * (1 - scales))[:, 0, 0]
         found["preference_logits"] = grad_c * scales
@@ -270,13 +279,13 @@ def efe_loss_backward(
         found["preference_logits"] = found["preference_logits"].sum(0)
     if prompt is not None and projection is not None:
         projection = projection.to(dtype)
-        grad_z, grad_u = direction_gradients(plan_direction(forward, counted), prompt @ projection.T)
+        grad_z, grad_u = direction_gradients(plan_direction(forward, counted), project(prompt, projection))
         grad_z = (grad_z - grad_z.mean(-1, keepdim=True))[:, :, None, None]
         unclamped = forward.abs() <= PROMPT_LOGIT_RANGE
         found["logits"] += torch.where(unclamped, direction[:, None] * grad_z, 0)
         grad_u = upstream[5][:, 0, 0] * grad_u
-        found["prompt"] += grad_u @ projection
-        found["projection"] = grad_u.T @ prompt
+        found["prompt"] += project(grad_u, projection.T)
+        found["projection"] = project(grad_u.T, prompt.T)
     return found
 
 

@@ -99,11 +99,9 @@ class Trainer:
         with self.autocast():
             logits = self.planner(batch.views, batch.valid, refined.prompt)
 
-        # 5. The loss. The reward shifts its value and has no gradient. What the loss is multiplied by later is told to
-        #    it now, so that it can prepare the gradient while it reads the logits.
+        # 5. The loss. The reward shifts its value and has no gradient.
         weight = torch.full((), EFE_WEIGHT * epoch_weight(epoch), device=self.device)
-        promise = self.scaler.scale(weight)
-        efe = self.efe_loss(logits, batch.target, prompt=refined.prompt, valid=batch.valid, grad_scale=promise)
+        efe = self.efe_loss(logits, batch.target, prompt=refined.prompt, valid=batch.valid)
         reward = grid_reward(before, logits[:, -1], batch.target, valid=batch.valid).reward
         loss = weight * efe.total - REWARD_WEIGHT * reward.mean()
 

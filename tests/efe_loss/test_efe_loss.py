@@ -217,10 +217,35 @@ def test_same_bits_and_untouched_inputs(device: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in inputs.items())
 
 
-def test_gradient_keeps_the_memory_order(device: str) -> None:
+def test_gradients_keep_the_memory_order(device: str) -> None:
+    """Also where it is not the default one: torch.compile relies on what the fake kernels say of it."""
     inputs = Case().inputs(device=device)
+    for name in ("prompt", "projection"):
+        transposed = inputs[name].detach().transpose(0, 1).contiguous().transpose(0, 1)
+        inputs[name] = transposed.requires_grad_()
     _, gradients = run(inputs)
-    assert gradients["logits"].stride() == inputs["logits"].stride()
+    for name in ("logits", "prompt", "projection"):
+        assert gradients[name].stride() == inputs[name].stride(), name
+
+
+def test_autocast_around_backward_changes_nothing(device: str) -> None:
+    inputs = Case(steps=2).inputs(device=device)
+    _, expected = run(inputs)
+    with torch.autocast(device, torch.bfloat16):
+        _, gradients = run(inputs)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+def test_preference_under_invalid_cells_is_harmless(device: str) -> None:
+    inputs = Case(steps=2, preference_per_episode=True).inputs(device=device)
+    _, expected = run(inputs)
+    counted = inputs["valid"] & (inputs["target"] != -100)
+    preference = inputs["preference_logits"].detach().clone()
+    preference[:, : counted.shape[1], : counted.shape[2]][~counted] = float("nan")
+    _, gradients = run({**inputs, "preference_logits": preference.requires_grad_()})
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)

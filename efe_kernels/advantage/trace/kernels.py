@@ -132,7 +132,7 @@ def trace_serial_kernel(
     ok = row < rows
     x = tl.zeros((ROWS,), tl.float32)
     for step in tl.static_range(T):
-        offset = row * stride_row + (T - 1 - step) * stride_time
+        offset = row * stride_row + tl.cast(T - 1 - step, tl.int64) * stride_time
         delta, coefficient, pull, value = load_step(
             log_ratio_ptr, reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, offset, ok,
             gamma, lam, rho_clip, c_clip, reward_scale,
@@ -315,7 +315,7 @@ def trace_serial_backward_kernel(
     ok = row < rows
     s = tl.zeros((ROWS,), tl.float32)
     for t in tl.static_range(T):
-        offset = row * stride_row + t * stride_time
+        offset = row * stride_row + tl.cast(t, tl.int64) * stride_time
         coefficient, arrival = load_arrival(
             grad_advantage_ptr, grad_target_ptr, log_ratio_ptr, terminated_ptr, truncated_ptr, offset, ok,
             offset - stride_time, ok & (t > 0), gamma, lam, rho_clip, c_clip,
