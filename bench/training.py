@@ -1,0 +1,224 @@
+"""The whole system: training episodes per second with the kernels and with the reference, and the parts of a step.
+
+    python -m bench.training [--into RECORD.json] [--batch 1 8 64 512] [--precision fp32]
+    python -m bench.training parity      # one run of training on the CPU and one on the GPU, step by step
+
+Tasks are made up, of 30 x 30 cells, and Qwen is the small one built from a config: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from efe_train.data import Batch, Example
+    from efe_train.train import Trainer
+
+SIDE = 30
+REFRESH = 10
+PARITY_STEPS = 12
+# Adam turns a gradient whose sign float32 leaves open into a whole step, so two devices drift apart; a wrong kernel
+# shows from the first steps on. Relative, of the loss.
+PARITY_TOLERANCE = 1e-3
+LONGEST_STEP = 5.0
+
+
+def hide_kernels() -> None:
+    """Let efe_kernels find neither its extension nor Triton, so that the reference serves every op."""
+    sys.modules["efe_kernels._C"] = sys.modules["triton"] = None  # type: ignore[assignment]
+
+
+def made_up_examples(count: int, side: int) -> list[Example]:
+    """Queries of recolouring tasks with two demonstrations each."""
+    import numpy as np
+
+    from efe_train.data import Pair, Task, training_examples
+
+    generator = np.random.default_rng(0)
+    tasks = []
+    for number in range((count + 1) // 2):
+        grids = [generator.integers(0, 9, size=(side, side)) for _ in range(2)]
+        tasks.append(Task(f"task{number}", tuple(Pair(grid, grid + 1) for grid in grids), ()))
+    return training_examples(tasks)[:count]
+
+
+def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tuple[Trainer, Batch]:
+    import torch
+
+    from efe_train.config import TrainConfig, choose_precision
+    from efe_train.data import collate
+    from efe_train.qwen import build_prompter
+    from efe_train.train import Trainer
+
+    torch.manual_seed(0)
+    where = torch.device(device)
+    dtype, _ = choose_precision(precision, where)
+    trainer = Trainer(TrainConfig(batch_size=batch_size, prompt_refresh=REFRESH), build_prompter(None)[0], where, dtype)
+    examples = made_up_examples(batch_size, side)
+    batch = collate([example.query for example in examples], [example.answer for example in examples])
+    return trainer, batch.to(where)
+
+
+class Parts:
+    """Wraps what a step calls and adds up the time of the outermost calls, waiting for the device after each."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inside = False
+
+    def wrap(self, owner: Any, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return function(*args, **kwargs)
+            self.inside = True
+            self.wait()
+            begun = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.wait()
+                self.seconds[part] += time.perf_counter() - begun
+                self.inside = False
+
+        setattr(owner, name, timed)
+
+    def watch(self, trainer: Trainer) -> None:
+        import torch
+
+        from efe_train import train
+
+        self.wrap(trainer.cache, "prompts", "Qwen")
+        self.wrap(trainer.planner, "forward", "planner")
+        self.wrap(train, "policy_state", "policy state")
+        self.wrap(train, "refine_prompt", "refine_prompt")
+        self.wrap(trainer.efe_loss, "forward", "efe_loss")
+        self.wrap(train, "grid_reward", "grid_reward")
+        self.wrap(torch.Tensor, "backward", "backward")
+        self.wrap(trainer.optimizer, "step", "optimizer")
+        self.wrap(trainer.policy, "update", "policy update")
+
+
+def step_seconds(trainer: Trainer, batch: Batch, wait: Callable[[], None], *, refresh: bool) -> float:
+    """Median time of a step with or without a refresh of the prompts."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 12 and sum(times) < LONGEST_STEP):
+        trainer.batches_done = 0 if refresh else 1
+        wait()
+        begun = time.perf_counter()
+        trainer.step(batch, 0)
+        wait()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
+def measure(batch_size: int, precision: str) -> dict[str, Any]:
+    from bench.measure import DEVICE, synchronize
+
+    trainer, batch = make(batch_size, DEVICE, precision)
+    refresh = step_seconds(trainer, batch, synchronize, refresh=True)
+    plain = step_seconds(trainer, batch, synchronize, refresh=False)
+    parts = Parts(synchronize)
+    parts.watch(trainer)
+    trainer.batches_done = 1
+    begun = time.perf_counter()
+    trainer.step(batch, 0)
+    synchronize()
+    total = time.perf_counter() - begun
+    return {
+        "batch": batch_size,
+        "precision": precision,
+        "episodes_per_s": REFRESH * batch_size / (refresh + (REFRESH - 1) * plain),
+        "step_seconds": plain,
+        "refresh_step_seconds": refresh,
+        "parts": {**parts.seconds, "other": total - sum(parts.seconds.values())},
+    }
+
+
+def measure_all(batches: list[int], precision: str) -> list[dict[str, Any]]:
+    """With the kernels and with the reference, each in a process of its own."""
+    rows = []
+    for served_by in ("kernels", "reference"):
+        command = [sys.executable, "-m", "bench.training", "one", "--served-by", served_by, "--precision", precision]
+        command += ["--batch", *map(str, batches)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                rows.append({"served_by": served_by, **json.loads(line)})
+                speed = f"{rows[-1]['episodes_per_s']:.1f} episodes/s"
+                print(f"{served_by:<10} batch {rows[-1]['batch']:>4}  {speed:>20}", flush=True)
+        if process.returncode != 0:
+            raise RuntimeError(f"Training with the {served_by} failed, exit code {process.returncode}.")
+    return rows
+
+
+def parity(first: str, second: str, side: int) -> int:
+    """Train on two devices from the same state with the same noise; compare every step's loss."""
+    losses = []
+    for device in (first, second):
+        trainer, batch = make(8, device, "fp32", side)
+        losses.append([float(trainer.step(batch, 0)["loss"]) for _ in range(PARITY_STEPS)])
+    worst = 0.0
+    for step, (a, b) in enumerate(zip(*losses, strict=True)):
+        error = abs(a - b) / max(abs(a), 1e-12)
+        worst = max(worst, error)
+        print(f"step {step:>2}  {first} {a:.6f}  {second} {b:.6f}  relative difference {error:.1e}")
+    print(f"largest relative difference {worst:.1e}, allowed {PARITY_TOLERANCE:.0e}")
+    return 0 if worst <= PARITY_TOLERANCE else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("all", "one", "parity", "tasks"), default="all")
+    parser.add_argument("--into", type=Path, metavar="RECORD.json", help="add the rows to a recording of the suite")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 512])
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--served-by", default="kernels", choices=("kernels", "reference"))
+    parser.add_argument("--devices", nargs=2, default=("cpu", "cuda"), help="what parity compares")
+    parser.add_argument("--side", type=int, default=8, help="side of the grids that parity trains on")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where `tasks` writes ARC JSON files to train on")
+    options = parser.parse_args()
+    if options.what == "parity":
+        return parity(options.devices[0], options.devices[1], options.side)
+    if options.what == "tasks":
+        return write_tasks(options.out)
+    if options.what == "one":
+        if options.served_by == "reference":
+            hide_kernels()
+        for batch in options.batch:
+            print(json.dumps(measure(batch, options.precision)), flush=True)
+        return 0
+    rows = measure_all(options.batch, options.precision)
+    if options.into is not None:
+        record = json.loads(options.into.read_text()) if options.into.exists() else {}
+        options.into.write_text(json.dumps({**record, "training": rows}, indent=1) + "\n")
+    return 0
+
+
+def write_tasks(folder: Path, count: int = 16, side: int = 10) -> int:
+    """Made-up ARC tasks as files, for `efe-train --dataset`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, example in enumerate(made_up_examples(2 * count, side)[::2]):
+        pairs = [
+            {"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in example.query.demonstrations
+        ]
+        pairs.append({"input": example.query.source.tolist(), "output": example.answer.tolist()})
+        (folder / f"task{number}.json").write_text(json.dumps({"train": pairs, "test": pairs[:1]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
