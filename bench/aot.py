@@ -1,6 +1,6 @@
 """Compiles every Triton kernel variant ahead of time and reports what the compiler made of it. Needs no GPU.
 
-The variants are those that the public launchers ask for: the launchers run on meta tensors, their launches are
+The variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
 recorded instead of executed, and each record is compiled for each architecture.
 
     python -m bench.aot                 a table
@@ -178,27 +178,27 @@ def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
     )
 
 
-def meta_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: int = 5, side: int = 30) -> Tensor:
+def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: int = 5, side: int = 30) -> Tensor:
     if channel_first:
-        return torch.empty(batch, steps, 10, side, side, dtype=dtype, device="meta").movedim(2, -1)
-    return torch.empty(batch, steps, side, side, 10, dtype=dtype, device="meta")
+        return torch.empty(batch, steps, 10, side, side, dtype=dtype).movedim(2, -1)
+    return torch.empty(batch, steps, side, side, 10, dtype=dtype)
 
 
 def efe_loss_launches(
     dtype: torch.dtype, channel_first: bool, prompt_dim: int, separate: bool, everything: bool
 ) -> list[Launch]:
     """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
-    logits = meta_plan(dtype, channel_first)
+    logits = empty_plan(dtype, channel_first)
     batch, _, height, width, outcomes = logits.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype)
 
     inputs = Inputs(
         logits,
-        meta_plan(dtype, channel_first) if separate else None,
+        empty_plan(dtype, channel_first) if separate else None,
         logits[:, -1] if everything else None,
-        meta_plan(dtype, channel_first) if everything else None,
+        empty_plan(dtype, channel_first) if everything else None,
         new(height, width, outcomes),
         new(batch, prompt_dim) if prompt_dim else None,
         new(outcomes, prompt_dim) if prompt_dim else None,
