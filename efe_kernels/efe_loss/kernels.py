@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
-from efe_kernels.efe_loss.reference import Inputs, Settings, upstream_of_term
+from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width, upstream_of_term
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
@@ -999,7 +999,6 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor
     layout = Layout(inputs)
     logits, prompt, projection = inputs.logits, inputs.prompt, inputs.projection
     batch, steps, outcomes = layout.batch, layout.steps, layout.outcomes
-    residual_width = 1 + (steps + 1) * outcomes if layout.has_direction else 1
     new = logits.new_empty
     sums = new(batch, layout.tiles, NUM_SUMS.value, dtype=torch.float32)
     direction = sums
@@ -1007,7 +1006,7 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor
         direction = new(batch, layout.tiles, steps, outcomes, dtype=torch.float32)
     total, mask_ratio, scale = (new(batch, dtype=torch.float32) for _ in range(3))
     terms = new(batch, NUM_TERMS.value, dtype=torch.float32)
-    residual = new(batch, residual_width, dtype=torch.float32)
+    residual = new(batch, residual_width(inputs), dtype=torch.float32)
     if batch == 0:
         return total, terms, mask_ratio, scale, residual
     with launch_guard(logits):
@@ -1031,7 +1030,7 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor
             C=outcomes,
             D=prompt.shape[1] if layout.has_direction else 0,
             TILES=layout.tiles,
-            RESIDUAL=residual_width,
+            RESIDUAL=residual.shape[1],
             C_BLOCK=triton.next_power_of_2(outcomes),
             D_BLOCK=128,
             **OPTIONS,

@@ -10,7 +10,7 @@ from torch import Tensor
 from efe_kernels.common.autograd import first_order, spread
 from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
 from efe_kernels.efe_loss import reference
-from efe_kernels.efe_loss.reference import Inputs, Settings
+from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
 
 # The fields of reference.Inputs, then those of reference.Settings.
 ARGUMENTS = (
@@ -28,12 +28,6 @@ Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def grouped(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
     return Inputs(*arguments[:NUM_INPUTS]), Settings(*arguments[NUM_INPUTS:NUM_ARGUMENTS])
-
-
-def residual_width(inputs: Inputs) -> int:
-    """Columns of the residual: the cell count, then what the prompt term needs again (see kernels.py)."""
-    steps, outcomes = inputs.logits.shape[1], inputs.logits.shape[-1]
-    return 1 if inputs.projection is None else 1 + (steps + 1) * outcomes
 
 
 def forward_reference(*arguments: Any) -> Forward:

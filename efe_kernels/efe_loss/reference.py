@@ -49,6 +49,12 @@ class Settings(NamedTuple):
     ignore_index: int
 
 
+def residual_width(inputs: Inputs) -> int:
+    """Columns of the residual: the cell count, then what the prompt term needs again (see kernels.py)."""
+    steps, outcomes = inputs.logits.shape[1], inputs.logits.shape[-1]
+    return 1 if inputs.projection is None else 1 + (steps + 1) * outcomes
+
+
 def counted_cells(target: Tensor, valid: Tensor | None, ignore_index: int) -> Tensor:
     """[B, H, W] bool: the cells that count."""
     counted = target.long() != ignore_index
