@@ -19,12 +19,6 @@ struct Exponential {
     A value, minus_one;
 };
 
-// 1 / (1 + e) and log(1 + e) for e in [0, 1].
-template <class A>
-struct LogisticParts {
-    A inverse, log1p;
-};
-
 #ifdef __CUDACC__
 
 EFE_INLINE Exponential<float> exponential(float x) { return {expf(x), expm1f(x)}; }
@@ -33,8 +27,6 @@ EFE_INLINE float exp(float x) { return expf(x); }
 EFE_INLINE double exp(double x) { return ::exp(x); }
 EFE_INLINE float log1p_unit(float x) { return log1pf(x); }
 EFE_INLINE double log1p_unit(double x) { return ::log1p(x); }
-EFE_INLINE LogisticParts<float> logistic_parts(float e) { return {1.0f / (1.0f + e), log1pf(e)}; }
-EFE_INLINE LogisticParts<double> logistic_parts(double e) { return {1.0 / (1.0 + e), ::log1p(e)}; }
 EFE_INLINE float log_normal_range(float x) { return logf(x); }
 EFE_INLINE double log_normal_range(double x) { return ::log(x); }
 EFE_INLINE void sincos_half_turns(float t, float* s, float* c) { sincospif(t, s, c); }
@@ -64,17 +56,10 @@ EFE_INLINE float exp(float x) { return exponential(x).value; }
 
 // log(1 + x) = 2 artanh(s) with s = x / (2 + x), for x in [0, 1]. The square is kept out of the subnormals, on which a
 // CPU takes a hundred times as long.
-EFE_INLINE float log1p_of_ratio(float s) {
-    const float z = s * s + 0x1p-100f;
+EFE_INLINE float log1p_unit(float x) {
+    const float s = x / (2.0f + x), z = s * s + 0x1p-100f;
     const float tail = 2.0f / 7 + z * (2.0f / 9 + z * (2.0f / 11 + z * (2.0f / 13)));
     return s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * tail)));
-}
-
-EFE_INLINE float log1p_unit(float x) { return log1p_of_ratio(x / (2.0f + x)); }
-
-EFE_INLINE LogisticParts<float> logistic_parts(float e) {
-    const float one = 1.0f + e, two = 2.0f + e, quotient = 1.0f / (one * two);  // one division for both
-    return {two * quotient, log1p_of_ratio(e * one * quotient)};
 }
 
 // log(x) for positive normal x: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m - 1) / (m + 1)).
@@ -104,7 +89,6 @@ EFE_INLINE void sincos_half_turns(float t, float* sine, float* cosine) {
 EFE_INLINE Exponential<double> exponential(double x) { return {std::exp(x), std::expm1(x)}; }
 EFE_INLINE double exp(double x) { return std::exp(x); }
 EFE_INLINE double log1p_unit(double x) { return std::log1p(x); }
-EFE_INLINE LogisticParts<double> logistic_parts(double e) { return {1.0 / (1.0 + e), std::log1p(e)}; }
 EFE_INLINE double log_normal_range(double x) { return std::log(x); }
 EFE_INLINE void sincos_half_turns(double t, double* sine, double* cosine) {
     *sine = std::sin(kPi * t);

@@ -18,7 +18,7 @@
 namespace efe::prompt {
 namespace {
 
-constexpr int kTile = 64;             // components of a policy row at a time, a multiple of the 4 of one Philox call
+constexpr int kTile = 128;            // components of a policy row at a time, a multiple of the 4 of one Philox call
 constexpr int kPoolTile = 1024;       // columns of a hidden state at a time
 constexpr int64_t kPoolChunk = 64;    // tokens whose gradients one task writes
 constexpr int64_t kGrain = 16384;     // elements for which a further thread pays
@@ -75,6 +75,28 @@ template <class T, class A>
 EFE_INLINE A element(const Row<T>& row, int64_t index) {
     return row.data == nullptr ? A(0) : static_cast<A>(row.data[index * row.column]);
 }
+
+// Sum of log tanh' over the components of a row. A product costs less than a logarithm, so one is taken of the product
+// of every few factors: at most 2^(kTile / kLanes) for a tile.
+template <class A>
+struct LogSlopeSum {
+    static constexpr int kLanes = LaneSum<A>::kLanes;
+    LaneSum<A> log_parts, log_factors;
+
+    EFE_INLINE void add(const A* log_part, const A* factor, int count) {
+        A product[kLanes];
+        std::fill_n(product, kLanes, A(1));
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane) product[lane] *= factor[i + lane];
+        for (int lane = 0; i + lane < count; ++lane) product[lane] *= factor[i + lane];
+        for (int lane = 0; lane < kLanes; ++lane) product[lane] = math::log_normal_range(product[lane]);
+        log_parts.add(log_part, count);
+        log_factors.add(product, kLanes);
+    }
+
+    EFE_INLINE A total() const { return A(2) * (log_parts.total() - log_factors.total()); }
+};
 
 // The noise of one row: as given, or from the seed.
 template <class A>
@@ -191,26 +213,28 @@ void refine_forward(const RefineForward& args) {
             const Squashed<A> alpha = squash_sigmoid(last_u);
             action[dimension] = last_u;
 
-            LaneSum<A> noise_squared, log_stds, log_slopes;
+            LaneSum<A> noise_squared, log_stds;
+            LogSlopeSum<A> log_slopes;
             for (int64_t begin = 0; begin < dimension; begin += kTile) {
                 const int count = static_cast<int>(std::min<int64_t>(kTile, dimension - begin));
-                A p[kTile], m[kTile], s[kTile], n[kTile], u[kTile], n2[kTile], slope[kTile];
+                A p[kTile], m[kTile], s[kTile], n[kTile], u[kTile], n2[kTile], log_part[kTile], factor[kTile];
                 load(prompt, begin, count, p);
                 load(mean, begin, count, m);
                 load(log_std, begin, count, s);
                 noise.load(begin, count, n);
+                for (int i = 0; i < kTile; ++i) u[i] = m[i] + math::exp(s[i]) * n[i];
                 for (int i = 0; i < kTile; ++i) {
-                    u[i] = m[i] + math::exp(s[i]) * n[i];
-                    const Squashed<A> squashed = squash_tanh(u[i]);
+                    const TanhParts<A> squashed = squash_tanh_in_parts(u[i]);
                     p[i] += alpha.value * (delta_scale * squashed.value);
                     n2[i] = n[i] * n[i];
-                    slope[i] = squashed.log_slope;
+                    log_part[i] = squashed.log_part;
+                    factor[i] = squashed.factor;
                 }
                 convert(u, count, action + begin);
                 convert(p, count, refined + begin);
                 noise_squared.add(n2, count);
                 log_stds.add(s, count);
-                log_slopes.add(slope, count);
+                log_slopes.add(log_part, factor, count);
             }
             const Score<A> result = score<A>(
                 {noise_squared.total() + last_noise * last_noise, log_stds.total() + last_log_std,
@@ -279,21 +303,24 @@ void log_prob_forward(const LogProbForward& args) {
         for (int64_t b = first; b < last; ++b) {
             const Row<A> action = row_of<A>(args.action, b), mean = row_of<A>(args.mean, b);
             const Row<A> log_std = row_of<A>(args.log_std, b);
-            LaneSum<A> noise_squared, log_stds, log_slopes;
+            LaneSum<A> noise_squared, log_stds;
+            LogSlopeSum<A> log_slopes;
             for (int64_t begin = 0; begin < dimension; begin += kTile) {
                 const int count = static_cast<int>(std::min<int64_t>(kTile, dimension - begin));
-                A u[kTile], m[kTile], s[kTile], n2[kTile], slope[kTile];
+                A u[kTile], m[kTile], s[kTile], n2[kTile], log_part[kTile], factor[kTile];
                 load(action, begin, count, u);
                 load(mean, begin, count, m);
                 load(log_std, begin, count, s);
                 for (int i = 0; i < kTile; ++i) {
                     const A n = (u[i] - m[i]) * math::exp(-s[i]);
+                    const TanhParts<A> squashed = squash_tanh_in_parts(u[i]);
                     n2[i] = n * n;
-                    slope[i] = squash_tanh(u[i]).log_slope;
+                    log_part[i] = squashed.log_part;
+                    factor[i] = squashed.factor;
                 }
                 noise_squared.add(n2, count);
                 log_stds.add(s, count);
-                log_slopes.add(slope, count);
+                log_slopes.add(log_part, factor, count);
             }
             const A u = element<A, A>(action, dimension), s = element<A, A>(log_std, dimension);
             const A n = (u - element<A, A>(mean, dimension)) * math::exp(-s);
@@ -308,35 +335,40 @@ void log_prob_forward(const LogProbForward& args) {
 
 template <class A>
 void log_prob_backward(const LogProbBackward& args) {
-    const int64_t dimension = args.dimension, width = dimension + 1;
+    const int64_t dimension = args.dimension;
     parallel(args.batch, 4 * dimension, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
         for (int64_t b = first; b < last; ++b) {
             const Row<A> action = row_of<A>(args.action, b), mean = row_of<A>(args.mean, b);
             const Row<A> log_std = row_of<A>(args.log_std, b);
             const A grad_log_prob = element<A, A>(row_of<A>(args.grad_log_prob, b), 0);
             const A grad_entropy = element<A, A>(row_of<A>(args.grad_entropy, b), 0);
-            A* const out[3] = {static_cast<A*>(args.grad_action), static_cast<A*>(args.grad_mean),
-                               static_cast<A*>(args.grad_log_std)};
-            for (int64_t begin = 0; begin < width; begin += kTile) {
-                const int count = static_cast<int>(std::min<int64_t>(kTile, width - begin));
+            A* out[3] = {static_cast<A*>(args.grad_action), static_cast<A*>(args.grad_mean),
+                         static_cast<A*>(args.grad_log_std)};
+            for (A*& row : out)
+                if (row != nullptr) row += b * (dimension + 1);
+            for (int64_t begin = 0; begin < dimension; begin += kTile) {
+                const int count = static_cast<int>(std::min<int64_t>(kTile, dimension - begin));
                 A u[kTile], m[kTile], s[kTile], gradient[3][kTile];
                 load(action, begin, count, u);
                 load(mean, begin, count, m);
                 load(log_std, begin, count, s);
                 for (int i = 0; i < kTile; ++i) {
-                    // The last component is squashed by sigmoid, and -tanh(u / 2) = 1/2 (-2 tanh(u / 2)).
-                    const bool is_alpha = begin + i == dimension;
-                    const A log_slope_slope =
-                        (is_alpha ? A(0.5) : A(1)) * squash_tanh(is_alpha ? A(0.5) * u[i] : u[i]).log_slope_slope;
-                    const ActionGradient<A> at_u =
-                        log_prob_gradient(log_slope_slope, u[i], m[i], s[i], grad_log_prob, grad_entropy);
+                    const ActionGradient<A> at_u = log_prob_gradient(
+                        squash_tanh(u[i]).log_slope_slope, u[i], m[i], s[i], grad_log_prob, grad_entropy);
                     gradient[0][i] = at_u.action;
                     gradient[1][i] = at_u.mean;
                     gradient[2][i] = at_u.log_std;
                 }
                 for (int k = 0; k < 3; ++k)
-                    if (out[k] != nullptr) convert(gradient[k], count, out[k] + b * width + begin);
+                    if (out[k] != nullptr) convert(gradient[k], count, out[k] + begin);
             }
+            const A u = element<A, A>(action, dimension);
+            const ActionGradient<A> at_u =
+                log_prob_gradient(squash_sigmoid(u).log_slope_slope, u, element<A, A>(mean, dimension),
+                                  element<A, A>(log_std, dimension), grad_log_prob, grad_entropy);
+            const A last_gradient[3] = {at_u.action, at_u.mean, at_u.log_std};
+            for (int k = 0; k < 3; ++k)
+                if (out[k] != nullptr) out[k][dimension] = last_gradient[k];
         }
     });
 }

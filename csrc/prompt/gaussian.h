@@ -25,10 +25,25 @@ template <class A>
 EFE_INLINE Squashed<A> squash_tanh(A u) {
     const A magnitude = std::abs(u);
     const math::Exponential<A> e = math::exponential(A(-2) * magnitude);
-    const math::LogisticParts<A> parts = math::logistic_parts(e.value);
-    const A value = std::copysign(-e.minus_one * parts.inverse, u);
-    const A log_slope = A(2) * (A(math::kLn2) - magnitude - parts.log1p);
-    return {value, A(4) * e.value * parts.inverse * parts.inverse, log_slope, A(-2) * value};
+    const A inverse = A(1) / (A(1) + e.value);
+    const A value = std::copysign(-e.minus_one * inverse, u);
+    const A log_slope = A(2) * (A(math::kLn2) - magnitude - math::log1p_unit(e.value));
+    return {value, A(4) * e.value * inverse * inverse, log_slope, A(-2) * value};
+}
+
+// tanh for a sum of log tanh' over many u, which takes the logarithms of all factors together:
+// log tanh' = 2 (log_part - log(factor)), with the factor in [1, 2].
+template <class A>
+struct TanhParts {
+    A value, log_part, factor;
+};
+
+template <class A>
+EFE_INLINE TanhParts<A> squash_tanh_in_parts(A u) {
+    const A magnitude = std::abs(u);
+    const math::Exponential<A> e = math::exponential(A(-2) * magnitude);
+    const A factor = A(1) + e.value;
+    return {std::copysign(-e.minus_one / factor, u), A(math::kLn2) - magnitude, factor};
 }
 
 // sigmoid, from e = exp(-|u|): sigmoid' = e / (1 + e)^2, log sigmoid' = -|u| - 2 log(1 + e), derivative -tanh(u / 2).
@@ -36,10 +51,10 @@ template <class A>
 EFE_INLINE Squashed<A> squash_sigmoid(A u) {
     const A magnitude = std::abs(u);
     const math::Exponential<A> e = math::exponential(-magnitude);
-    const math::LogisticParts<A> parts = math::logistic_parts(e.value);
-    const A value = (u < A(0) ? e.value : A(1)) * parts.inverse;
-    const A log_slope = -magnitude - A(2) * parts.log1p;
-    return {value, e.value * parts.inverse * parts.inverse, log_slope, std::copysign(e.minus_one * parts.inverse, -u)};
+    const A inverse = A(1) / (A(1) + e.value);
+    const A value = (u < A(0) ? e.value : A(1)) * inverse;
+    const A log_slope = -magnitude - A(2) * math::log1p_unit(e.value);
+    return {value, e.value * inverse * inverse, log_slope, std::copysign(e.minus_one * inverse, -u)};
 }
 
 // Per row: sums over all D + 1 components (log_slope includes that of alpha) -> log_prob and entropy of (delta, alpha).
