@@ -1,8 +1,8 @@
-"""`make bench`: the suite, the training benchmark, and their table.
+"""`make bench`: the suite, the sweep over T and B, the training benchmark, and their tables and plots.
 
-    python -m bench [--record NAME] [-k EXPRESSION] [--minutes M] [--no-training]
+    python -m bench [--record NAME] [--only PART ...] [-k EXPRESSION] [--minutes M]
 
-Writes build/bench/latest.json and plots beside it, or with --record bench/results/NAME.json.
+Writes build/bench/latest.json, or with --record bench/results/NAME.json; tables and plots go to build/bench.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bench import render
 from bench.measure import DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("suite", "sweep", "training")
 
 
 def suite(record: Path, expression: str, minutes: float | None) -> int:
@@ -33,10 +34,10 @@ def suite(record: Path, expression: str, minutes: float | None) -> int:
         return process.wait()
 
 
-def training_benchmark(record: Path) -> int:
-    settings = ["--precision", "bf16"] if DEVICE == "cuda" else ["--batch", "1", "8", "64"]
-    command = [sys.executable, "-m", "bench.training", *settings, "--into", str(record)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+def module(name: str, record: Path, *settings: str) -> int:
+    """Run a module that adds its rows to the recording."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, "-m", name, "--into", str(record), *settings]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
@@ -46,27 +47,32 @@ def main() -> int:
     )
     parser.add_argument("--record", metavar="NAME", help="keep the recording as bench/results/NAME.json")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", metavar="DIR")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument(
-        "-k", dest="expression", default="", help="only cases whose name this expression of pytest selects"
+        "-k", dest="expression", default="", help="only cases of the suite whose name this expression of pytest selects"
     )
-    parser.add_argument("--minutes", type=float, help="leave out what is not begun after so many minutes")
-    parser.add_argument("--no-training", action="store_true", help="leave out the training benchmark")
+    parser.add_argument("--minutes", type=float, help="leave out cases that are not begun after so many minutes")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    record = ROOT / "bench" / "results" / f"{options.record}.json" if options.record else options.out / "latest.json"
-    record.unlink(missing_ok=True)
-    status = suite(record, options.expression, options.minutes)
-    if not record.exists() or record.stat().st_size == 0:
-        print("No case was measured.", file=sys.stderr)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    record = ROOT / "bench" / "results" / f"{options.record}.json" if options.record else out / "latest.json"
+    status = 0
+    if "suite" in options.only:
+        record.unlink(missing_ok=True)
+        status = suite(record, options.expression, options.minutes)
+        if record.exists() and record.stat().st_size == 0:  # pytest-benchmark opens it before it measures anything
+            record.unlink()
+    if "sweep" in options.only:
+        jobs = os.cpu_count() or 1 if DEVICE == "cuda" else 1
+        status = module("bench.sweep", record, "--jobs", str(jobs)) or status
+    if "training" in options.only:
+        batches = ["--batch", "1", "8", "64"]
+        settings = ["--precision", "bf16", *batches, "512"] if DEVICE == "cuda" else batches
+        status = module("bench.training", record, *settings) or status
+    if not record.exists():
+        print("Nothing was measured.", file=sys.stderr)
         return status or 1
-    if not options.no_training:
-        status = training_benchmark(record) or status
-    recording = render.Record(record)
-    print(render.report(recording))
-    try:
-        render.plots(recording, options.out)
-    except ModuleNotFoundError as error:
-        print(f"No plots: {error}.", file=sys.stderr)
+    print(render.write_report(render.Record(record), out))
     return status
 
 

@@ -1,3 +1,5 @@
+# Triton's language is not Python's: its functions take and give whatever the compiler traces.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the library is compared with, besides its reference: the usual ways, and other libraries that do the same job.
 
 Peers are imported where they are called, so that the suite runs without them.
@@ -141,6 +143,7 @@ def row_gae_kernel(
     value_ptr,  # [N, T] contiguous
     next_value_ptr,  # [N, T] contiguous
     terminated_ptr,  # [N, T] contiguous uint8
+    stop_ptr,  # [N, T] contiguous uint8
     advantage_ptr,  # [N, T] contiguous, written
     target_ptr,  # [N, T] contiguous, written
     rows,
@@ -154,48 +157,59 @@ def row_gae_kernel(
     carried = tl.zeros((ROWS,), tl.float32)
     for i in range(steps):
         offset = row * steps + (steps - 1 - i)
-        going_on = 1.0 - tl.load(terminated_ptr + offset, mask=ok, other=0).to(tl.float32)
+        alive = 1.0 - tl.load(terminated_ptr + offset, mask=ok, other=0).to(tl.float32)
+        going_on = 1.0 - tl.load(stop_ptr + offset, mask=ok, other=0).to(tl.float32)
         value = tl.load(value_ptr + offset, mask=ok, other=0.0)
         delta = tl.load(reward_ptr + offset, mask=ok, other=0.0) - value
-        delta += gamma * going_on * tl.load(next_value_ptr + offset, mask=ok, other=0.0)
+        delta += gamma * alive * tl.load(next_value_ptr + offset, mask=ok, other=0.0)
         carried = delta + gamma * lam * going_on * carried
         tl.store(advantage_ptr + offset, carried, mask=ok)
         tl.store(target_ptr + offset, carried + value, mask=ok)
 
 
-def row_gae(inputs: dict[str, Tensor], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def row_gae(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """One thread walks one row: what reinforcement-learning libraries ship as their CUDA kernel. No gradient."""
     reward = inputs["reward"]
     rows, steps = reward.shape
     advantage, target = torch.empty_like(reward), torch.empty_like(reward)
     with launch_guard(reward):
         row_gae_kernel[(triton.cdiv(rows, 64),)](
-            reward, inputs["value"], inputs["next_value"], inputs["terminated"].view(torch.uint8), advantage, target,
-            rows, steps, gamma, lam, ROWS=64, num_warps=2,
+            reward, inputs["value"], inputs["next_value"], inputs["terminated"].view(torch.uint8),
+            stops(inputs).view(torch.uint8), advantage, target, rows, steps, gamma, lam, ROWS=64, num_warps=2,
         )  # fmt: skip
     return advantage, target
 
 
-def torchrl_gae(inputs: dict[str, Tensor], gamma: float, lam: float) -> tuple[Tensor, ...]:
+def torchrl_gae(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, ...]:
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 
-    reward, value, next_value, terminated = (inputs[name][..., None] for name in TRACE_INPUTS)
-    found = vec_generalized_advantage_estimate(gamma, lam, value, next_value, reward, terminated, terminated)
+    reward, value, next_value, done, terminated = trajectories(inputs)
+    found = vec_generalized_advantage_estimate(gamma, lam, value, next_value, reward, done, terminated)
     return tuple(tensor[..., 0] for tensor in found)
 
 
-def torchrl_vtrace(inputs: dict[str, Tensor], gamma: float) -> tuple[Tensor, ...]:
+def torchrl_vtrace(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, ...]:
     from torchrl.objectives.value.functional import vtrace_advantage_estimate
 
-    reward, value, next_value, terminated = (inputs[name][..., None] for name in TRACE_INPUTS)
+    reward, value, next_value, done, terminated = trajectories(inputs)
     log_ratio = inputs["log_ratio"][..., None]
     found = vtrace_advantage_estimate(
-        gamma, log_ratio, torch.zeros_like(log_ratio), value, next_value, reward, terminated, terminated
+        gamma, log_ratio, torch.zeros_like(log_ratio), value, next_value, reward, done, terminated
     )
     return tuple(tensor[..., 0] for tensor in found)
 
 
-TRACE_INPUTS = ("reward", "value", "next_value", "terminated")
+def trajectories(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """reward, value, next_value, done and terminated as torchrl takes them, [B, T, 1]."""
+    *values, terminated = (inputs[name][..., None] for name in ("reward", "value", "next_value", "terminated"))
+    return *values, stops(inputs)[..., None], terminated
+
+
+def stops(inputs: dict[str, Any]) -> Tensor:
+    """Where the trace stops."""
+    terminated: Tensor = inputs["terminated"]
+    truncated = inputs["truncated"]
+    return terminated if truncated is None else terminated | truncated
 
 
 def naive_mean_pool(inputs: dict[str, Tensor]) -> tuple[Tensor]:
@@ -204,16 +218,36 @@ def naive_mean_pool(inputs: dict[str, Tensor]) -> tuple[Tensor]:
     return ((inputs["hidden"] * mask).sum(1) / mask.sum(1),)
 
 
-def loop_gae(inputs: dict[str, Tensor], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def loop_gae(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """The loop over time as one writes it for torch.compile, without assignments into slices."""
-    reward, value, next_value, terminated = (inputs[name] for name in TRACE_INPUTS)
-    going_on = (~terminated).to(reward.dtype)
-    delta = reward + gamma * going_on * next_value - value
-    decay = gamma * lam * going_on
-    following = torch.zeros_like(reward[:, 0])
+    dtype = inputs["reward"].dtype
+    value, delta, going_on = temporal_difference(inputs, gamma)
+    advantage = backward_in_time(delta, gamma * lam * going_on)
+    return advantage.to(dtype), (advantage + value).to(dtype)
+
+
+def loop_vtrace(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, Tensor]:
+    dtype = inputs["reward"].dtype
+    value, error, going_on = temporal_difference(inputs, gamma)
+    weight = inputs["log_ratio"].float().exp().clamp(max=1.0)
+    delta = weight * error
+    excess = backward_in_time(delta, gamma * weight * going_on)
+    following = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], 1)
+    return (delta + gamma * weight * going_on * following).to(dtype), (excess + value).to(dtype)
+
+
+def temporal_difference(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """value, reward + gamma · next_value - value and, as 0 or 1, where the trace goes on; in float32."""
+    value = inputs["value"].float()
+    bootstrap = gamma * (~inputs["terminated"]).float() * inputs["next_value"].float()
+    return value, inputs["reward"].float() + bootstrap - value, (~stops(inputs)).float()
+
+
+def backward_in_time(term: Tensor, factor: Tensor) -> Tensor:
+    """x_t = term_t + factor_t x_{t+1}."""
+    following = torch.zeros_like(term[:, 0])
     steps = []
-    for t in reversed(range(reward.shape[1])):
-        following = delta[:, t] + decay[:, t] * following
+    for t in reversed(range(term.shape[1])):
+        following = term[:, t] + factor[:, t] * following
         steps.append(following)
-    advantage = torch.stack(steps[::-1], 1)
-    return advantage, advantage + value
+    return torch.stack(steps[::-1], 1)

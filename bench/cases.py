@@ -6,8 +6,7 @@ A case is one op on one named workload: `seed` is a single episode, `train` a ba
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from efe_kernels.advantage.policy_gradient_loss import reference as policy_refer
 from efe_kernels.advantage.rl_advantage import reference as advantage_reference
 from efe_kernels.advantage.trace import reference as trace_reference
 from efe_kernels.arc_efe import EFELoss
+from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.efe_loss import reference as efe_reference
 from efe_kernels.prompt import reference as prompt_reference
 from tests.arc_efe.definition import definition as arc_definition
@@ -38,6 +38,7 @@ ONLY = {
     ("gae", "compile"): ("forward",),
     ("gae", "thread per row"): ("forward",),
     ("vtrace", "torchrl"): ("forward",),
+    ("vtrace", "compile"): ("forward",),
     ("arc_efe", "loop over cells"): ("both",),
 }
 NEED_GPU = ("padded tile", "thread per row", "Liger")
@@ -146,6 +147,8 @@ def efe_loss(case: Case) -> Problem:
         "preference_logits": torch.randn(grid).requires_grad_(case.terms == "all"),
         "valid": None if single else valid_cells(case.workload, batch, height, width),
         "backward_logits": laid_out(case.layout, batch, steps, *grid).to(dtype) if case.terms == "agreement" else None,
+        "final_logits": None,
+        "observation_probs": None,
         "prompt": None,
         "projection": None,
         "target_preference": None,
@@ -165,8 +168,7 @@ def efe_loss(case: Case) -> Problem:
         return kernel(found, grad_scale=torch.full((), UPSTREAM, device=found["logits"].device))
 
     def reference(found: Inputs) -> tuple[Tensor]:
-        tensors = efe_reference.Inputs(*(found.get(name) for name in efe_reference.Inputs._fields))
-        total, *_ = efe_reference.efe_loss(tensors, efe_reference.Settings(*settings))
+        total, *_ = efe_reference.efe_loss(efe_reference.Inputs(**found), efe_reference.Settings(*settings))
         return (total.mean(),)
 
     peers = {
@@ -190,7 +192,7 @@ def efe_loss(case: Case) -> Problem:
 
 
 UPSTREAM = 1024.0
-"""The size of the gradients that arrive: a loss scale, without which fp16 gradients of a mean are flushed to zero."""
+"""The gradient that arrives at a loss: a loss scale, without which fp16 gradients of a mean are flushed to zero."""
 
 
 def arc_efe(case: Case) -> Problem:
@@ -218,8 +220,9 @@ def arc_efe(case: Case) -> Problem:
         return (module(*plan, target, steps, prompt, mask)["total"],)
 
     def loop(found: Inputs) -> tuple[Tensor]:
-        *plan, prompt, mask, module = found.values()
-        with plan[0].device:  # where the definition makes its own tensors
+        forward, backward, observation, final, prompt, mask, module = found.values()
+        with forward.device:  # where the definition makes its own tensors
+            plan = (forward, backward, observation, final)
             return (arc_definition(module, *plan, target, steps, prompt, mask)["total"],)
 
     reads = size_of(inputs)
@@ -249,34 +252,53 @@ def grid_reward(case: Case) -> Problem:
 
 
 def rl_advantage(case: Case) -> Problem:
-    (count,) = case.sizes
-    whiten = count > 1
+    """Whitened in groups, which are the last of the sizes; one episode alone has nothing to be whitened with."""
+    group = case.sizes[-1] if case.sizes[-1] > 1 else None
     dtype = DTYPES[case.dtype]
     inputs: Inputs = {
-        "reward": torch.randn(count, dtype=dtype),
-        "value": torch.randn(count, dtype=dtype).requires_grad_(),
+        "reward": torch.randn(case.sizes, dtype=dtype),
+        "value": torch.randn(case.sizes, dtype=dtype).requires_grad_(),
+        "mask": flags(case, 0.8),
     }
 
     def kernel(found: Inputs) -> tuple[Tensor]:
-        return (efe_kernels.rl_advantage(**found, whiten=whiten),)
+        return (efe_kernels.rl_advantage(**found, whiten=group is not None, group_size=group),)
 
     def reference(found: Inputs) -> tuple[Tensor]:
-        arguments = (found["reward"], found["value"], None, 5.0, "tanh", count if whiten else 0)
-        return (advantage_reference.rl_advantage_forward(*arguments)[0],)
+        reward, value, mask = found["reward"], found["value"], found["mask"]
+        advantage = advantage_reference.plain_advantage(reward, value, mask, 5.0, "tanh")
+        if group is not None:
+            groups = advantage.view(-1, group)
+            members = None if mask is None else mask.view(-1, group)
+            statistics = advantage_reference.group_statistics(groups, members)
+            advantage = advantage_reference.whiten(groups, members, statistics).view(case.sizes)
+        return (advantage.to(reward.dtype),)
 
     reads = size_of(inputs)
     return Problem(inputs, reference, {"kernel": kernel, "eager": reference}, reads, reads)
 
 
-def trace_inputs(case: Case) -> Inputs:
-    batch, steps = case.sizes
-    dtype = DTYPES[case.dtype]
-    return {
-        "reward": torch.randn(batch, steps, dtype=dtype),
-        "value": torch.randn(batch, steps, dtype=dtype).requires_grad_(),
-        "next_value": torch.randn(batch, steps, dtype=dtype).requires_grad_(),
-        "terminated": torch.rand(batch, steps) < 0.05,
+def flags(case: Case, share: float) -> Tensor | None:
+    """bool of the case's sizes, true for that share of them, on the ragged workload; None on every other."""
+    return torch.rand(case.sizes) < share if case.workload == "ragged" else None
+
+
+def trace_inputs(case: Case, *more: str) -> Inputs:
+    """[B, T], or views of what lies in memory as [T, B]. more: further inputs, which get no gradient."""
+
+    def random() -> Tensor:
+        sizes = case.sizes[::-1] if case.layout == "time-major" else case.sizes
+        stored = torch.randn(sizes, dtype=DTYPES[case.dtype])
+        return stored.t() if case.layout == "time-major" else stored
+
+    inputs: Inputs = {
+        "reward": random(),
+        "value": random().requires_grad_(),
+        "next_value": random().requires_grad_(),
+        "terminated": random() < -1.6,  # one step in twenty
+        "truncated": flags(case, 0.05),
     }
+    return inputs | {name: random() for name in more}
 
 
 def gae(case: Case) -> Problem:
@@ -286,8 +308,7 @@ def gae(case: Case) -> Problem:
         return efe_kernels.gae(**found, gamma=GAMMA, lam=LAM)
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        tensors = (found[name] for name in baselines.TRACE_INPUTS)
-        return trace_reference.gae_forward(*tensors, None, GAMMA, LAM, 1.0)
+        return trace_reference.gae_forward(**found, gamma=GAMMA, lam=LAM, reward_scale=1.0)
 
     implementations: dict[str, Implementation] = {
         "kernel": kernel,
@@ -295,46 +316,48 @@ def gae(case: Case) -> Problem:
         "torchrl": lambda found: baselines.torchrl_gae(found, GAMMA, LAM),
         "thread per row": lambda found: baselines.row_gae(found, GAMMA, LAM),
     }
-    return Problem(inputs, reference, implementations, size_of(inputs), size_of(inputs, "terminated"))
+    constants = size_of(inputs, "terminated", "truncated")
+    return Problem(inputs, reference, implementations, size_of(inputs), constants)
 
 
 def vtrace(case: Case) -> Problem:
-    inputs = trace_inputs(case)
-    # torchrl takes the value of the next step where the trace goes on, and next_value only where it stops.
-    inputs["next_value"].data[:, :-1] = inputs["value"].data[:, 1:]
-    inputs["log_ratio"] = 0.5 * torch.randn(case.sizes, dtype=DTYPES[case.dtype])
+    inputs = trace_inputs(case, "log_ratio")
+    with torch.no_grad():
+        inputs["log_ratio"].mul_(0.5)
+        # torchrl takes the value of the next step where the trace goes on, and next_value only where it stops.
+        inputs["next_value"][:, :-1] = inputs["value"][:, 1:]
 
     def kernel(found: Inputs) -> tuple[Tensor, ...]:
         return efe_kernels.vtrace(**found, gamma=GAMMA)
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        tensors = (found[name] for name in ("log_ratio", *baselines.TRACE_INPUTS))
-        return trace_reference.vtrace_forward(*tensors, None, GAMMA, 1.0, 1.0, 1.0)
+        return trace_reference.vtrace_forward(**found, gamma=GAMMA, rho_clip=1.0, c_clip=1.0, reward_scale=1.0)
 
     implementations: dict[str, Implementation] = {
         "kernel": kernel,
-        "eager": reference,
+        "eager": lambda found: baselines.loop_vtrace(found, GAMMA),
         "torchrl": lambda found: baselines.torchrl_vtrace(found, GAMMA),
     }
-    return Problem(inputs, reference, implementations, size_of(inputs), size_of(inputs, "terminated", "log_ratio"))
+    constants = size_of(inputs, "terminated", "truncated", "log_ratio")
+    return Problem(inputs, reference, implementations, size_of(inputs), constants)
 
 
 def policy_gradient_loss(case: Case) -> Problem:
-    (count,) = case.sizes
     names = ("log_prob", "value", "entropy", "advantage", "value_target", "old_log_prob")
-    inputs: Inputs = {name: torch.randn(count, dtype=DTYPES[case.dtype]) for name in names}
-    inputs["old_log_prob"] = inputs["log_prob"] + 0.2 * torch.randn(count, dtype=DTYPES[case.dtype])
+    inputs: Inputs = {name: torch.randn(case.sizes, dtype=DTYPES[case.dtype]) for name in names}
+    inputs["old_log_prob"].mul_(0.2).add_(inputs["log_prob"])
     for name in names[:3]:
         inputs[name].requires_grad_()
+    inputs["mask"] = flags(case, 0.8)
 
     def kernel(found: Inputs) -> tuple[Tensor]:
         return (efe_kernels.policy_gradient_loss(**found).total,)
 
     def reference(found: Inputs) -> tuple[Tensor]:
-        tensors = (found[name] for name in names)
-        return (policy_reference.policy_gradient_loss_forward(*tensors, None, 0.2, 0.5, 0.01)[0],)
+        total, *_ = policy_reference.policy_gradient_loss_forward(**found, clip=0.2, value_coef=0.5, entropy_coef=0.01)
+        return (total,)
 
-    saved = size_of(inputs, *(name for name in names if name != "entropy"))
+    saved = size_of(inputs, *(name for name in inputs if name != "entropy"))
     return Problem(inputs, reference, {"kernel": kernel, "eager": reference}, size_of(inputs), saved)
 
 
@@ -355,59 +378,90 @@ def masked_mean_pool(case: Case) -> Problem:
 
     tokens = int(inputs["mask"].sum())
     reads = size_of(inputs, "hidden") * tokens // (rows * length) + size_of(inputs, "mask")
-    implementations = {"kernel": kernel, "eager": reference, "sum over mask": baselines.naive_mean_pool}
+    implementations: dict[str, Implementation] = {
+        "kernel": kernel,
+        "eager": reference,
+        "sum over mask": baselines.naive_mean_pool,
+    }
     return Problem(inputs, reference, implementations, reads, size_of(inputs, "mask"))
 
 
-def refine_prompt(case: Case) -> Problem:
+def refine_inputs(case: Case) -> Inputs:
     batch, width = case.sizes
-    inputs: Inputs = {
-        "prompt": torch.randn(batch, width, dtype=DTYPES[case.dtype]).requires_grad_(),
-        "mean": torch.randn(batch, width + 1).requires_grad_(),
-        "log_std": (0.1 * torch.randn(batch, width + 1)).requires_grad_(),
-        "noise": torch.randn(batch, width + 1),
+    dtype = DTYPES[case.dtype]
+    return {
+        "prompt": torch.randn(batch, width, dtype=dtype).requires_grad_(),
+        "mean": torch.randn(batch, width + 1, dtype=dtype).requires_grad_(),
+        "log_std": (0.1 * torch.randn(batch, width + 1, dtype=dtype)).requires_grad_(),
+        "noise": torch.randn(batch, width + 1, dtype=dtype),
     }
+
+
+def wide(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """In the dtype of the arithmetic, which the reference of the prompt ops leaves to its caller."""
+    return [tensor.to(accumulate_dtype(tensor)) for tensor in tensors]
+
+
+def refine_prompt(case: Case) -> Problem:
+    inputs = refine_inputs(case)
 
     def kernel(found: Inputs) -> tuple[Tensor, ...]:
         refined = efe_kernels.refine_prompt(**found, delta_scale=DELTA_SCALE)
         return refined.prompt, refined.log_prob, refined.entropy
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        refined, _, log_prob, entropy = prompt_reference.refine_prompt(*found.values(), DELTA_SCALE)
+        prompt, *policy = found.values()
+        mean, log_std, noise = wide(policy)
+        refined, _, log_prob, entropy = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)
         return refined, log_prob, entropy
 
-    return Problem(
-        inputs,
-        reference,
-        {"kernel": kernel, "eager": reference},
-        size_of(inputs),
-        size_of(inputs, "mean", "log_std", "noise"),
-    )
+    backward_reads = size_of(inputs, "mean", "log_std", "noise")
+    return Problem(inputs, reference, {"kernel": kernel, "eager": reference}, size_of(inputs), backward_reads)
 
 
 def squashed_log_prob(case: Case) -> Problem:
-    batch, width = case.sizes
-    inputs: Inputs = {
-        "action": torch.randn(batch, width + 1),
-        "mean": torch.randn(batch, width + 1).requires_grad_(),
-        "log_std": (0.1 * torch.randn(batch, width + 1)).requires_grad_(),
-    }
+    inputs = refine_inputs(case)
+    del inputs["prompt"]
+    inputs = {"action": inputs.pop("noise"), **inputs}
 
     def kernel(found: Inputs) -> tuple[Tensor, ...]:
         return efe_kernels.squashed_log_prob(**found, delta_scale=DELTA_SCALE)
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        return prompt_reference.squashed_log_prob(*found.values(), DELTA_SCALE)
+        action, mean, log_std = wide(found.values())
+        return prompt_reference.squashed_log_prob(action, mean, log_std, DELTA_SCALE)
 
     reads = size_of(inputs)
     return Problem(inputs, reference, {"kernel": kernel, "eager": reference}, reads, reads)
+
+
+def refine_and_score(case: Case) -> Problem:
+    """A refined prompt, and the log-probability and entropy of the action taken, as `policy.update` evaluates them."""
+    inputs = refine_inputs(case)
+
+    def kernel(found: Inputs) -> tuple[Tensor, ...]:
+        refined = efe_kernels.refine_prompt(**found, delta_scale=DELTA_SCALE)
+        policy = (found["mean"], found["log_std"])
+        return refined.prompt, *efe_kernels.squashed_log_prob(refined.action.detach(), *policy, delta_scale=DELTA_SCALE)
+
+    def reference(found: Inputs) -> tuple[Tensor, ...]:
+        prompt, *policy = found.values()
+        mean, log_std, noise = wide(policy)
+        refined, action, _, _ = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)
+        return refined, *prompt_reference.squashed_log_prob(action.detach(), mean, log_std, DELTA_SCALE)
+
+    # The action goes out of the one op and into the other.
+    action = 2 * size_of(inputs, "noise")
+    reads = size_of(inputs) + action + size_of(inputs, "mean", "log_std")
+    backward_reads = action + 2 * size_of(inputs, "mean", "log_std") + size_of(inputs, "noise")
+    return Problem(inputs, reference, {"kernel": kernel, "eager": reference}, reads, backward_reads)
 
 
 OPS: dict[str, Callable[[Case], Problem]] = {
     function.__name__: function
     for function in (
         efe_loss, arc_efe, grid_reward, rl_advantage, gae, vtrace, policy_gradient_loss, masked_mean_pool,
-        refine_prompt, squashed_log_prob,
+        refine_prompt, squashed_log_prob, refine_and_score,
     )
 }  # fmt: skip
 
@@ -416,20 +470,28 @@ def plan(batch: int) -> tuple[int, ...]:
     return batch, 5, 30, 30, 10
 
 
-def table() -> list[Case]:
+def headline() -> list[Case]:
+    """What the goals are set on, and the batches of a whole training run: first, in case the time runs out."""
     first, last = "channel-first", "channel-last"
-    cases = [
-        Case("efe_loss", "train", plan(64), layout=first, terms="all", opponents=COMPILED),
+    known = ("kernel, factor known", *COMPILED)
+    return [
+        Case("efe_loss", "train", plan(64), layout=first, terms="all", opponents=known),
         Case("efe_loss", "train", plan(64), layout=first, terms="core", opponents=(*COMPILED, "padded tile")),
         Case("gae", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl", "thread per row")),
         Case("policy_gradient_loss", "throughput", (4096 * 128,), opponents=COMPILED),
-        Case("refine_prompt", "update", (256, 256), opponents=COMPILED),
-        Case("squashed_log_prob", "update", (256, 256), opponents=COMPILED),
+        Case("refine_and_score", "update", (256, 256), opponents=COMPILED),
         Case("masked_mean_pool", "train", (64, 512, 1024), opponents=(*COMPILED, "sum over mask")),
         Case("arc_efe", "seed", plan(1)[1:], opponents=("loop over cells",)),
         Case("efe_loss", "throughput", plan(4096), "bf16", first, "core", (*COMPILED, "padded tile"), True),
-        Case("efe_loss", "throughput", plan(4096), "bf16", first, "all", ("kernel, factor known", *COMPILED), True),
+        Case("efe_loss", "throughput", plan(4096), "bf16", first, "all", known, True),
         Case("efe_loss", "throughput", plan(4096), "bf16", last, "core", ("padded tile",), True),
+    ]
+
+
+def loss_cases() -> list[Case]:
+    """The EFE loss in every dtype and layout, term by term against Liger-Kernel, and over B."""
+    first, last = "channel-first", "channel-last"
+    return [
         Case("efe_loss", "seed", plan(1), layout=first, terms="all", opponents=COMPILED),
         Case("efe_loss", "ragged", (33, 5, 29, 23, 10), layout=first, terms="all"),
         Case("efe_loss", "train", plan(64), layout=last, terms="all"),
@@ -438,34 +500,53 @@ def table() -> list[Case]:
         *(Case("efe_loss", "train", plan(64), layout=last, terms=term, opponents=("eager", "Liger"))
           for term in ("risk", "agreement", "consistency")),
         *(Case("efe_loss", "throughput", plan(4096), dtype, layout, "all", (), True)
-          for dtype in ("fp32", "bf16", "fp16") for layout in (first, last) if (dtype, layout) != ("bf16", first)),
+          for dtype in DTYPES for layout in (first, last) if (dtype, layout) != ("bf16", first)),
         *(Case("efe_loss", "sweep", plan(batch), "bf16", first, "all", EAGER, True) for batch in (4, 16, 256, 1024)),
         Case("arc_efe", "ragged", plan(1)[1:], opponents=("loop over cells",)),
-        *(Case("grid_reward", workload, (batch, 30, 30, 10), layout=first, gpu_only=workload == "throughput")
-          for workload, batch in (("seed", 1), ("train", 64), ("throughput", 4096))),
-        Case("grid_reward", "ragged", (33, 29, 23, 10), layout=last),
-        Case("gae", "ragged", (33, 77), opponents=("eager", "torchrl")),
     ]  # fmt: skip
-    for workload, batch in (("seed", 1), ("train", 64)):
-        for op in ("gae", "vtrace"):
-            cases.append(Case(op, workload, (batch, 128), opponents=("eager", "torchrl")))
-    cases.append(Case("vtrace", "throughput", (4096, 128), opponents=("torchrl",)))
-    for workload, batch in (("seed", 1), ("train", 64), ("throughput", 4096), ("ragged", 33)):
-        cases.append(Case("rl_advantage", workload, (batch,)))
-        for op in ("refine_prompt", "squashed_log_prob"):
-            cases.append(Case(op, workload, (batch, 243 if workload == "ragged" else 256)))
-        if workload != "throughput":
-            cases.append(Case("policy_gradient_loss", workload, (batch,)))
-            if workload != "train":
-                cases.append(
-                    Case("masked_mean_pool", workload, (batch, 509, 1019) if batch == 33 else (batch, 512, 1024))
-                )
-    cases += [
-        Case("masked_mean_pool", "train", (64, 512, 1024), dtype, opponents=("sum over mask",))
-        for dtype in ("bf16", "fp16")
-    ]
+
+
+def reward_and_advantage_cases() -> list[Case]:
+    against_torchrl = ("eager", "torchrl")
+    cases = [
+        Case("vtrace", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl")),
+        *(Case("grid_reward", workload, (batch, 30, 30, 10), "fp32", "channel-first", "", opponents, batch > 64)
+          for workload, batch, opponents in (("seed", 1, EAGER), ("train", 64, COMPILED), ("throughput", 4096, EAGER))),
+        Case("grid_reward", "train", (64, 30, 30, 10), layout="channel-last"),
+        Case("grid_reward", "ragged", (33, 29, 23, 10), layout="channel-last"),
+    ]  # fmt: skip
+    for op in ("gae", "vtrace"):
+        cases += [
+            Case(op, "seed", (1, 128), opponents=against_torchrl),
+            Case(op, "train", (64, 128), opponents=against_torchrl),
+            Case(op, "ragged", (33, 77), opponents=against_torchrl),
+            Case(op, "throughput", (4096, 128), layout="time-major"),
+        ]
+    for workload, batch in (("seed", 1), ("train", 64), ("ragged", 33)):
+        cases += [Case("rl_advantage", workload, (batch,)), Case("policy_gradient_loss", workload, (batch,))]
+    cases.append(Case("rl_advantage", "throughput", (4096,), opponents=COMPILED))
+    for dtype in ("bf16", "fp16"):
+        cases += [Case(op, "train", (64, 128), dtype) for op in ("gae", "vtrace")]
+        cases += [Case(op, "train", (64,), dtype) for op in ("rl_advantage", "policy_gradient_loss")]
+        cases.append(Case("grid_reward", "train", (64, 30, 30, 10), dtype, "channel-first"))
     return cases
 
 
-CASES = table()
-assert all(math.prod(case.sizes) > 0 for case in CASES)
+def prompt_cases() -> list[Case]:
+    ops = ("refine_prompt", "squashed_log_prob")
+    pool = ("eager", "sum over mask")
+    cases = [Case(op, "update", (256, 256), opponents=COMPILED) for op in ops]
+    for workload, batch in (("seed", 1), ("train", 64), ("throughput", 4096), ("ragged", 33)):
+        cases += [Case(op, workload, (batch, 243 if workload == "ragged" else 256)) for op in ops]
+    cases += [Case(op, "train", (64, 256), dtype) for dtype in ("bf16", "fp16") for op in ops]
+    return [
+        *cases,
+        Case("masked_mean_pool", "seed", (1, 512, 1024), opponents=pool),
+        Case("masked_mean_pool", "ragged", (33, 509, 1019), opponents=pool),
+        *(Case("masked_mean_pool", "train", (64, 512, 1024), dtype, opponents=pool) for dtype in ("bf16", "fp16")),
+        Case("masked_mean_pool", "throughput", (4096, 128, 1024), "bf16", opponents=pool, gpu_only=True),
+    ]
+
+
+CASES = headline() + loss_cases() + reward_and_advantage_cases() + prompt_cases()
+assert len({case.name for case in CASES}) == len(CASES)

@@ -42,8 +42,8 @@ GRACE = 20  # seconds for a part to write down what it has when its time is over
 class Part:
     """command: on a GPU. dry: without one; None leaves the part out. limit: seconds. needs: modules and programs.
 
-    together: runs at the same time as its neighbours that do; what is timed runs alone. In a command {minutes} stands
-    for the time that the part has.
+    together: runs at the same time as its neighbours that do; what is timed runs alone. least: seconds that the parts
+    before it leave to it. In a command {minutes} stands for the time that the part has.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Part:
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     together: bool = False
+    least: int = 0
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if not importlib.util.find_spec(name) and not shutil.which(name, path=PATH)]
@@ -95,9 +96,12 @@ def parts(out: Path) -> list[Part]:
     info, copy, smoke = python("efe_kernels.info"), python("bench.measure"), python("bench.smoke", *jobs)
     variants = python("bench.variants", *jobs, "--json", str(out / "variants.json"))
     compiler = python("bench.aot", "--arch", "90", "--json", str(out / "aot.json"))
-    suite = python("bench", "--out", str(out), "--no-training", "--minutes", "{minutes}")
+    record = str(out / "latest.json")
+    suite = python("bench", "--out", str(out), "--only", "suite", "--minutes", "{minutes}")
+    sweep = python("bench.sweep", *jobs, "--into", record, "--minutes", "{minutes}")
     parity = python("bench.training", "parity")
-    whole_system = python("bench.training", "--precision", "bf16", "--into", str(out / "latest.json"))
+    system = python("bench.training", "--into", record)
+    report = python("bench.render", record, "--out", str(out))
     interpreter = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # Each tensor an allocation of its own, so that memcheck sees an access past its end.
     plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -105,6 +109,9 @@ def parts(out: Path) -> list[Part]:
 
     def beside(*settings: Any) -> Part:
         return replace(Part(*settings), together=True)
+
+    def assured(least: int, *settings: Any) -> Part:
+        return replace(Part(*settings), least=least)
 
     return [
         Part("build", build, 240, None, ("nvcc",), build_environment()),
@@ -120,8 +127,10 @@ def parts(out: Path) -> list[Part]:
         beside("fp16 training", training_run("fp16", out), 90, None, train),
         beside("bf16 training", training_run("bf16", out), 90, None, train),
         beside("compile for benchmarks", [*smoke, "--full"], 150),
-        Part("benchmarks", suite, 200, [*suite, "-k", "seed and not compile"], ("pytest_benchmark",)),
-        Part("training benchmark", whole_system, 100, None, train),
+        assured(100, "benchmarks", suite, 200, [*suite, "-k", "seed and not compile"], ("pytest_benchmark",)),
+        assured(70, "sweep over T and B", sweep, 90, [*sweep, "--small"]),
+        assured(80, "training benchmark", [*system, "--precision", "bf16"], 100, [*system, "--batch", "1"], train),
+        assured(50, "tables and plots", report, 60, report),
     ]
 
 
@@ -133,7 +142,7 @@ def build_environment() -> dict[str, str]:
 
 
 def run(part: Part, out: Path, end: float) -> Outcome:
-    """end: when all parts must be over, on the monotonic clock."""
+    """end: when the part must be over, on the monotonic clock."""
     limit = min(part.limit, end - time.monotonic() - GRACE)
     log = out / f"{part.name.replace(' ', '-')}.log"
     command = part.command if GPU else part.dry
@@ -141,11 +150,11 @@ def run(part: Part, out: Path, end: float) -> Outcome:
         return Outcome(part, "left out", 0, "needs a GPU")
     if part.missing():
         return Outcome(part, "left out", 0, f"needs {', '.join(part.missing())}")
-    if limit < 2 * GRACE:
-        return Outcome(part, "left out", 0, "no time was left")
+    if limit < GRACE:
+        return Outcome(part, "TIME OVER", 0, "not begun: no time was left")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PATH": PATH, **part.environment}
-    minutes = f"{(limit - 2 * GRACE) / 60:.1f}"
+    minutes = f"{max(limit - 2 * GRACE, GRACE) / 60:.1f}"
     command = [argument.replace("{minutes}", minutes) for argument in command]
     begun = time.monotonic()
     with log.open("w") as file:
@@ -201,10 +210,11 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     outcomes: list[Outcome] = []
     wanted = [part for part in parts(out) if not options.only or part.name in options.only]
+    ends = {part.name: end - sum(later.least for later in wanted[i + 1 :]) for i, part in enumerate(wanted)}
     for together, group in itertools.groupby(wanted, key=lambda part: part.together):
         members = list(group)
         with ThreadPoolExecutor(len(members) if together else 1) as pool:
-            for found in pool.map(lambda part: run(part, out, end), members):
+            for found in pool.map(lambda part: run(part, out, ends[part.name]), members):
                 outcomes.append(found)
                 print(f"{found.status:<11}{found.seconds:>7.1f} s  {found.part.name}", flush=True)
     results = [

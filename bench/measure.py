@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -172,6 +174,16 @@ def machine() -> dict[str, Any]:
             "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return found
+
+
+def add_to_record(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    """Put rows beside the benchmarks of a recording, which is begun here where there is none."""
+    if path.exists():
+        record = json.loads(path.read_text())
+    else:
+        now = datetime.now(timezone.utc).isoformat()
+        record = {"machine_info": machine(), "benchmarks": [], "datetime": now}
+    path.write_text(json.dumps({**record, name: rows}, indent=1) + "\n")
 
 
 def cpu_name() -> str:

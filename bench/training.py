@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ LONGEST_STEP = 5.0
 def hide_kernels() -> None:
     """Let efe_kernels find neither its extension nor Triton, so that the reference serves every op."""
     sys.modules["efe_kernels._C"] = sys.modules["triton"] = None  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", "efe_kernels: the C")  # which says that they are missing
 
 
 def made_up_examples(count: int, side: int) -> list[Example]:
@@ -203,8 +205,9 @@ def main() -> int:
         return 0
     rows = measure_all(options.batch, options.precision)
     if options.into is not None:
-        record = json.loads(options.into.read_text()) if options.into.exists() else {}
-        options.into.write_text(json.dumps({**record, "training": rows}, indent=1) + "\n")
+        from bench.measure import add_to_record
+
+        add_to_record(options.into, "training", rows)
     return 0
 
 

@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import triton
 from torch import Tensor
 
 from bench.cases import Case, Implementation, Inputs, plan
 from bench.measure import DEVICE, copy_bandwidth, device_times, in_parallel, synchronize
+from bench.render import columns
 from bench.test_ops import least_bytes, outcome, prepared
 from efe_kernels.efe_loss import kernels
 
 CELLS_PER_LANE = (1, 2, 4)
-WARPS = (2, 4, 8)
+WARPS = (1, 2, 4)
 ROUNDS = 20
-SMALL = (2, 3, 5, 4, 10)
+SMALL = (2, 3, 9, 9, 10)  # several tiles at one cell per lane, and a tail
 # Two variants sum the cells in another order, and bf16 gradients are rounded to 2^-9.
 TOLERANCE = 1e-2
 
@@ -55,19 +58,16 @@ class Variant:
 @contextmanager
 def layout_with(cells_per_lane: int, num_warps: int) -> Iterator[None]:
     """Inside, the launchers use this many cells per lane and warps per program."""
-    original = kernels.Layout
 
-    class Chosen(original):  # type: ignore[misc, valid-type]
-        def __init__(self, *tensors: Tensor | None) -> None:
-            super().__init__(*tensors)
-            self.num_warps = num_warps
-            self.tile = self.constants["TILE"] = 32 * num_warps * cells_per_lane
+    class Chosen(kernels.Layout):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.tile = min(32 * num_warps * cells_per_lane, triton.next_power_of_2(self.cells))
+            self.tiles = triton.cdiv(self.cells, self.tile)
+            self.constants["TILE"] = self.tile
 
-    kernels.Layout = Chosen
-    try:
+    with patch.object(kernels, "Layout", Chosen), patch.dict(kernels.OPTIONS, num_warps=num_warps):
         yield
-    finally:
-        kernels.Layout = original
 
 
 def variants(sizes: tuple[int, ...]) -> list[Variant]:
@@ -142,6 +142,8 @@ def main() -> int:
     for variant in chosen:
         rows.append(measure(variant))
         print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print("\n" + columns([names, *([str(row.get(name, "")) for name in names] for row in rows)], False))
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any(row.get("right") is False for row in rows) else 0
