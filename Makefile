@@ -2,22 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SANITIZED := build/sanitized
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test aot bench gpu lint clean
+.PHONY: help train test sanitize aot bench gpu lint clean
 
 help:
-	@echo "make train   set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
-	@echo "make test    set up .venv, build, run every test that this machine can run"
-	@echo "make aot     compile every Triton kernel ahead of time and check registers, spills and instructions"
-	@echo "make bench   time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
-	@echo "make gpu     with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
-	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove .venv and everything built"
+	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
+	@echo "make test      set up .venv, build, run every test that this machine can run"
+	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
+	@echo "make aot       compile every Triton kernel ahead of time and check registers, spills and instructions"
+	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
+	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove .venv and everything built"
 
 train: $(VENV)/.built
 	$(BIN)/efe-train $(TRAIN_ARGS)
@@ -26,6 +28,18 @@ train: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
+
+# The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
+# own output lets the report of a sanitizer through.
+sanitize: $(VENV)/.built
+	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	LDFLAGS="-fsanitize=address,undefined" EFE_KERNELS_CUDA=0 \
+	$(BIN)/python setup.py --quiet build --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
+	rm -rf $(SANITIZED)/tests $(SANITIZED)/csrc
+	cp -r tests csrc $(SANITIZED)
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	$(abspath $(BIN))/python -m pytest --capture=sys -m "not slow" tests/efe_loss tests/advantage tests/prompt
 
 # What the Triton compiler makes of every kernel for three architectures, against the committed budgets. Needs no GPU.
 aot: $(VENV)/.built

@@ -2,13 +2,15 @@
 
 EFE_KERNELS_CUDA=0|1|auto chooses whether the CUDA sources are built. `auto`, the default, builds them where torch was
 built with CUDA and nvcc is found. No GPU is asked: a wheel can be built on a machine that has none. The architectures
-are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc knows.
+are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc knows. CFLAGS come after the flags
+below, so that they win.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,7 +77,8 @@ def extensions() -> list[cpp_extension.CppExtension]:
     cuda_only = {*ROOT.glob("csrc/*/cuda.cpp")}
     sources = sorted({*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp")} - cuda_only)
     # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
-    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]}
+    ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]
+    flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", ""))}
     kind = cpp_extension.CppExtension
     if with_cuda:
         known = ARCHITECTURES if (nvcc_version() or (0, 0)) >= (12, 8) else ARCHITECTURES_BEFORE_12_8
@@ -88,6 +91,7 @@ def extensions() -> list[cpp_extension.CppExtension]:
         kind(
             "efe_kernels._C",
             [str(source.relative_to(ROOT)) for source in sources],
+            depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/*/*.h")),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=flags,
             extra_link_args=OPENMP,

@@ -26,6 +26,11 @@ def load() -> str | None:
             "plain PyTorch. It must be rebuilt with this torch: "
             f"{REBUILD} in the source folder"
         )
+    if minor_release(module.torch_version) != minor_release(torch.__version__):
+        return (
+            f"the C++ extension was built with torch {module.torch_version} and runs with torch {torch.__version__}, "
+            f"whose C++ interface may be another one. Rebuild it with this torch: {REBUILD} in the source folder"
+        )
     if torch.cuda.is_available() and not module.with_cuda:
         return (
             "the extension was built without its CUDA sources, so the prompt ops on CUDA are served by plain PyTorch. "
@@ -35,6 +40,11 @@ def load() -> str | None:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         return "Triton is not installed, so CUDA tensors are served by plain PyTorch. Run: pip install triton"
     return None
+
+
+def minor_release(version: str) -> list[str]:
+    """Up to which torch keeps its C++ interface: ["2", "9"] of 2.9.1+cu128."""
+    return version.split(".")[:2]
 
 
 PROBLEM = load()

@@ -38,6 +38,8 @@ class TrainConfig:
     batch_size: int = 32
     precision: str = "auto"
     qwen_model: str | None = None
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
     dataset: str = "arc-agi-1"
     out: str | None = None
     log_with: str | None = None
@@ -45,7 +47,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
 
 
-SHAPES_THE_RUN = ("seed", "batch_size", "precision", "qwen_model", "dataset", "prompt_refresh", "max_grad_norm")
+SHAPES_THE_RUN = (
+    "seed", "batch_size", "precision", "qwen_model", "lora_rank", "dataset", "prompt_refresh", "max_grad_norm"
+)  # fmt: skip
 """Settings that a resumed run keeps, because with others it would be another run."""
 
 
@@ -76,6 +80,7 @@ def number(kind: Callable[[str], float], accept: Callable[[float], bool], wanted
 
 
 COUNT = number(int, lambda value: value >= 1, "a whole number of at least 1")
+RANK = number(int, lambda value: value >= 0, "a whole number of at least 0 (0 trains Qwen's own weights)")
 SEED = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2147483647")
 RATE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 NORM = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0 (0 switches clipping off)")
@@ -106,6 +111,17 @@ def train_parser() -> Parser:
         "precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: bf16 on a GPU that has it, else fp32"
     )
     flag("qwen_model", metavar="NAME", help="Hugging Face id or local folder; without it a small Qwen from a config")
+    flag(
+        "lora_rank",
+        type=RANK,
+        metavar="N",
+        help="freeze Qwen and train adapters of this rank on its linear layers (default 0: train Qwen itself)",
+    )
+    flag(
+        "gradient_checkpointing",
+        action="store_true",
+        help="compute Qwen's activations again in backward: less memory, more time",
+    )
     flag(
         "dataset",
         metavar="NAME",

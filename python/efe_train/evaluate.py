@@ -39,7 +39,8 @@ class Solver:
     @classmethod
     def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
         weights = folder.read_checkpoint()["modules"]
-        prompter = load_architecture(folder.qwen, folder.read_config().qwen_model)
+        config = folder.read_config()
+        prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
         planner, policy = Planner(), Policy(learning_rate=0.0)
         for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
             module.load_state_dict(weights[name])

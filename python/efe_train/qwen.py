@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,28 @@ class Prompter(nn.Module):
         hidden = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         prompts: Tensor = self.projection(masked_mean_pool(hidden, mask.bool())).float()
         return prompts
+
+    def recompute_activations(self) -> None:
+        """Of each layer keep the input alone; backward computes the rest again. For the memory of long prompts."""
+        model: Any = self.language_model
+        # transformers 5 renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def add_lora(self, rank: int) -> None:
+        """Freeze the language model and add to each of its linear layers a trainable update of low rank.
+
+        The update is 0 at first: the prompts stay those of the model (Hu et al. 2021, "LoRA").
+
+        Raises:
+            UserError: peft is not installed.
+        """
+        check_lora(rank)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        # peft leaves lora_alpha alone when the rank changes: a fixed ratio keeps the size of a step.
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        inject_adapter_in_model(settings, self.language_model)
 
     def save_architecture(self, folder: Path) -> None:
         """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""
@@ -91,26 +114,41 @@ class PromptCache:
         self.rows = OrderedDict(zip(state["keys"], state["rows"].to(device).unbind(), strict=True))
 
 
-def build_prompter(name: str | None) -> tuple[Prompter, str]:
-    """The prompter of `--qwen_model`, and a sentence about it.
+def build_prompter(name: str | None, lora_rank: int = 0) -> tuple[Prompter, str]:
+    """The prompter of `--qwen_model` and `--lora_rank`, and a sentence about it.
 
     Raises:
-        UserError: neither a folder with a saved model nor an id that can be loaded.
+        UserError: neither a folder with a saved model nor an id that can be loaded, or peft is missing.
     """
+    check_lora(lora_rank)
     if name is None:
         model, tokenizer = small_qwen()
         prompter = Prompter(model, tokenizer, SMALL_TOKENS)
-        return prompter, f"a small Qwen from a config, {millions(prompter)} parameters, random weights, byte tokens"
-    model, tokenizer = load_pretrained(name)
-    stored = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
-    model.float()
-    prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS)
-    cast = f", loaded in {' and '.join(stored)} and cast up to float32 master weights" if stored else ""
-    return prompter, f"{name}, {millions(prompter)} parameters{cast}"
+        about = f"a small Qwen from a config, {millions(prompter)} parameters, random weights, byte tokens"
+    else:
+        model, tokenizer = load_pretrained(name)
+        stored = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
+        model.float()
+        prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS)
+        cast = f", loaded in {' and '.join(stored)} and cast up to float32 master weights" if stored else ""
+        about = f"{name}, {millions(prompter)} parameters{cast}"
+    if lora_rank:
+        prompter.add_lora(lora_rank)
+        about += f"; frozen, with adapters of rank {lora_rank}: {millions(prompter, trained=True)} parameters train"
+    return prompter, about
 
 
-def millions(module: nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"
+def check_lora(rank: int) -> None:
+    if rank and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"--lora_rank {rank} needs the package peft, which is not installed: pip install peft "
+            "(it is the extra `lora` of efe-kernels)."
+        )
+
+
+def millions(module: nn.Module, *, trained: bool = False) -> str:
+    counted = (parameter for parameter in module.parameters() if parameter.requires_grad or not trained)
+    return f"{sum(parameter.numel() for parameter in counted) / 1e6:.1f} M"
 
 
 def small_qwen() -> tuple[nn.Module, Any]:
@@ -190,13 +228,19 @@ def check_exists(name: str) -> None:
     )
 
 
-def load_architecture(folder: Path, name: str | None) -> Prompter:
+def load_architecture(folder: Path, name: str | None, lora_rank: int = 0) -> Prompter:
     """The prompter that `save_architecture` wrote, with random weights for the checkpoint to replace.
 
-    name: the --qwen_model of that run.
+    name, lora_rank: the --qwen_model and --lora_rank of that run.
+
+    Raises:
+        UserError: the run has adapters and peft is missing.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    return Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
+    prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
+    if lora_rank:
+        prompter.add_lora(lora_rank)
+    return prompter

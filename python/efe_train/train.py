@@ -68,7 +68,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*self.planner.parameters(), *self.efe_loss.parameters()], "lr": agent_lr},
-                {"params": list(self.prompter.parameters()), "lr": qwen_lr},
+                {"params": [weight for weight in self.prompter.parameters() if weight.requires_grad], "lr": qwen_lr},
             ]
         )
         # Parameters stay float32; fp16 gradients need scaling, and with bf16 and fp32 the same calls do nothing.
@@ -330,11 +330,14 @@ def prepare(argv: Sequence[str]) -> Run:
     examples = training_examples(tasks)
     torch.manual_seed(config.seed)
     if folder is None:
-        prompter, about_qwen = build_prompter(config.qwen_model)
+        prompter, about_qwen = build_prompter(config.qwen_model, config.lora_rank)
         folder = RunFolder.create(config.out)
         prompter.save_architecture(folder.qwen)
     else:
-        prompter, about_qwen = load_architecture(folder.qwen, config.qwen_model), "as the run began with it"
+        prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
+        about_qwen = "as the run began with it"
+    if config.gradient_checkpointing:
+        prompter.recompute_activations()
     trainer = Trainer(config, prompter, device, dtype)
     if config.resume:
         state = folder.read_checkpoint()

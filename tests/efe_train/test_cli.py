@@ -105,6 +105,27 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(arc_folder: Path, tmp_path
     assert comparable(broken) == comparable(straight)
 
 
+def test_a_resumed_run_with_lora_and_checkpointing_ends_as_one_that_never_stopped(
+    arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    arguments = ("--epochs", "9", "--prompt_refresh", "2", "--lora-rank", "4", "--gradient-checkpointing")
+    assert train(arc_folder, straight, *arguments, "--max_batches", "7") == 0
+    assert "frozen, with adapters of rank 4" in capsys.readouterr().out
+    assert train(arc_folder, broken, *arguments, "--max_batches", "3") == 0
+    frozen, begun = {}, {}
+    for name, tensor in checkpoint(broken)["modules"]["prompter"].items():
+        (begun if "lora_" in name or "projection" in name else frozen)[name] = tensor
+    assert main(["--resume", "--out", str(broken), "--max_batches", "7"]) == 0
+    assert_same(checkpoint(broken), checkpoint(straight))
+    ended = checkpoint(broken)["modules"]["prompter"]
+    assert all(torch.equal(ended[name], tensor) for name, tensor in frozen.items())
+    assert not any(torch.equal(ended[name], tensor) for name, tensor in begun.items())
+    assert all(row["qwen_grad"] > 0 for row in metrics(broken) if row["refresh"])
+    assert main(["evaluate", "--checkpoint", str(broken)]) == 0
+
+
 def test_resume_without_a_folder_takes_the_newest_run(
     arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +205,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--qwen-lr", "nan"), "must be a number above 0"),
         (("--max_grad_norm", "-1"), "must be a number of at least 0"),
         (("--seed", "-1"), "must be a whole number from 0"),
+        (("--lora-rank", "-1"), "must be a whole number of at least 0"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         (("--precision", "fp8"), "invalid choice: 'fp8'"),
         (("--log_with", "paper"), "invalid choice: 'paper'"),

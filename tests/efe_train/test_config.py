@@ -28,10 +28,11 @@ def test_flags_work_with_underscore_and_with_hyphen() -> None:
         "5",
     ]
     underscore += ["--max_grad_norm", "0", "--log_with", "wandb", "--qwen_model", "here"]
+    underscore += ["--lora_rank", "8", "--gradient_checkpointing"]
     hyphen = [flag.replace("_", "-") for flag in underscore]
     expected = {
         "agent_lr": 0.1, "qwen_lr": 0.2, "max_batches": 3, "batch_size": 4, "prompt_refresh": 5, "max_grad_norm": 0.0,
-        "log_with": "wandb", "qwen_model": "here",
+        "log_with": "wandb", "qwen_model": "here", "lora_rank": 8, "gradient_checkpointing": True,
     }  # fmt: skip
     assert parse_train_arguments(underscore) == parse_train_arguments(hyphen) == expected
 
@@ -40,6 +41,7 @@ def test_without_flags_the_defaults_hold() -> None:
     config = config_from(parse_train_arguments([]))
     assert config == TrainConfig()
     assert (config.epochs, config.seed, config.prompt_refresh, config.device) == (10, 42, 10, "auto")
+    assert (config.lora_rank, config.gradient_checkpointing) == (0, False)
 
 
 def test_the_learning_rates_suit_the_model_and_say_so() -> None:
@@ -72,7 +74,15 @@ def test_a_resumed_run_keeps_its_settings_and_takes_those_that_may_change() -> N
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 8}, {"batch_size": 3}, {"dataset": "other"}, {"qwen_model": "x"}, {"prompt_refresh": 3}]
+    "change",
+    [
+        {"seed": 8},
+        {"batch_size": 3},
+        {"dataset": "other"},
+        {"qwen_model": "x"},
+        {"lora_rank": 2},
+        {"prompt_refresh": 3},
+    ],
 )
 def test_a_resumed_run_refuses_what_would_make_it_another_run(change: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(change))} was .* leave --{next(iter(change))} out"):

@@ -42,6 +42,28 @@ def test_the_policy_comes_to_prefer_what_is_rewarded() -> None:
     assert 0.3 < value.mean().item() < 0.9
 
 
+def test_the_policy_finds_the_best_refinement_of_a_bandit() -> None:
+    """The reward falls with the squared distance of Δ from a target that the policy never sees."""
+    dimension, delta_scale = 2, 0.2
+    target = torch.tensor([0.12, -0.08])
+    policy = Policy(learning_rate=1e-2, prompt_dim=dimension, hidden=16)
+    state = torch.randn(1, dimension + NUM_CONTROLS + NUM_FEATURES).expand(256, -1)
+
+    def distance() -> float:
+        best = delta_scale * torch.tanh(policy(state[:1]).mean[0, :dimension])
+        return (best - target).norm().item()
+
+    begun = distance()
+    for seed in range(300):
+        mean, log_std, _ = policy(state)
+        action = refine_prompt(state[:, :dimension], mean, log_std, seed=seed).action.detach()
+        delta = delta_scale * torch.tanh(action[:, :dimension])
+        policy.update(Rollout(state, action, -10 * (delta - target).square().sum(1)))
+    # From across the range of Δ, which is [-0.2, 0.2], to a fortieth of it.
+    assert begun > 0.1
+    assert distance() < 0.01
+
+
 def test_the_stored_action_has_the_probability_with_which_it_was_drawn() -> None:
     policy = Policy(learning_rate=1e-3)
     state = torch.randn(5, STATE)

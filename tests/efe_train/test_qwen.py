@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,83 @@ def test_the_gradient_reaches_the_first_layer_of_qwen(prompter: Prompter, querie
     assert model.embed_tokens.weight.grad.norm() > 0
     assert all(parameter.grad.norm() > 0 for parameter in model.layers[0].parameters())
     assert all(parameter.grad is not None for parameter in prompter.projection.parameters())
+
+
+@pytest.fixture
+def adapted(prompter: Prompter) -> Prompter:
+    pytest.importorskip("peft")
+    prompter.add_lora(4)
+    return prompter
+
+
+def trainable(prompter: Prompter) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in prompter.named_parameters() if weight.requires_grad}
+
+
+def test_with_lora_only_adapters_and_the_projection_train(adapted: Prompter) -> None:
+    adapters = {name for name in trainable(adapted) if name.startswith("language_model.")}
+    assert set(trainable(adapted)) - adapters == {
+        f"projection.{name}" for name, _ in adapted.projection.named_parameters()
+    }
+    linear = [name for name, module in adapted.language_model.named_modules() if name.endswith("_proj")]
+    assert len(linear) == 14, "seven linear layers in each of two blocks"
+    assert adapters == {f"language_model.{name}.lora_{side}.default.weight" for name in linear for side in "AB"}
+
+
+def test_with_lora_the_prompts_are_at_first_those_of_the_model(
+    pristine_prompter: Prompter, adapted: Prompter, queries: list[Query]
+) -> None:
+    with torch.no_grad():
+        assert torch.equal(adapted(queries), pristine_prompter(queries))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_lora_the_gradient_reaches_the_first_layers_adapter(
+    adapted: Prompter, queries: list[Query], checkpointing: bool
+) -> None:
+    if checkpointing:
+        adapted.recompute_activations()
+    adapted.train()
+    with torch.no_grad():  # the update's second factor is 0 at first, and with it the gradient of the first one
+        for name, weight in trainable(adapted).items():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    adapted(queries).square().sum().backward()
+    first = [weight for name, weight in trainable(adapted).items() if ".layers.0." in name]
+    assert len(first) == 14
+    assert all(weight.grad is not None and weight.grad.norm() > 0 for weight in first)
+    assert all(weight.grad is None for weight in adapted.parameters() if not weight.requires_grad)
+
+
+def test_a_missing_peft_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    with pytest.raises(UserError, match=r"--lora_rank 8 needs the package peft.*extra `lora`") as caught:
+        qwen.build_prompter("./never/looked/for", lora_rank=8)
+    assert "\n" not in str(caught.value)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
+    prompter: Prompter, queries: list[Query]
+) -> None:
+    model: Any = prompter.language_model
+    prompter.train()
+    calls = []
+    model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def gradients() -> list[torch.Tensor]:
+        calls.clear()
+        prompter.zero_grad()
+        prompter(queries).square().sum().backward()
+        return [weight.grad.clone() for weight in prompter.parameters() if weight.grad is not None]
+
+    expected = gradients()
+    assert len(calls) == 1
+    prompter.recompute_activations()
+    found = gradients()
+    assert len(calls) == 2
+    assert len(found) == len(expected) == len(list(prompter.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 class CountingPrompter:
@@ -136,6 +214,20 @@ def test_the_architecture_alone_is_enough_for_a_checkpoint(
     restored.load_state_dict(prompter.state_dict())
     with torch.no_grad():
         assert torch.equal(restored(queries), prompter(queries))
+
+
+def test_the_architecture_of_a_run_with_lora_takes_its_weights(
+    adapted: Prompter, queries: list[Query], tmp_path: Path
+) -> None:
+    adapted.save_architecture(tmp_path)
+    with torch.no_grad():
+        for weight in trainable(adapted).values():
+            weight.add_(0.01)
+    restored = qwen.load_architecture(tmp_path, None, lora_rank=4)
+    restored.load_state_dict(adapted.state_dict())
+    assert trainable(restored).keys() == trainable(adapted).keys()
+    with torch.no_grad():
+        assert torch.equal(restored(queries), adapted(queries))
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "../model", "/no/such/model", "a/b/c"])

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import grid_reward, refine_prompt
+from efe_kernels import grid_reward, refine_prompt, squashed_log_prob
 from efe_train import train
 from efe_train.config import TrainConfig
 from efe_train.data import Batch, Example, collate
@@ -88,6 +89,20 @@ def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
     assert same(policy, swapped_policy)
 
 
+def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_update(
+    trainer: Trainer, batch: Batch
+) -> None:
+    trainer.step(batch, 0)
+    left = [parameter.grad for parameter in trainer.policy.parameters()]
+    copies = [gradient.clone() for gradient in left if gradient is not None]
+    assert len(copies) == len(left)
+    seen: list[Tensor | None] = []
+    trainer.optimizer.register_step_post_hook(lambda *_: seen.extend(p.grad for p in trainer.policy.parameters()))
+    trainer.step(batch, 0)
+    for found, gradient, copied in zip(seen, left, copies, strict=True):
+        assert found is gradient and torch.equal(gradient, copied)
+
+
 def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the policy's update happen after the forward pass and before the main backward."""
     update = trainer.policy.update
@@ -127,6 +142,53 @@ def test_the_gradient_of_the_loss_reaches_qwens_first_layer(trainer: Trainer, ba
     first_layer = [model.embed_tokens.weight, *model.layers[0].parameters()]
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in first_layer)
     assert all(parameter.grad is not None for parameter in trainer.prompter.projection.parameters())
+
+
+def test_over_two_steps_a_gradient_arrives_at_qwens_first_layer(prompter: Prompter, batch: Batch) -> None:
+    trainer = Trainer(TrainConfig(prompt_refresh=1), prompter, torch.device("cpu"), torch.float32)
+    model: Any = prompter.language_model
+    arrived: list[float] = []
+    model.layers[0].register_full_backward_hook(lambda _, __, grads: arrived.append(grads[0].norm().item()))
+    for _ in range(2):
+        trainer.step(batch, 0)
+    assert len(arrived) == 2
+    assert all(0 < norm < math.inf for norm in arrived)
+
+
+def test_the_prompt_cache_is_part_of_a_checkpoint(trainer: Trainer, prompter: Prompter, batch: Batch) -> None:
+    trainer.step(batch, 0)
+    expected = trainer.cache.prompts(trainer.prompter, batch.queries, refresh=False)
+    other = Trainer(trainer.config, copy.deepcopy(prompter), trainer.device, trainer.dtype)
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    # Qwen has taken a step since it gave these prompts: computed again, they would be others.
+    other.prompter.register_forward_pre_hook(lambda *_: pytest.fail("the cached prompts were computed again"))
+    assert torch.equal(other.cache.prompts(other.prompter, batch.queries, refresh=False), expected)
+
+
+def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action(
+    trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    evaluated: list[Tensor] = []
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        refined = refine_prompt(*args, **kwargs)
+        drawn.append(refined.log_prob.detach())
+        return refined
+
+    def evaluate(*args: Any) -> tuple[Tensor, Tensor]:
+        log_prob, entropy = squashed_log_prob(*args)
+        evaluated.append(log_prob.detach())
+        return log_prob, entropy
+
+    monkeypatch.setattr(train, "refine_prompt", draw)
+    monkeypatch.setattr("efe_train.policy.squashed_log_prob", evaluate)
+    for _ in range(2):
+        trainer.step(batch, 0)
+    assert len(drawn) == len(evaluated) == 2
+    # The sum of 257 terms of a few nats each, in float32, from the noise and from u = mean + std · noise.
+    torch.testing.assert_close(evaluated, drawn, rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(drawn[0], drawn[1], rtol=1e-5, atol=1e-3)
 
 
 def test_qwen_is_in_train_mode_and_every_parameter_has_an_optimizer(trainer: Trainer) -> None:
