@@ -112,8 +112,10 @@ def efe_loss(
         max_cells: cells of the largest grid, the unit of the step term.
         ignore_index: the target of a cell that does not count.
         reduction: of the total over B, "mean", "sum" or "none".
-        grad_scale: 0-d tensor, the upstream gradient of the total that the caller expects. A hint for speed on which
-            results never depend; no kernel takes it so far.
+        grad_scale: 0-d tensor on the device of logits, the upstream gradient of the total that the caller promises:
+            the weight of this loss times the scale of a GradScaler. On CUDA the forward then leaves the gradients
+            ready, and a backward whose upstream gradient is that very number has nothing more to compute. A hint for
+            speed and memory on which results never depend; under torch.compile it is not taken.
 
     Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
 
@@ -145,12 +147,20 @@ def efe_loss(
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if max_cells < 1:
         raise ValueError(f"max_cells must be at least 1, it was {max_cells}.")
+    promise = None
     if grad_scale is not None:
+        checks.check_floating("grad_scale", grad_scale)
         checks.check_shape("grad_scale", grad_scale, "[]", ())
+        checks.check_same_device("grad_scale", grad_scale, "logits", logits)
+        if torch.is_grad_enabled():
+            promise = grad_scale.detach().float()
+            # The very operation with which autograd differentiates the mean.
+            promise = promise / logits.shape[0] if reduction == "mean" else promise
     total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
         logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,
         [getattr(weights, name) for name in EFE_TERMS], hard_cell, hard_cell_min_ratio, max_cells, ignore_index,
+        promise,
     )  # fmt: skip
     named = dict(zip(EFE_TERMS, terms.unbind(1), strict=True))
     if not batched:

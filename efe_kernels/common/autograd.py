@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def first_order(name: str, op: Callable[..., Any], *args: Any) -> tuple[Tensor, 
     return tuple(op(*args))
 
 
-def spread(gradients: tuple[Tensor, ...], needs: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:
+def spread(gradients: Sequence[Tensor], needs: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:
     """What `backward` returns for num_inputs inputs: the gradients where `needs` is true, None elsewhere."""
     found = iter(gradients)
     wanted = tuple(next(found) if need else None for need in needs)

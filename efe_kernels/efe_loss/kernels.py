@@ -13,6 +13,7 @@ preference is accumulated in registers and written once per chunk. A program is 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
-from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width, upstream_of_term
+from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings, residual_width, upstream_of_term
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
@@ -37,6 +38,11 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = 32 * OPTIONS["num_warps"]
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
+# What the survey takes of everything that a Layout knows.
+SURVEYED = ("logits_ptr", "final_ptr", "target_ptr", "valid_ptr")
+SURVEY_CONSTANTS = (
+    "LOGITS", "FINAL", "TARGET", "VALID", "HAS_FINAL", "HAS_DIRECTION", "HAS_VALID", "T", "CELLS", "WIDTH", "C", "TILE",
+)  # fmt: skip
 
 
 @triton.jit
@@ -214,21 +220,28 @@ def anchor_divergence(
 
 
 @triton.jit
-def cross_entropy(xs, ds, l, target, counted, C: tl.constexpr):
-    """Cross-entropy in bits and whether the argmax misses the target. A target out of range gives NaN."""
+def missed_target(xs, target, counted, C: tl.constexpr):
+    """1 where the argmax of a counted cell is not its target, 0 elsewhere."""
     top = xs[0]
     best = tl.zeros(target.shape, tl.int64)
-    d_target = ds[0]
-    x_target = xs[0]
     for c in tl.static_range(1, C):
         better = xs[c] > top
         top = tl.where(better, xs[c], top)
         best = tl.where(better, c, best)
+    return tl.where(counted & (best != target), 1.0, 0.0)
+
+
+@triton.jit
+def cross_entropy(xs, ds, l, target, counted, C: tl.constexpr):
+    """Cross-entropy in bits. A target out of range gives NaN."""
+    d_target = ds[0]
+    x_target = xs[0]
+    for c in tl.static_range(1, C):
         d_target = tl.where(target == c, ds[c], d_target)
         x_target = tl.where(target == c, xs[c], x_target)
     loss = tl.where(x_target == float("-inf"), float("inf"), l - d_target)
     loss = tl.where((target >= 0) & (target < C), loss, float("nan"))
-    return tl.where(counted, loss, 0.0), tl.where(counted & (best != target), 1.0, 0.0)
+    return tl.where(counted, loss, 0.0)
 
 
 @triton.jit
@@ -239,13 +252,80 @@ def store_direction(
     C: tl.constexpr,
 ):
     """Sums over the counted cells of a tile of the clamped logits of one step, for the prompt term."""
+    weighed = clamped(xs, weight, C)
     for c in tl.static_range(C):
-        # A clamped NaN is a finite number, so a weight of 0 removes it.
-        tl.store(direction_ptr + c, tl.sum(weight * tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)))
+        tl.store(direction_ptr + c, tl.sum(weighed[c]))
 
 
 @triton.jit
-def forward_step(
+def clamped(xs, weight, C: tl.constexpr):
+    """Clamped logits times the weight of their cells. A clamped NaN is a finite number: a weight of 0 removes it."""
+    weighed = ()
+    for c in tl.static_range(C):
+        weighed = weighed + (weight * tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE),)
+    return weighed
+
+
+@triton.jit
+def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
+    """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
+    offset = (
+        episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
+    )
+    for c in tl.static_range(C):
+        tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_gradient(ps, fs, counted, C: tl.constexpr):
+    """p (f - sum p f): the gradient of sum p f(log p) for every f whose other parts cancel."""
+    mean = weighted_sum(ps, fs, C)
+    gradients = ()
+    for c in tl.static_range(C):
+        gradients = gradients + (tl.where(counted, ps[c] * (fs[c] - mean), 0.0),)
+    return gradients
+
+
+@triton.jit
+def add_cross_entropy(gradients, ps, target, counted, weight, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * tl.where(target == c, ps[c] - 1.0, ps[c])
+        added = added + (gradients[c] + tl.where(counted, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def add_direction(gradients, xs, residual_ptr, step, counted, weight, C: tl.constexpr):
+    """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * tl.load(residual_ptr + 1 + step * C + c)
+        inside = counted & (tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE)
+        added = added + (gradients[c] + tl.where(inside, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def observation_gradient(ps, counted, weight, C: tl.constexpr, APPROX: tl.constexpr):
+    """d H(p) / d p = -(ln p + 1), with the logarithm clamped at the smallest normal number."""
+    gradients = ()
+    for c in tl.static_range(C):
+        grad = -LN_2 * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX) - tl.where(ps[c] >= SMALLEST_NORMAL, 1.0, 0.0)
+        gradients = gradients + (tl.where(counted, weight * grad, 0.0),)
+    return gradients
+
+
+@triton.jit
+def add_all(sums, xs, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        added = added + (sums[c] + xs[c],)
+    return added
+
+
+@triton.jit
+def visit_step(
     observation_ptr,  # [B, T, H, W, C] any strides
     direction_ptr,  # [T, C] float32, written
     episode,
@@ -257,43 +337,57 @@ def forward_step(
     xs,
     ps,
     information,
+    sums,
     OBSERVATION: tl.constexpr,
     HAS_OBSERVATION: tl.constexpr,
-    HAS_DIRECTION: tl.constexpr,
+    STORE_DIRECTION: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Risk and ambiguity in bits of each cell at one step; its part of the direction is stored."""
-    risk = information - weighted_sum(ps, log_cs, C)
-    ambiguity = -information
+    """Adds the risk and the ambiguity of each cell at one step to the sums; its part of the direction is stored."""
+    risk, ambiguity, agreement, consistency, missed = sums
+    risk += information - weighted_sum(ps, log_cs, C)
     if HAS_OBSERVATION:
-        ambiguity = observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
-    if HAS_DIRECTION:
+        ambiguity += observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
+    else:
+        ambiguity -= information
+    if STORE_DIRECTION:
         store_direction(direction_ptr + step * C, xs, weight, C)
-    return risk, ambiguity
+    return risk, ambiguity, agreement, consistency, missed
 
 
 @triton.jit
-def forward_pair(
+def visit_pair(
     logits_ptr,  # [B, T, H, W, C] any strides
     backward_ptr,  # [B, T, H, W, C] any strides
     observation_ptr,  # [B, T, H, W, C] any strides
+    grad_logits_ptr,  # [B, T, H, W, C] own strides, written
+    grad_backward_ptr,  # [B, T, H, W, C] own strides, written
     direction_ptr,  # [T, C] float32, written
+    residual_ptr,  # [RESIDUAL] float32 of this episode
     episode,
     pair,
     cell,
     mask,
     counted,
-    weight,
     target,
     log_cs,
+    factors,
+    sums,
+    p_sums,
     LOGITS: tl.constexpr,
     BACKWARD: tl.constexpr,
     OBSERVATION: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr,
+    GRAD_BACKWARD: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
     HAS_OBSERVATION: tl.constexpr,
-    HAS_DIRECTION: tl.constexpr,
+    STORE_DIRECTION: tl.constexpr,
+    ADD_DIRECTION: tl.constexpr,
+    LOSS: tl.constexpr,
+    NEED_LOGITS: tl.constexpr,
+    NEED_BACKWARD: tl.constexpr,
     HAS_TARGET: tl.constexpr,
     ALONE: tl.constexpr,
     T: tl.constexpr,
@@ -301,44 +395,185 @@ def forward_pair(
     C: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Risk, ambiguity and agreement in bits, consistency and misses of each cell, summed over the steps of one pair.
+    """Both steps of one pair: with LOSS its parts are added to `sums`, with NEED_LOGITS or NEED_BACKWARD the gradients
+    are stored. Probabilities are added to `p_sums`; whatever is not used costs nothing.
 
-    HAS_TARGET and ALONE as in `backward_pair`.
+    HAS_TARGET: the first step is the final one and is compared with the target. ALONE: the middle step of a plan read
+    backwards, which is its own partner; its divergence is 0.
     """
+    own, risk, consistency, js, direction = factors
     step = T - 1 - pair
+    weight = tl.where(counted, 1.0, 0.0)
     xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
     ps, ds, l = softmax(xs, C, APPROX)
-    information = weighted_sum(ps, ds, C) - l
-    risk, ambiguity = forward_step(
-        observation_ptr, direction_ptr, episode, step, cell, mask, weight, log_cs, xs, ps, information, OBSERVATION,
-        HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
-    )  # fmt: skip
-    agreement = tl.zeros(cell.shape, tl.float32)
-    consistency = agreement
-    missed = agreement
-    if HAS_TARGET:
-        consistency, missed = cross_entropy(xs, ds, l, target, counted, C)
-    if not ALONE:
-        if HAS_BACKWARD:
-            ys = load_step(backward_ptr, episode, step, cell, mask, BACKWARD, WIDTH, C)
-        else:
-            ys = load_step(logits_ptr, episode, pair, cell, mask, LOGITS, WIDTH, C)
-        qs, es, k = softmax(ys, C, APPROX)
-        y_information = weighted_sum(qs, es, C) - k
-        # Twice the divergence: of both steps of a pair, of one step with separate backward logits.
-        agreement = information + y_information + 2.0
+    p_sums = add_all(p_sums, ps, C)
+    if LOSS:
+        information = weighted_sum(ps, ds, C) - l
+        sums = visit_step(
+            observation_ptr, direction_ptr, episode, step, cell, mask, weight, log_cs, xs, ps, information, sums,
+            OBSERVATION, HAS_OBSERVATION, STORE_DIRECTION, WIDTH, C, APPROX,
+        )  # fmt: skip
+        if HAS_TARGET:
+            sums = add_final(sums, xs, ds, l, target, counted, C)
+    fs = ()
+    if ALONE:
         for c in tl.static_range(C):
-            agreement -= (ps[c] + qs[c]) * log2_of_sum(ps[c], qs[c], APPROX)
+            fs = fs + (own * ds[c] - risk * log_cs[c],)
+    else:
         if HAS_BACKWARD:
-            agreement *= 0.5
+            other = step
+            ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
         else:
-            y_risk, y_ambiguity = forward_step(
-                observation_ptr, direction_ptr, episode, pair, cell, mask, weight, log_cs, ys, qs, y_information,
-                OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
-            )  # fmt: skip
-            risk += y_risk
-            ambiguity += y_ambiguity
+            other = pair
+            ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
+        qs, es, k = softmax(ys, C, APPROX)
+        gs = ()
+        # Twice the divergence: of both steps of a pair, of one step with separate backward logits.
+        divergence = tl.zeros(cell.shape, tl.float32)
+        for c in tl.static_range(C):
+            log_sum = log2_of_sum(ps[c], qs[c], APPROX)
+            divergence -= (ps[c] + qs[c]) * log_sum
+            log_sum = js * log_sum
+            preferred = risk * log_cs[c] + log_sum
+            fs = fs + ((own + js) * ds[c] - preferred,)
+            if HAS_BACKWARD:
+                gs = gs + (js * es[c] - log_sum,)
+            else:
+                gs = gs + ((own + js) * es[c] - preferred,)
+        if LOSS:
+            y_information = weighted_sum(qs, es, C) - k
+            divergence += information + y_information + 2.0
+            if HAS_BACKWARD:
+                divergence *= 0.5
+            else:
+                sums = visit_step(
+                    observation_ptr, direction_ptr, episode, other, cell, mask, weight, log_cs, ys, qs, y_information,
+                    sums, OBSERVATION, HAS_OBSERVATION, STORE_DIRECTION, WIDTH, C, APPROX,
+                )  # fmt: skip
+            sums = add_agreement(sums, divergence)
+        if HAS_BACKWARD:
+            if NEED_BACKWARD:
+                grads = softmax_gradient(qs, gs, counted, C)
+                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
+        else:
+            p_sums = add_all(p_sums, qs, C)
+            if NEED_LOGITS:
+                grads = softmax_gradient(qs, gs, counted, C)
+                if ADD_DIRECTION:
+                    grads = add_direction(grads, ys, residual_ptr, other, counted, direction, C)
+                store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
+    if NEED_LOGITS:
+        grads = softmax_gradient(ps, fs, counted, C)
+        if ADD_DIRECTION:
+            grads = add_direction(grads, xs, residual_ptr, step, counted, direction, C)
+        if HAS_TARGET:
+            grads = add_cross_entropy(grads, ps, target, counted, consistency, C)
+        store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
+    return sums, p_sums
+
+
+@triton.jit
+def add_agreement(sums, divergence):
+    risk, ambiguity, agreement, consistency, missed = sums
+    return risk, ambiguity, agreement + divergence, consistency, missed
+
+
+@triton.jit
+def add_final(sums, xs, ds, l, target, counted, C: tl.constexpr):
+    """What compares the final step with the target."""
+    risk, ambiguity, agreement, consistency, missed = sums
+    consistency += cross_entropy(xs, ds, l, target, counted, C)
+    missed += missed_target(xs, target, counted, C)
     return risk, ambiguity, agreement, consistency, missed
+
+
+@triton.jit
+def visit_plan(
+    logits_ptr,  # [B, T, H, W, C] any strides
+    backward_ptr,  # [B, T, H, W, C] any strides
+    observation_ptr,  # [B, T, H, W, C] any strides
+    grad_logits_ptr,  # [B, T, H, W, C] own strides, written
+    grad_backward_ptr,  # [B, T, H, W, C] own strides, written
+    direction_ptr,  # [T, C] float32, written
+    residual_ptr,  # [RESIDUAL] float32 of this episode
+    episode,
+    cell,
+    mask,
+    counted,
+    target,
+    log_cs,
+    factors,
+    LOGITS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    OBSERVATION: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr,
+    GRAD_BACKWARD: tl.constexpr,
+    HAS_BACKWARD: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    HAS_OBSERVATION: tl.constexpr,
+    STORE_DIRECTION: tl.constexpr,
+    ADD_DIRECTION: tl.constexpr,
+    LOSS: tl.constexpr,
+    NEED_LOGITS: tl.constexpr,
+    NEED_BACKWARD: tl.constexpr,
+    T: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ALONE: tl.constexpr,
+    APPROX: tl.constexpr,
+):
+    """All pairs of one cell's plan: risk, ambiguity and agreement in bits, consistency in bits and misses of each
+    cell, summed over the steps, and the sums of the probabilities of each outcome.
+    """
+    zeros = tl.zeros(cell.shape, tl.float32)
+    sums = (zeros, zeros, zeros, zeros, zeros)
+    p_sums = repeated(zeros, C)
+    # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
+    if PAIRS > ALONE:
+        sums, p_sums = visit_pair(
+            logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
+            episode, 0, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD, OBSERVATION,
+            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION, LOSS,
+            NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL, False, T, WIDTH, C, APPROX,
+        )  # fmt: skip
+    for pair in range(1, PAIRS - ALONE):
+        sums, p_sums = visit_pair(
+            logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
+            episode, pair, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD, OBSERVATION,
+            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION, LOSS,
+            NEED_LOGITS, NEED_BACKWARD, False, False, T, WIDTH, C, APPROX,
+        )  # fmt: skip
+    if ALONE:
+        sums, p_sums = visit_pair(
+            logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
+            episode, PAIRS - 1, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD,
+            OBSERVATION, GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION,
+            LOSS, NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
+        )  # fmt: skip
+    return sums, p_sums
+
+
+@triton.jit
+def repeated(x, C: tl.constexpr):
+    """x for each outcome."""
+    xs = ()
+    for _c in tl.static_range(C):
+        xs = xs + (x,)
+    return xs
+
+
+@triton.jit
+def store_sums(sums_ptr, sums, distance, counted, live):
+    """The sums of one tile of one episode, in nats, in the order that the episode kernel reads."""
+    risk, ambiguity, agreement, consistency, missed = sums
+    tl.store(sums_ptr + 0, tl.sum(tl.where(counted, risk, 0.0)) * LN_2, mask=live)
+    tl.store(sums_ptr + 1, tl.sum(tl.where(counted, ambiguity, 0.0)) * LN_2, mask=live)
+    tl.store(sums_ptr + 2, tl.sum(consistency) * LN_2, mask=live)
+    tl.store(sums_ptr + 3, tl.sum(tl.where(counted, agreement, 0.0)) * LN_2, mask=live)
+    tl.store(sums_ptr + 4, tl.sum(distance) * LN_2, mask=live)
+    tl.store(sums_ptr + 5, tl.sum(missed), mask=live)
+    tl.store(sums_ptr + 6, tl.sum(tl.where(counted, 1.0, 0.0)), mask=live)
 
 
 @triton.jit
@@ -388,69 +623,87 @@ def efe_loss_forward_kernel(
     counted, target = counted_cells(
         target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
     )
-    weight = tl.where(counted, 1.0, 0.0)
     scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
     offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
     log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
     program = episode * tl.num_programs(1) + tile
-    direction_ptr += program * T * C
-    risk = tl.zeros((TILE,), tl.float32)
-    ambiguity = risk
-    agreement = risk
-    consistency = risk
-    missed = risk
-    # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
-    if PAIRS > ALONE:
-        risk, ambiguity, agreement, consistency, missed = forward_pair(
-            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, 0, cell, mask, counted, weight, target,
-            log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, not HAS_FINAL, False,
-            T, WIDTH, C, APPROX,
-        )  # fmt: skip
-    for pair in range(1, PAIRS - ALONE):
-        pair_risk, pair_ambiguity, pair_agreement, _consistency, _missed = forward_pair(
-            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, pair, cell, mask, counted, weight,
-            target, log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, False, False,
-            T, WIDTH, C, APPROX,
-        )  # fmt: skip
-        risk += pair_risk
-        ambiguity += pair_ambiguity
-        agreement += pair_agreement
-    if ALONE:
-        pair_risk, pair_ambiguity, _agreement, pair_consistency, pair_missed = forward_pair(
-            logits_ptr, backward_ptr, observation_ptr, direction_ptr, episode, PAIRS - 1, cell, mask, counted, weight,
-            target, log_cs, LOGITS, BACKWARD, OBSERVATION, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION,
-            not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
-        )  # fmt: skip
-        risk += pair_risk
-        ambiguity += pair_ambiguity
-        consistency += pair_consistency
-        missed += pair_missed
+    no_gradient = (0.0, 0.0, 0.0, 0.0, 0.0)
+    sums, _p_sums = visit_plan(
+        logits_ptr, backward_ptr, observation_ptr, logits_ptr, logits_ptr, direction_ptr + program * T * C, logits_ptr,
+        episode, cell, mask, counted, target, log_cs, no_gradient, LOGITS, BACKWARD, OBSERVATION, (0,), (0,),
+        HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, HAS_DIRECTION, False, True, False, False, T, WIDTH, C, PAIRS, ALONE,
+        APPROX,
+    )  # fmt: skip
     if HAS_FINAL:
         finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
         _ps, ds, l = softmax(finals, C, APPROX)
-        consistency, missed = cross_entropy(finals, ds, l, target, counted, C)
-
-    sums_ptr += program * NUM_SUMS
-    tl.store(sums_ptr + 0, tl.sum(tl.where(counted, risk, 0.0)) * LN_2)
-    tl.store(sums_ptr + 1, tl.sum(tl.where(counted, ambiguity, 0.0)) * LN_2)
-    tl.store(sums_ptr + 2, tl.sum(consistency) * LN_2)
-    tl.store(sums_ptr + 3, tl.sum(tl.where(counted, agreement, 0.0)) * LN_2)
+        sums = add_final(sums, finals, ds, l, target, counted, C)
+    distance = tl.zeros((TILE,), tl.float32)
     if HAS_ANCHOR:
         place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
         distance, _logs, _set = anchor_divergence(
             log_cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
         )
-        tl.store(sums_ptr + 4, tl.sum(distance) * LN_2)
-    else:
-        tl.store(sums_ptr + 4, 0.0)
-    tl.store(sums_ptr + 5, tl.sum(missed))
-    tl.store(sums_ptr + 6, tl.sum(weight))
+    store_sums(sums_ptr + program * NUM_SUMS, sums, distance, counted, True)
+
+
+@triton.jit
+def efe_loss_survey_kernel(
+    logits_ptr,  # [B, T, H, W, C] any strides
+    final_ptr,  # [B, H, W, C] any strides
+    target_ptr,  # [B, H, W] any strides
+    valid_ptr,  # [B, H, W] uint8, any strides
+    sums_ptr,  # [B, 1, NUM_SUMS] float32, written
+    direction_ptr,  # [B, 1, T, C] float32, written
+    ignore_index,
+    LOGITS: tl.constexpr,
+    FINAL: tl.constexpr,
+    TARGET: tl.constexpr,
+    VALID: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    T: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of one episode what the gradients of its cells share: misses and cells, and the direction of one step."""
+    episode = tl.program_id(0).to(tl.int64)
+    step = T - 1 - tl.program_id(1)
+    missed = tl.zeros((TILE,), tl.float32)
+    cells = missed
+    clamped_sums = repeated(missed, C)
+    for start in range(0, CELLS, TILE):
+        cell = start + tl.arange(0, TILE)
+        mask = cell < CELLS
+        counted, target = counted_cells(
+            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+        )
+        weight = tl.where(counted, 1.0, 0.0)
+        cells += weight
+        xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
+        if HAS_DIRECTION:
+            clamped_sums = add_all(clamped_sums, clamped(xs, weight, C), C)
+        if HAS_FINAL:
+            xs = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
+        missed += missed_target(xs, target, counted, C)
+    if HAS_DIRECTION:
+        for c in tl.static_range(C):
+            tl.store(direction_ptr + (episode * T + step) * C + c, tl.sum(clamped_sums[c]))
+    if tl.program_id(1) == 0:
+        sums_ptr += episode * NUM_SUMS
+        for slot in tl.static_range(5):
+            tl.store(sums_ptr + slot, 0.0)
+        tl.store(sums_ptr + 5, tl.sum(missed))
+        tl.store(sums_ptr + 6, tl.sum(cells))
 
 
 @triton.jit
 def efe_loss_episode_kernel(
     sums_ptr,  # [B, TILES, NUM_SUMS] float32
-    direction_ptr,  # [B, TILES, T, C] float32
+    direction_ptr,  # [B, DIRECTION_TILES, T, C] float32
     prompt_ptr,  # [B, D] any strides
     projection_ptr,  # [C, D] any strides
     total_ptr,  # [B] float32, written
@@ -475,6 +728,7 @@ def efe_loss_episode_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     TILES: tl.constexpr,
+    DIRECTION_TILES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -500,8 +754,8 @@ def efe_loss_episode_kernel(
     prompt = 0.0
     if HAS_DIRECTION:
         prompt = prompt_term(
-            direction_ptr + episode * TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr, residual_ptr,
-            share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK,
+            direction_ptr + episode * DIRECTION_TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr,
+            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, DIRECTION_TILES, C_BLOCK, D_BLOCK,
         )  # fmt: skip
     scale = 1.0
     if HARD_CELL:
@@ -588,46 +842,6 @@ def prompt_term(
 
 
 @triton.jit
-def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
-    """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
-    offset = (
-        episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
-    )
-    for c in tl.static_range(C):
-        tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def softmax_gradient(ps, fs, counted, C: tl.constexpr):
-    """p (f - sum p f): the gradient of sum p f(log p) for every f whose other parts cancel."""
-    mean = weighted_sum(ps, fs, C)
-    gradients = ()
-    for c in tl.static_range(C):
-        gradients = gradients + (tl.where(counted, ps[c] * (fs[c] - mean), 0.0),)
-    return gradients
-
-
-@triton.jit
-def add_cross_entropy(gradients, ps, target, counted, weight, C: tl.constexpr):
-    added = ()
-    for c in tl.static_range(C):
-        grad = weight * tl.where(target == c, ps[c] - 1.0, ps[c])
-        added = added + (gradients[c] + tl.where(counted, grad, 0.0),)
-    return added
-
-
-@triton.jit
-def add_direction(gradients, xs, residual_ptr, step, counted, weight, C: tl.constexpr):
-    """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
-    added = ()
-    for c in tl.static_range(C):
-        grad = weight * tl.load(residual_ptr + 1 + step * C + c)
-        inside = counted & (tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE)
-        added = added + (gradients[c] + tl.where(inside, grad, 0.0),)
-    return added
-
-
-@triton.jit
 def upstream(grad_total, grad_terms_ptr, weight, TERM: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_TERMS: tl.constexpr):
     """d loss / d term: through the total and directly."""
     grad = 0.0
@@ -639,113 +853,9 @@ def upstream(grad_total, grad_terms_ptr, weight, TERM: tl.constexpr, HAS_TOTAL: 
 
 
 @triton.jit
-def observation_gradient(ps, counted, weight, C: tl.constexpr, APPROX: tl.constexpr):
-    """d H(p) / d p = -(ln p + 1), with the logarithm clamped at the smallest normal number."""
-    gradients = ()
-    for c in tl.static_range(C):
-        grad = -LN_2 * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX) - tl.where(ps[c] >= SMALLEST_NORMAL, 1.0, 0.0)
-        gradients = gradients + (tl.where(counted, weight * grad, 0.0),)
-    return gradients
-
-
-@triton.jit
-def backward_pair(
-    logits_ptr,  # [B, T, H, W, C] any strides
-    backward_ptr,  # [B, T, H, W, C] any strides
-    grad_logits_ptr,  # [B, T, H, W, C] own strides, written
-    grad_backward_ptr,  # [B, T, H, W, C] own strides, written
-    residual_ptr,  # [RESIDUAL] float32 of this episode
-    episode,
-    pair,
-    cell,
-    mask,
-    counted,
-    target,
-    log_cs,
-    p_sums,
-    risk,
-    own,
-    consistency,
-    js,
-    direction,
-    LOGITS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    GRAD_LOGITS: tl.constexpr,
-    GRAD_BACKWARD: tl.constexpr,
-    HAS_BACKWARD: tl.constexpr,
-    HAS_DIRECTION: tl.constexpr,
-    NEED_LOGITS: tl.constexpr,
-    NEED_BACKWARD: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    ALONE: tl.constexpr,
-    T: tl.constexpr,
-    WIDTH: tl.constexpr,
-    C: tl.constexpr,
-    APPROX: tl.constexpr,
-):
-    """Gradients of the steps of one pair, and p_sums with their probabilities added.
-
-    HAS_TARGET: the first step is the final one and is compared with the target. ALONE: the middle step of a plan read
-    backwards, which is its own partner; its divergence is 0.
-    """
-    step = T - 1 - pair
-    xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
-    ps, ds, _l = softmax(xs, C, APPROX)
-    fs = ()
-    if ALONE:
-        for c in tl.static_range(C):
-            fs = fs + (own * ds[c] - risk * log_cs[c],)
-        p_sums = add_all(p_sums, ps, C)
-    else:
-        if HAS_BACKWARD:
-            other = step
-            ys = load_step(backward_ptr, episode, other, cell, mask, BACKWARD, WIDTH, C)
-        else:
-            other = pair
-            ys = load_step(logits_ptr, episode, other, cell, mask, LOGITS, WIDTH, C)
-        qs, es, _k = softmax(ys, C, APPROX)
-        gs = ()
-        for c in tl.static_range(C):
-            log_sum = js * log2_of_sum(ps[c], qs[c], APPROX)
-            preferred = risk * log_cs[c] + log_sum
-            fs = fs + ((own + js) * ds[c] - preferred,)
-            if HAS_BACKWARD:
-                gs = gs + (js * es[c] - log_sum,)
-            else:
-                gs = gs + ((own + js) * es[c] - preferred,)
-        p_sums = add_all(p_sums, ps, C)
-        if HAS_BACKWARD:
-            if NEED_BACKWARD:
-                grads = softmax_gradient(qs, gs, counted, C)
-                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
-        else:
-            p_sums = add_all(p_sums, qs, C)
-            if NEED_LOGITS:
-                grads = softmax_gradient(qs, gs, counted, C)
-                if HAS_DIRECTION:
-                    grads = add_direction(grads, ys, residual_ptr, other, counted, direction, C)
-                store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
-    if NEED_LOGITS:
-        grads = softmax_gradient(ps, fs, counted, C)
-        if HAS_DIRECTION:
-            grads = add_direction(grads, xs, residual_ptr, step, counted, direction, C)
-        if HAS_TARGET:
-            grads = add_cross_entropy(grads, ps, target, counted, consistency, C)
-        store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
-    return p_sums
-
-
-@triton.jit
-def add_all(sums, xs, C: tl.constexpr):
-    added = ()
-    for c in tl.static_range(C):
-        added = added + (sums[c] + xs[c],)
-    return added
-
-
-@triton.jit
 def efe_loss_backward_kernel(
     grad_total_ptr,  # [B] float32
+    promise_ptr,  # [] float32
     grad_terms_ptr,  # [B, NUM_TERMS] float32
     logits_ptr,  # [B, T, H, W, C] any strides
     backward_ptr,  # [B, T, H, W, C] any strides
@@ -764,6 +874,7 @@ def efe_loss_backward_kernel(
     grad_observation_ptr,  # [B, T, H, W, C] own strides, written
     grad_preference_ptr,  # [CHUNKS, C, H * W] float32, written; [B, C, H * W] for one preference per episode
     grad_scales_ptr,  # [B, TILES, C] float32, written: sums over a tile of d loss / d preference scale
+    sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
     weight_risk,
     weight_ambiguity,
     weight_consistency,
@@ -786,6 +897,8 @@ def efe_loss_backward_kernel(
     GRAD_BACKWARD: tl.constexpr,
     GRAD_FINAL: tl.constexpr,
     GRAD_OBSERVATION: tl.constexpr,
+    LOSS: tl.constexpr,
+    PROMISED: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
     HAS_TERMS: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
@@ -813,7 +926,10 @@ def efe_loss_backward_kernel(
     TILE: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Gradients of one tile of cells for a chunk of episodes.
+    """Gradients of one tile of cells for a chunk of episodes; with LOSS also what the forward kernel sums.
+
+    PROMISED: the gradients lie there already, made for the upstream gradient `promise`. Where it came true for the
+    whole chunk nothing is left to do, where it did not they are computed again.
 
     Per cell and step, with a, e, j, k the upstream gradients of risk, ambiguity, agreement and consistency over the
     number of addends of their means, p = softmax(x), q = softmax(y), c the preference:
@@ -833,9 +949,13 @@ def efe_loss_backward_kernel(
     cell = tile * TILE + tl.arange(0, TILE)
     inside = cell < CELLS
     zeros = tl.zeros((TILE,), tl.float32)
-    grad_shared = ()
-    for _c in tl.static_range(C):
-        grad_shared = grad_shared + (zeros,)
+    grad_shared = repeated(zeros, C)
+    if PROMISED:
+        episodes = chunk * EPISODES + tl.arange(0, EPISODES)
+        promise = tl.load(promise_ptr)
+        truth = tl.load(grad_total_ptr + episodes * GRAD_TOTAL[0], mask=episodes < num_episodes, other=promise)
+        if tl.sum((truth != promise).to(tl.int32)) == 0:
+            return
 
     for index in range(EPISODES):
         live = chunk * EPISODES + index < num_episodes
@@ -864,55 +984,41 @@ def efe_loss_backward_kernel(
         scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
         offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
         log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
-        p_sums = ()
-        for _c in tl.static_range(C):
-            p_sums = p_sums + (zeros,)
-
-        # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
-        if PAIRS > ALONE:
-            p_sums = backward_pair(
-                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, 0, cell, mask, counted,
-                target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
-                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL, False,
-                T, WIDTH, C, APPROX,
-            )  # fmt: skip
-        for pair in range(1, PAIRS - ALONE):
-            p_sums = backward_pair(
-                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, pair, cell, mask,
-                counted, target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
-                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD, False, False,
-                T, WIDTH, C, APPROX,
-            )  # fmt: skip
-        if ALONE:
-            p_sums = backward_pair(
-                logits_ptr, backward_ptr, grad_logits_ptr, grad_backward_ptr, residual, episode, PAIRS - 1, cell, mask,
-                counted, target, log_cs, p_sums, risk, own, k, js, direction, LOGITS, BACKWARD, GRAD_LOGITS,
-                GRAD_BACKWARD, HAS_BACKWARD, HAS_DIRECTION, NEED_LOGITS, NEED_BACKWARD,
-                not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
-            )  # fmt: skip
+        factors = (own, risk, k, js, direction)
+        sums, p_sums = visit_plan(
+            logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, logits_ptr, residual,
+            episode, cell, mask, counted, target, log_cs, factors, LOGITS, BACKWARD, OBSERVATION, GRAD_LOGITS,
+            GRAD_BACKWARD, HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, False, HAS_DIRECTION, LOSS, NEED_LOGITS,
+            NEED_BACKWARD, T, WIDTH, C, PAIRS, ALONE, APPROX,
+        )  # fmt: skip
         if NEED_OBSERVATION:
             for step in range(T):
                 os = load_step(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C)
                 grads = observation_gradient(os, counted, e, C, APPROX)
                 store_step(grad_observation_ptr, grads, episode, step, cell, mask, GRAD_OBSERVATION, WIDTH, C)
-        if NEED_FINAL:
+        if HAS_FINAL and (NEED_FINAL or LOSS):
             finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
-            ps, _ds, _l = softmax(finals, C, APPROX)
-            nothing = ()
-            for _c in tl.static_range(C):
-                nothing = nothing + (zeros,)
-            grads = add_cross_entropy(nothing, ps, target, counted, k, C)
-            store_step(grad_final_ptr, grads, episode, 0, cell, mask, GRAD_FINAL, WIDTH, C)
+            ps, ds, l = softmax(finals, C, APPROX)
+            if LOSS:
+                sums = add_final(sums, finals, ds, l, target, counted, C)
+            if NEED_FINAL:
+                grads = add_cross_entropy(repeated(zeros, C), ps, target, counted, k, C)
+                store_step(grad_final_ptr, grads, episode, 0, cell, mask, GRAD_FINAL, WIDTH, C)
+        distance = zeros
+        if HAS_ANCHOR:
+            place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
+            distance, log_anchors, is_set = anchor_divergence(
+                log_cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
+            )
+        if LOSS:
+            program = episode * tl.num_programs(0) + tile
+            store_sums(sums_ptr + program * NUM_SUMS, sums, distance, counted, live)
         if NEED_PREFERENCE or NEED_SCALES:
             # c and the unscaled logits are taken up again here: kept from above, they would not fit into registers.
             grads = ()
             for c in tl.static_range(C):
                 grads = grads + (a * (T * tl.exp2(log_cs[c]) - p_sums[c]),)
             if HAS_ANCHOR:
-                place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
-                distance, log_anchors, is_set = anchor_divergence(
-                    log_cs, target_preference_ptr, place, mask, counted, TARGET_PREFERENCE[2], C, APPROX
-                )
                 added = ()
                 for c in tl.static_range(C):
                     grad = anchor * LN_2 * tl.exp2(log_cs[c]) * (log_cs[c] - log_anchors[c] - distance)
@@ -994,48 +1100,109 @@ class Layout:
         }
 
 
-def efe_loss_forward(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
     """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
     layout = Layout(inputs)
-    logits, prompt, projection = inputs.logits, inputs.prompt, inputs.projection
-    batch, steps, outcomes = layout.batch, layout.steps, layout.outcomes
-    new = logits.new_empty
-    sums = new(batch, layout.tiles, NUM_SUMS.value, dtype=torch.float32)
-    direction = sums
-    if layout.has_direction:
-        direction = new(batch, layout.tiles, steps, outcomes, dtype=torch.float32)
-    total, mask_ratio, scale = (new(batch, dtype=torch.float32) for _ in range(3))
-    terms = new(batch, NUM_TERMS.value, dtype=torch.float32)
-    residual = new(batch, residual_width(inputs), dtype=torch.float32)
-    if batch == 0:
-        return total, terms, mask_ratio, scale, residual
-    with launch_guard(logits):
-        efe_loss_forward_kernel[batch, layout.tiles](
-            **layout.pointers,
-            sums_ptr=sums,
-            direction_ptr=direction,
-            ignore_index=settings.ignore_index,
-            **layout.constants,
-            **OPTIONS,
-        )
-        efe_loss_episode_kernel[batch,](
-            sums, direction, prompt if layout.has_direction else sums, projection if layout.has_direction else sums,
-            total, terms, mask_ratio, scale, residual, *settings.weights, settings.hard_cell_min_ratio,
-            settings.max_cells,
-            PROMPT=layout.constants["PROMPT"],
-            PROJECTION=projection.stride() if layout.has_direction else (0,),
-            HARD_CELL=settings.hard_cell,
-            HAS_DIRECTION=layout.has_direction,
-            T=steps,
-            C=outcomes,
-            D=prompt.shape[1] if layout.has_direction else 0,
-            TILES=layout.tiles,
-            RESIDUAL=residual.shape[1],
-            C_BLOCK=triton.next_power_of_2(outcomes),
-            D_BLOCK=128,
-            **OPTIONS,
-        )  # fmt: skip
-    return total, terms, mask_ratio, scale, residual
+    outputs = new_outputs(inputs)
+    sums, direction = new_sums(inputs, layout.tiles, layout)
+    if layout.batch > 0:
+        with launch_guard(inputs.logits):
+            efe_loss_forward_kernel[layout.batch, layout.tiles](
+                **layout.pointers,
+                sums_ptr=sums,
+                direction_ptr=direction,
+                ignore_index=settings.ignore_index,
+                **layout.constants,
+                **OPTIONS,
+            )
+            launch_episodes(layout, inputs, settings, sums, direction, outputs)
+    return outputs
+
+
+def new_outputs(inputs: Inputs) -> Outputs:
+    batch = inputs.logits.shape[0]
+
+    def new(*shape: int) -> Tensor:
+        return inputs.logits.new_empty(shape, dtype=torch.float32)
+
+    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, residual_width(inputs))
+
+
+def new_sums(inputs: Inputs, tiles: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Sums [B, tiles, 8] and directions [B, tiles, T, C]; where nothing has a direction, the sums stand in for it."""
+    sums = inputs.logits.new_empty(layout.batch, tiles, NUM_SUMS.value, dtype=torch.float32)
+    if not layout.has_direction:
+        return sums, sums
+    return sums, sums.new_empty(layout.batch, tiles, layout.steps, layout.outcomes)
+
+
+def launch_episodes(
+    layout: Layout, inputs: Inputs, settings: Settings, sums: Tensor, direction: Tensor, outputs: Outputs
+) -> None:
+    """From the sums over the cells to the terms and the total of each episode."""
+    projection, has_direction = inputs.projection, layout.has_direction
+    efe_loss_episode_kernel[layout.batch,](
+        sums, direction, inputs.prompt if has_direction else sums, projection if has_direction else sums, *outputs,
+        *settings.weights, settings.hard_cell_min_ratio, settings.max_cells,
+        PROMPT=layout.constants["PROMPT"],
+        PROJECTION=projection.stride() if has_direction else (0,),
+        HARD_CELL=settings.hard_cell,
+        HAS_DIRECTION=has_direction,
+        T=layout.steps,
+        C=layout.outcomes,
+        D=inputs.prompt.shape[1] if has_direction else 0,
+        TILES=sums.shape[1],
+        DIRECTION_TILES=direction.shape[1],
+        RESIDUAL=outputs[-1].shape[1],
+        C_BLOCK=triton.next_power_of_2(layout.outcomes),
+        D_BLOCK=128,
+        **OPTIONS,
+    )  # fmt: skip
+
+
+class Gradients:
+    """Where the backward kernel writes: gradients of the plans, and partial sums of the others."""
+
+    def __init__(self, layout: Layout, inputs: Inputs, needs: list[bool]) -> None:
+        self.needs = needs
+        self.shared = inputs.preference_logits.dim() == 3
+        self.episodes = triton.next_power_of_2(triton.cdiv(max(layout.batch, 1), MAX_CHUNKS))
+        self.chunks = triton.cdiv(layout.batch, self.episodes)
+        # The logits, the backward logits, the final logits and the observations.
+        self.plans = [
+            torch.empty_like(tensor) if tensor is not None and need else None
+            for tensor, need in zip(inputs[:4], needs, strict=False)
+        ]
+        new = partial(inputs.logits.new_empty, dtype=torch.float32)
+        parts = self.chunks if self.shared else layout.batch
+        self.preference = new((parts, layout.outcomes, layout.cells)) if needs[4] else None
+        self.scales = new((layout.batch, layout.tiles, layout.outcomes)) if needs[5] else None
+
+    def finished(
+        self,
+        grad_total: Tensor | None,
+        grad_terms: Tensor | None,
+        inputs: Inputs,
+        settings: Settings,
+        hard_cell_scale: Tensor,
+        residual: Tensor,
+    ) -> list[Tensor]:
+        """The gradients asked for, in the order of the inputs, each in its input's dtype."""
+        gradients = [grad for grad in self.plans if grad is not None]
+        preference_logits = inputs.preference_logits
+        if self.preference is not None:
+            summed = self.preference.sum(0) if self.shared else self.preference
+            by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
+            gradients.append(torch.empty_like(preference_logits).copy_(by_cell))
+        # The products in there are float32 also where the caller's backward runs under autocast.
+        with torch.autocast(residual.device.type, enabled=False):
+            return gradients + prompt_gradients(
+                grad_total, grad_terms, inputs.prompt, inputs.projection, settings.weights[5], hard_cell_scale,
+                residual, self.scales, self.needs,
+            )  # fmt: skip
 
 
 def efe_loss_backward(
@@ -1049,78 +1216,113 @@ def efe_loss_backward(
 ) -> list[Tensor]:
     """The gradients asked for in `needs`, in the order of the inputs, each in its input's dtype."""
     layout = Layout(inputs)
-    weights, preference_logits = settings.weights, inputs.preference_logits
-    batch, outcomes = layout.batch, layout.outcomes
-    plans = [
-        torch.empty_like(tensor) if tensor is not None and need else None
-        for tensor, need in zip(inputs[:4], needs, strict=False)
-    ]
-    need_preference, need_prompt, _ = needs[4:]
-    shared = preference_logits.dim() == 3
-    episodes = triton.next_power_of_2(triton.cdiv(max(batch, 1), MAX_CHUNKS))
-    chunks = triton.cdiv(batch, episodes)
-    partial = (chunks if shared else batch, outcomes, layout.cells)
-    grad_preference = residual.new_empty(partial) if need_preference else residual
-    grad_scales = residual.new_empty(batch, layout.tiles, outcomes) if need_prompt else residual
-    grad_terms = None if grad_terms is None else grad_terms.contiguous()
-    grads = dict(zip(("logits", "backward", "final", "observation"), plans, strict=True))
-    if batch > 0:
+    gradients = Gradients(layout, inputs, needs)
+    launch_backward(layout, inputs, settings, gradients, grad_total, grad_terms, hard_cell_scale, residual)
+    return gradients.finished(grad_total, grad_terms, inputs, settings, hard_cell_scale, residual)
+
+
+def efe_loss_promised_forward(
+    promise: Tensor, inputs: Inputs, settings: Settings, needs: list[bool]
+) -> tuple[Outputs, Gradients]:
+    """What `efe_loss_forward` gives, and the gradients for the upstream gradient `promise` [] of every episode's total.
+
+    The hard-cell scale and the direction of the prompt term must be known before the first gradient is written, so a
+    survey comes first. Without a direction it reads the final step alone.
+    """
+    layout = Layout(inputs)
+    outputs = new_outputs(inputs)
+    gradients = Gradients(layout, inputs, needs)
+    *_, hard_cell_scale, residual = outputs
+    if layout.batch > 0:
+        survey, direction = new_sums(inputs, 1, layout)
+        sums, _ = new_sums(inputs, layout.tiles, layout)
         with launch_guard(inputs.logits):
-            efe_loss_backward_kernel[layout.tiles, chunks](
-                residual if grad_total is None else grad_total,
-                residual if grad_terms is None else grad_terms,
-                **layout.pointers,
-                scale_ptr=hard_cell_scale,
-                residual_ptr=residual,
-                **{f"grad_{name}_ptr": residual if grad is None else grad for name, grad in grads.items()},
-                grad_preference_ptr=grad_preference,
-                grad_scales_ptr=grad_scales,
-                weight_risk=weights[0],
-                weight_ambiguity=weights[1],
-                weight_consistency=weights[2],
-                weight_agreement=weights[3],
-                weight_anchor=weights[4],
-                weight_prompt=weights[5],
+            efe_loss_survey_kernel[layout.batch, layout.steps if layout.has_direction else 1](
+                **{name: layout.pointers[name] for name in SURVEYED},
+                sums_ptr=survey,
+                direction_ptr=direction,
                 ignore_index=settings.ignore_index,
-                num_episodes=batch,
-                GRAD_TOTAL=(0,) if grad_total is None else grad_total.stride(),
-                GRAD_LOGITS=plan_strides(grads["logits"]),
-                GRAD_BACKWARD=plan_strides(grads["backward"]),
-                GRAD_FINAL=plan_strides(None if grads["final"] is None else grads["final"][:, None]),
-                GRAD_OBSERVATION=plan_strides(grads["observation"]),
-                HAS_TOTAL=grad_total is not None,
-                HAS_TERMS=grad_terms is not None,
-                SHARED_PREFERENCE=shared,
-                NEED_LOGITS=needs[0],
-                NEED_BACKWARD=needs[1],
-                NEED_FINAL=needs[2],
-                NEED_OBSERVATION=needs[3],
-                NEED_PREFERENCE=need_preference,
-                NEED_SCALES=need_prompt,
-                RESIDUAL=residual.shape[1],
-                EPISODES=episodes,
-                **layout.constants,
+                **{name: layout.constants[name] for name in SURVEY_CONSTANTS},
                 **OPTIONS,
             )
-    gradients = [grad for grad in plans if grad is not None]
-    if need_preference:
-        summed = grad_preference.sum(0) if shared else grad_preference
-        by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
-        gradients.append(torch.empty_like(preference_logits).copy_(by_cell))
-    # The products in there are float32 also where the caller's backward runs under autocast.
-    with torch.autocast(residual.device.type, enabled=False):
-        gradients += prompt_gradients(
-            grad_total,
-            grad_terms,
-            inputs.prompt,
-            inputs.projection,
-            weights[5],
-            hard_cell_scale,
-            residual,
-            grad_scales,
-            needs,
+            launch_episodes(layout, inputs, settings, survey, direction, outputs)
+            launch_backward(
+                layout, inputs, settings, gradients, promise.expand(layout.batch), None, hard_cell_scale, residual,
+                sums=sums,
+            )  # fmt: skip
+            launch_episodes(layout, inputs, settings, sums, direction, outputs)
+    return outputs, gradients
+
+
+def efe_loss_promised_backward(
+    grad_total: Tensor,
+    promise: Tensor,
+    gradients: Gradients,
+    inputs: Inputs,
+    settings: Settings,
+    hard_cell_scale: Tensor,
+    residual: Tensor,
+) -> list[Tensor]:
+    """What `efe_loss_backward` gives, from the gradients that the forward has left where the promise was kept."""
+    layout = Layout(inputs)
+    launch_backward(layout, inputs, settings, gradients, grad_total, None, hard_cell_scale, residual, promise=promise)
+    return gradients.finished(grad_total, None, inputs, settings, hard_cell_scale, residual)
+
+
+def launch_backward(
+    layout: Layout,
+    inputs: Inputs,
+    settings: Settings,
+    gradients: Gradients,
+    grad_total: Tensor | None,
+    grad_terms: Tensor | None,
+    hard_cell_scale: Tensor,
+    residual: Tensor,
+    *,
+    sums: Tensor | None = None,
+    promise: Tensor | None = None,
+) -> None:
+    """Writes the gradients, and the sums of the loss where they are given. `promise` as in the kernel."""
+    if layout.batch == 0:
+        return
+    grads = dict(zip(("logits", "backward", "final", "observation"), gradients.plans, strict=True))
+    grads |= {"preference": gradients.preference, "scales": gradients.scales}
+    weights = dict(zip(TERMS[:-1], settings.weights, strict=False))
+    # An absent tensor hands over the residual's pointer, which the kernel then never touches.
+    with launch_guard(inputs.logits):
+        efe_loss_backward_kernel[layout.tiles, gradients.chunks](
+            residual if grad_total is None else grad_total,
+            residual if promise is None else promise,
+            residual if grad_terms is None else grad_terms.contiguous(),
+            **layout.pointers,
+            scale_ptr=hard_cell_scale,
+            residual_ptr=residual,
+            **{f"grad_{name}_ptr": residual if grad is None else grad for name, grad in grads.items()},
+            sums_ptr=residual if sums is None else sums,
+            **{f"weight_{name}": weight for name, weight in weights.items()},
+            ignore_index=settings.ignore_index,
+            num_episodes=layout.batch,
+            GRAD_TOTAL=(0,) if grad_total is None else grad_total.stride(),
+            GRAD_LOGITS=plan_strides(grads["logits"]),
+            GRAD_BACKWARD=plan_strides(grads["backward"]),
+            GRAD_FINAL=plan_strides(None if grads["final"] is None else grads["final"][:, None]),
+            GRAD_OBSERVATION=plan_strides(grads["observation"]),
+            LOSS=sums is not None,
+            PROMISED=promise is not None,
+            HAS_TOTAL=grad_total is not None,
+            HAS_TERMS=grad_terms is not None,
+            SHARED_PREFERENCE=gradients.shared,
+            NEED_LOGITS=gradients.needs[0],
+            NEED_BACKWARD=gradients.needs[1],
+            NEED_FINAL=gradients.needs[2],
+            NEED_OBSERVATION=gradients.needs[3],
+            NEED_PREFERENCE=gradients.needs[4],
+            NEED_SCALES=gradients.needs[5],
+            RESIDUAL=residual.shape[1],
+            EPISODES=gradients.episodes,
+            **layout.constants,
+            **OPTIONS,
         )
-    return gradients
 
 
 def plan_strides(gradient: Tensor | None) -> tuple[int, ...]:
@@ -1135,7 +1337,7 @@ def prompt_gradients(
     weight: float,
     hard_cell_scale: Tensor,
     residual: Tensor,
-    grad_scales: Tensor,
+    grad_scales: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of prompt and projection where asked for: products of [B, C] and [C, D], which cuBLAS does best."""
@@ -1143,12 +1345,12 @@ def prompt_gradients(
     gradients: list[Tensor] = []
     if prompt is None or not (need_prompt or need_projection):
         return gradients
-    outcomes = grad_scales.shape[-1] if need_prompt else projection.shape[0]
+    outcomes = grad_scales.shape[-1] if grad_scales is not None else projection.shape[0]
     grad_direction = None
     if projection is not None:
         grad = upstream_of_term(grad_total, grad_terms, hard_cell_scale, 5, weight)
         grad_direction = grad[:, None] * residual[:, -outcomes:]
-    if need_prompt:
+    if grad_scales is not None:
         grad_prompt = torch.zeros(prompt.shape, dtype=torch.float32, device=prompt.device)
         if grad_direction is not None:
             grad_prompt = grad_direction @ projection.float()

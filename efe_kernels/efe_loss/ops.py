@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling as traced
+from torch.nn import Parameter
 
 from efe_kernels.common.autograd import first_order, spread
-from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
+from efe_kernels.common.library import INTERPRET, accumulate_dtype, define_op, triton_module
 from efe_kernels.efe_loss import reference
 from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
 
@@ -104,30 +108,60 @@ efe_loss_backward = define_op(
 )
 
 
+def kernels_for_promise(promise: Tensor | None, logits: Tensor) -> ModuleType | None:
+    """The kernels that make use of a promised upstream gradient, or None where none do.
+
+    They write the gradients in forward and hand out the same memory in backward, which a tracer cannot follow.
+    """
+    if promise is None or traced() or type(logits) not in (Tensor, Parameter) or not has_kernel(logits):
+        return None
+    return kernels if INTERPRET or logits.is_cuda else None
+
+
 class EFELossFunction(torch.autograd.Function):
-    """Total, terms, mask ratio, hard-cell scale, each per episode; differentiable are total and terms."""
+    """Total, terms, mask ratio, hard-cell scale, each per episode; differentiable are total and terms.
+
+    Takes the fields of Inputs and of Settings, and as the last argument a promise: None, or the upstream gradient [] of
+    every episode's total.
+    """
 
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Forward:
-        output: Forward = efe_loss_forward(*arguments)
-        *_, mask_ratio, hard_cell_scale, residual = output
         tensors, ctx.settings = grouped(arguments)
+        promise = arguments[NUM_ARGUMENTS]
+        single_pass = kernels_for_promise(promise, tensors.logits)
+        if single_pass is None:
+            output: Forward = efe_loss_forward(*arguments[:NUM_ARGUMENTS])
+            ctx.gradients = None
+        else:
+            needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
+            output, ctx.gradients = single_pass.efe_loss_promised_forward(promise, tensors, ctx.settings, needs)
+        *_, mask_ratio, hard_cell_scale, residual = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, residual)
-        ctx.save_for_backward(*tensors, hard_cell_scale, residual)
+        ctx.save_for_backward(*tensors, hard_cell_scale, residual, promise)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_terms: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        *tensors, hard_cell_scale, residual = ctx.saved_tensors
+        *tensors, hard_cell_scale, residual, promise = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
-        gradients: tuple[Tensor, ...] = ()
+        gradients: Sequence[Tensor] = ()
         if grad_total is None and grad_terms is None:
             needs = []
         if any(needs):
-            gradients = first_order(
-                "efe_loss", efe_loss_backward, grad_total, grad_terms, *tensors, *ctx.settings, hard_cell_scale,
-                residual, needs,
-            )  # fmt: skip
+            ahead = None
+            if ctx.gradients is not None:
+                # Handed out once: what the caller holds after this backward must not change in the next one.
+                ahead, ctx.gradients = ctx.gradients, None
+            if kernels is not None and ahead is not None and grad_terms is None and not torch.is_grad_enabled():
+                gradients = kernels.efe_loss_promised_backward(
+                    grad_total, promise, ahead, Inputs(*tensors), ctx.settings, hard_cell_scale, residual
+                )
+            else:
+                gradients = first_order(
+                    "efe_loss", efe_loss_backward, grad_total, grad_terms, *tensors, *ctx.settings, hard_cell_scale,
+                    residual, needs,
+                )  # fmt: skip
         return spread(gradients, needs, len(ctx.needs_input_grad))

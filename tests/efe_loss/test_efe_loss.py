@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -291,6 +293,72 @@ def test_hard_cell_scale(device: str) -> None:
     assert (below.hard_cell_scale == 1).all()
 
 
+HONOURED = INTERPRET or torch.cuda.is_available()
+"""Whether a promised upstream gradient changes what is computed: the kernels of the CPU take no notice of one."""
+
+PROMISED_CASES = {
+    name: CASES[name] for name in ("plan read backwards", "even steps", "no options", "everything", "channel-last")
+}
+
+
+def leaves_of(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in inputs.values() if value.requires_grad]
+
+
+@pytest.mark.parametrize("promised", [0.5, 4.0, float("nan")], ids=["kept", "broken", "broken by NaN"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", PROMISED_CASES.values(), ids=PROMISED_CASES.keys())
+def test_a_promised_upstream_gradient_changes_no_result(
+    case: Case, reduction: str, promised: float, device: str
+) -> None:
+    inputs = case.inputs(device=device)
+
+    def step(inputs: dict[str, Any], **promise: torch.Tensor) -> list[torch.Tensor]:
+        output = efe_loss(**inputs, weights=WEIGHTS, reduction=reduction, **promise)
+        upstream = torch.full_like(output.total, 0.5)
+        values = [output.total, *output.terms.values(), output.mask_ratio, output.hard_cell_scale]
+        return [*values, *torch.autograd.grad(output.total, leaves_of(inputs), upstream)]
+
+    found = step(inputs, grad_scale=torch.tensor(promised, device=device))
+    for value, expected in zip(found, step(in_double(inputs)), strict=True):
+        assert_close("value", value, expected, TOLERANCE[torch.float32])
+
+
+def test_a_promise_about_the_total_says_nothing_about_the_terms(device: str) -> None:
+    inputs = Case(steps=3).inputs(device=device)
+    _, gradients = run(inputs, use_terms=True, grad_scale=torch.tensor(0.5, device=device))
+    _, expected = run(in_double(inputs), use_terms=True)
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
+
+
+def test_gradients_made_ahead_are_handed_out_once(device: str) -> None:
+    """What one backward gave stays as it is in the next ones through the same graph."""
+    inputs = Case(steps=3).inputs(device=device)
+    leaves = leaves_of(inputs)
+    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device)).total
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    copies = [gradient.clone() for gradient in first]
+    doubled = torch.autograd.grad(2 * total, leaves, retain_graph=True)
+    again = torch.autograd.grad(total, leaves)
+    for one, copy, two, three in zip(first, copies, doubled, again, strict=True):
+        assert torch.equal(one, copy)
+        torch.testing.assert_close(two, 2 * one)
+        torch.testing.assert_close(three, one)
+
+
+@pytest.mark.skipif(not HONOURED, reason="the kernels of the CPU take no notice of a promise")
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_kept_promise_leaves_nothing_to_compute(factor: float, device: str) -> None:
+    """Backward does not look at the logits any more, so other ones in their place go unnoticed."""
+    inputs = Case(steps=3).inputs(device=device)
+    (expected,) = torch.autograd.grad(efe_loss(**inputs).total, inputs["logits"])
+    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device)).total
+    inputs["logits"].data.zero_()
+    (gradient,) = torch.autograd.grad(factor * total, inputs["logits"])
+    assert torch.allclose(gradient, factor * expected, rtol=1e-4, atol=1e-7) == (factor == 1)
+
+
 def test_weight_of_zero_removes_a_term(device: str) -> None:
     """Even one that is infinite."""
     inputs = Case(valid=False).inputs(device=device)
@@ -303,14 +371,17 @@ def test_weight_of_zero_removes_a_term(device: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_compiles_without_a_graph_break(device: str) -> None:
+@pytest.mark.parametrize("promised", [False, True])
+def test_compiles_without_a_graph_break(promised: bool, device: str) -> None:
     inputs = Case(steps=3).inputs(device=device)
+    if promised:
+        inputs["grad_scale"] = torch.ones((), device=device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda **kwargs: efe_loss(**kwargs).total, fullgraph=True, backend="aot_eager")
-    expected = efe_loss(**inputs).total
+    expected = efe_loss(**{**inputs, "grad_scale": None}).total
     total = compiled(**inputs)
     torch.testing.assert_close(total, expected, rtol=0, atol=0)
-    leaves = [value for value in inputs.values() if value.requires_grad]
+    leaves = leaves_of(inputs)
     gradients, expected_gradients = (torch.autograd.grad(value, leaves) for value in (total, expected))
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)
@@ -332,9 +403,11 @@ def test_ops_are_declared_truthfully(device: str) -> None:
     torch.library.opcheck(efe_loss_backward, (*upstream, *arguments, *settings, scale, residual, needs))
 
 
-def test_second_derivative_is_refused(device: str) -> None:
+@pytest.mark.parametrize("promised", [False, True])
+def test_second_derivative_is_refused(promised: bool, device: str) -> None:
     inputs = Case(steps=2).inputs(device=device)
-    (gradient,) = torch.autograd.grad(efe_loss(**inputs).total, inputs["logits"], create_graph=True)
+    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device) if promised else None).total
+    (gradient,) = torch.autograd.grad(total, inputs["logits"], create_graph=True)
     with pytest.raises(RuntimeError, match="efe_loss has no second derivative"):
         gradient.sum().backward()
 
@@ -383,6 +456,11 @@ WRONG = {
         lambda i: {"target": i["target"].to("meta")},
         ValueError,
         "target must be on the device of logits",
+    ),
+    "promise per episode": (
+        lambda i: {"grad_scale": i["logits"].detach()[:, 0, 0, 0, 0]},
+        ValueError,
+        r"grad_scale must have the shape \[\]",
     ),
     "unknown reduction": (
         lambda i: {"reduction": "average"},

@@ -67,7 +67,7 @@ def pool_inputs(device: str) -> Inputs:
     return {"hidden": leaf(7, 65, 130, device=device), "mask": torch.rand(7, 65, device=device) < 0.6}
 
 
-def plan_inputs(device: str, **present: bool) -> Inputs:
+def plan_inputs(device: str, **present: Any) -> Inputs:
     """Other values at every call, unlike those of the case."""
     inputs = Case(height=13, width=11, **present).inputs(device=device)
     with torch.no_grad():
@@ -79,11 +79,23 @@ def plan_loss(**inputs: Any) -> tuple[Tensor, ...]:
     return (efe_kernels.efe_loss(**inputs, weights=WEIGHTS, reduction="none").total,)
 
 
+def promised_loss(scale: float) -> Callable[..., tuple[Tensor, ...]]:
+    """The mean loss with a promised upstream gradient. The one that `upstream_of` hands a scalar is 0.5."""
+
+    def run(**inputs: Any) -> tuple[Tensor, ...]:
+        promise = torch.full((), scale, device=inputs["logits"].device)
+        return (efe_kernels.efe_loss(**inputs, weights=WEIGHTS, grad_scale=promise).total,)
+
+    return run
+
+
 OPS = {
     "efe_loss": Op(plan_inputs, plan_loss),
     "efe_loss, everything": Op(
         lambda device: plan_inputs(device, backward=True, final=True, observation=True), plan_loss
     ),
+    "efe_loss, promise kept": Op(plan_inputs, promised_loss(0.5)),
+    "efe_loss, promise broken": Op(plan_inputs, promised_loss(3.0)),
     "grid_reward": Op(reward_inputs, lambda **inputs: (efe_kernels.grid_reward(**inputs).reward,)),
     "rl_advantage": Op(
         lambda device: {"reward": torch.randn(96, device=device), "value": leaf(96, device=device)},
