@@ -9,7 +9,8 @@ recorded instead of executed, and each record is compiled for each architecture.
 
 Thread-instructions per cell-step count what one lane executes for one of its cells at one step: the machine code of
 one program, which at the sizes compiled here has no loop, over the cells of a lane times the steps. A branch counts as
-taken.
+taken. Bytes per cell-step are those that a lane asks for, also where all lanes ask for the same ones or where they come
+from a cache; the least is every tensor read or written once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ from efe_kernels.advantage.trace import kernels as trace_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 from efe_kernels.efe_loss.reference import Inputs, Settings
 
-ARCHITECTURES = (80, 90, 100)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,9 +86,36 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     instructions: int
-    per_cell_step: float | None
-    loads: dict[str, int]
-    stores: dict[str, int]
+    loads: dict[int, int]  # bytes of one access of one lane -> how many
+    stores: dict[int, int]
+    per_cell_step: float | None = None
+    bytes_per_cell_step: float | None = None
+    least_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel."""
+
+    operations: list[str]
+    loops: bool
+    registers: int
+    spill_bytes: int
+
+    def accesses(self, *kinds: str) -> dict[int, int]:
+        """Bytes of one access of one lane -> how many there are among the operations of these kinds."""
+        tokens = [re.split(r"[._]", operation) for operation in self.operations if operation.startswith(kinds)]
+        return dict(sorted(Counter(sum(WIDTHS.get(part, 0) for part in parts) or 4 for parts in tokens).items()))
+
+
+# Access widths in bytes, by the part of an operation's name that tells them; 4 where NVIDIA's says nothing.
+WIDTHS = {
+    "U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16,
+    "ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2,
+    "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
+}  # fmt: skip
+LOADS = {"cuda": ("LDG",), "hip": ("global_load", "buffer_load")}
+STORES = {"cuda": ("STG",), "hip": ("global_store", "buffer_store")}
 
 
 @contextmanager
@@ -131,50 +164,85 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+\s+)?([A-Z0-9._]+)(.*)
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 
 
-def operations_of(listing: str) -> tuple[list[str], bool]:
-    """The operations of a machine-code listing, and whether there is a loop among them."""
+def nvidia_code(compiled: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        listing = tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no resource usage: {usage}")
     operations: list[str] = []
     labels: set[str] = set()
     loops = False
     for line in listing.splitlines():
         if label := LABEL.match(line):
             labels.add(label[1])
-        elif found := INSTRUCTION.search(line):
+        elif instruction := INSTRUCTION.search(line):
+            condition, operation, operands = instruction.groups()
             # A branch back to a label that has been seen; the unconditional one behind the last EXIT is padding.
-            loops |= found[2] == "BRA" and found[1] is not None and any(label in found[3] for label in labels)
-            if found[2] != "NOP":
-                operations.append(found[2])
-    return operations, loops
+            loops |= operation == "BRA" and condition is not None and any(label in operands for label in labels)
+            if operation != "NOP":
+                operations.append(operation)
+    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
 
 
-def per_cell_step(launch: Launch, operations: list[str]) -> float:
-    lanes = 32 * launch.options["num_warps"]
-    return round(len(operations) / (launch.arguments["TILE"] / lanes * launch.arguments["T"]), 1)
+def amd_code(compiled: Any) -> Code:
+    listing = compiled.asm["amdgcn"]
+
+    def told(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", listing)[0])
+
+    operations: list[str] = []
+    labels: set[str] = set()
+    loops = False
+    for line in listing.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels.add(label[1])
+        elif instruction := re.match(r"\t([a-z]\w+)\s*(.*)", line):
+            operation, operands = instruction.groups()
+            loops |= operation.startswith("s_cbranch") and operands.split(";")[0].strip() in labels
+            operations.append(operation)
+    return Code(operations, loops, told("vgpr_count"), told("private_segment_fixed_size"))
 
 
-def compile_launch(variant: str, launch: Launch, arch: int) -> Report:
-    compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        operations, loops = operations_of(tool("nvdisasm", "-c", file.name))
-        usage = tool("cuobjdump", "-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump told no resource usage of {variant}: {usage}")
-    counted = Counter(operations)
-    walks_over_cells = launch.function in WALKS_OVER_CELLS and not loops
+def per_cell_step(
+    launch: Launch, code: Code, warp_size: int, loads: dict[int, int], stores: dict[int, int]
+) -> dict[str, float]:
+    """Instructions and bytes of one cell at one step, and the bytes of all tensors, each read or written once."""
+    if launch.function not in WALKS_OVER_CELLS or code.loops:
+        return {}
+    arguments = launch.arguments
+    cells = arguments["TILE"] / (warp_size * launch.options["num_warps"]) * arguments["T"]
+    memory = [value.untyped_storage() for value in arguments.values() if isinstance(value, Tensor)]
+    least = sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
+    found = {
+        "per_cell_step": len(code.operations) / cells,
+        "bytes_per_cell_step": sum(width * count for kind in (loads, stores) for width, count in kind.items()) / cells,
+        "least_bytes": least / (arguments["logits_ptr"].shape[0] * arguments["CELLS"] * arguments["T"]),
+    }
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
+    target = TARGETS[arch]
+    if target.backend == "hip" and "APPROX" in launch.arguments:
+        launch = replace(launch, arguments={**launch.arguments, "APPROX": False})
+    compiled = triton.compile(source(launch), target=target, options=launch.options)
+    code = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
+    loads, stores = code.accesses(*LOADS[target.backend]), code.accesses(*STORES[target.backend])
     return Report(
         variant=variant,
         kernel=launch.function.__name__,
-        arch=f"sm_{arch}",
-        registers=int(found[1]),
-        spill_bytes=int(found[2]),
+        arch=arch,
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
         shared_bytes=compiled.metadata.shared,
-        instructions=len(operations),
-        per_cell_step=per_cell_step(launch, operations) if walks_over_cells else None,
-        loads={name: count for name, count in counted.items() if name.startswith(("LDG", "LDL"))},
-        stores={name: count for name, count in counted.items() if name.startswith(("STG", "STL"))},
+        instructions=len(code.operations),
+        **per_cell_step(launch, code, target.warp_size, loads, stores),
+        loads=loads,
+        stores=stores,
     )
 
 
@@ -185,7 +253,12 @@ def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: 
 
 
 def efe_loss_launches(
-    dtype: torch.dtype, channel_first: bool, prompt_dim: int, separate: bool, everything: bool
+    dtype: torch.dtype,
+    channel_first: bool,
+    prompt_dim: int,
+    separate: bool = False,
+    everything: bool = False,
+    promised: bool = False,
 ) -> list[Launch]:
     """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
     logits = empty_plan(dtype, channel_first)
@@ -208,9 +281,14 @@ def efe_loss_launches(
     )
     settings = Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     needs = [tensor is not None for tensor in inputs[:7]]
+    grad = new(1).expand(batch)
     with recorded_launches() as launches:
-        *_, scale, residual = efe_loss_kernels.efe_loss_forward(inputs, settings)
-        efe_loss_kernels.efe_loss_backward(new(1).expand(batch), None, inputs, settings, scale, residual, needs)
+        if promised:
+            outputs, gradients = efe_loss_kernels.efe_loss_promised_forward(new(), inputs, settings, needs)
+            efe_loss_kernels.efe_loss_promised_backward(grad, new(), gradients, inputs, settings, *outputs[-2:])
+        else:
+            outputs = efe_loss_kernels.efe_loss_forward(inputs, settings)
+            efe_loss_kernels.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
     return launches
 
 
@@ -260,13 +338,18 @@ def policy_gradient_loss_launches(numel: int) -> list[Launch]:
 
 
 VARIANTS: dict[str, Callable[[], list[Launch]]] = {
-    "efe_loss bf16 channel-first": partial(efe_loss_launches, torch.bfloat16, True, 0, False, False),
-    "efe_loss bf16 channel-first prompt": partial(efe_loss_launches, torch.bfloat16, True, 256, False, False),
-    "efe_loss bf16 channel-last prompt": partial(efe_loss_launches, torch.bfloat16, False, 256, False, False),
-    "efe_loss fp32 channel-first prompt": partial(efe_loss_launches, torch.float32, True, 256, False, False),
-    "efe_loss fp32 channel-last prompt": partial(efe_loss_launches, torch.float32, False, 256, False, False),
-    "efe_loss fp16 channel-first two plans": partial(efe_loss_launches, torch.float16, True, 256, True, False),
-    "efe_loss fp32 channel-first everything": partial(efe_loss_launches, torch.float32, True, 256, True, True),
+    "efe_loss bf16 channel-first": partial(efe_loss_launches, torch.bfloat16, True, 0),
+    "efe_loss bf16 channel-first prompt": partial(efe_loss_launches, torch.bfloat16, True, 256),
+    "efe_loss bf16 channel-last": partial(efe_loss_launches, torch.bfloat16, False, 0),
+    "efe_loss bf16 channel-last prompt": partial(efe_loss_launches, torch.bfloat16, False, 256),
+    "efe_loss bf16 channel-first promised": partial(efe_loss_launches, torch.bfloat16, True, 0, promised=True),
+    "efe_loss bf16 channel-last promised": partial(efe_loss_launches, torch.bfloat16, False, 0, promised=True),
+    "efe_loss fp32 channel-first prompt": partial(efe_loss_launches, torch.float32, True, 256),
+    "efe_loss fp32 channel-last prompt": partial(efe_loss_launches, torch.float32, False, 256),
+    "efe_loss fp16 channel-first two plans": partial(efe_loss_launches, torch.float16, True, 256, separate=True),
+    "efe_loss fp32 channel-first everything": partial(
+        efe_loss_launches, torch.float32, True, 256, separate=True, everything=True
+    ),
     "grid_reward": grid_reward_launches,
     "rl_advantage": partial(rl_advantage_launches, 0, "tanh"),
     "rl_advantage small groups": partial(rl_advantage_launches, 8, "clamp"),
@@ -278,22 +361,26 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
 }
 
 
-def compile_variant(task: tuple[str, int]) -> list[Report]:
+def compile_variant(task: tuple[str, str]) -> list[Report]:
     name, arch = task
     return [compile_launch(name, launch, arch) for launch in VARIANTS[name]()]
 
 
 def table(reports: list[Report]) -> str:
-    rows = [("variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "per cell-step", "loads", "stores")]
+    rows = [(
+        "variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "per cell-step", "bytes", "least",
+        "loads", "stores",
+    )]  # fmt: skip
     for report in reports:
-        widths = [
-            " ".join(f"{name}x{count}" for name, count in sorted(kind.items()))
-            for kind in (report.loads, report.stores)
-        ]
-        rows.append(
-            (report.variant, report.kernel, report.arch, str(report.registers), str(report.spill_bytes),
-             str(report.shared_bytes), str(report.instructions), str(report.per_cell_step or ""), *widths)
+        figures = (
+            report.registers, report.spill_bytes, report.shared_bytes, report.instructions, report.per_cell_step,
+            report.bytes_per_cell_step, report.least_bytes,
         )  # fmt: skip
+        widths = (
+            " ".join(f"{count}x{width}B" for width, count in kind.items()) for kind in (report.loads, report.stores)
+        )
+        told = ("" if figure is None else str(figure) for figure in figures)
+        rows.append((report.variant, report.kernel, report.arch, *told, *widths))
     columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows
@@ -306,9 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports as JSON")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a budget is exceeded")
-    parser.add_argument(
-        "--arch", type=int, nargs="*", default=ARCHITECTURES, help="compute capabilities, such as 80 90"
-    )
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="only these architectures")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args(argv)
     tasks = [(name, arch) for name in VARIANTS if options.only in name for arch in options.arch]

@@ -95,7 +95,7 @@ def parts(out: Path) -> list[Part]:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     info, copy, smoke = python("efe_kernels.info"), python("bench.measure"), python("bench.smoke", *jobs)
     variants = python("bench.variants", *jobs, "--json", str(out / "variants.json"))
-    compiler = python("bench.aot", "--arch", "90", "--json", str(out / "aot.json"))
+    compiler = python("bench.aot", "--arch", "sm_90", "--json", str(out / "aot.json"))
     record = str(out / "latest.json")
     suite = python("bench", "--out", str(out), "--only", "suite", "--minutes", "{minutes}")
     sweep = python("bench.sweep", *jobs, "--into", record, "--minutes", "{minutes}")

@@ -113,9 +113,10 @@ def efe_loss(
         ignore_index: the target of a cell that does not count.
         reduction: of the total over B, "mean", "sum" or "none".
         grad_scale: 0-d tensor on the device of logits, the upstream gradient of the total that the caller promises:
-            the weight of this loss times the scale of a GradScaler. On CUDA the forward then leaves the gradients
-            ready, and a backward whose upstream gradient is that very number has nothing more to compute. A hint for
-            speed and memory on which results never depend; under torch.compile it is not taken.
+            the weight of this loss times the scale of a GradScaler. On CUDA one read of the logits then gives loss
+            and gradients, and a backward whose upstream gradient is that very number has nothing more to compute. A
+            hint for speed on which results never depend; it is not taken where there is a prompt term, whose gradient
+            in one cell depends on all others, and under torch.compile.
 
     Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
 

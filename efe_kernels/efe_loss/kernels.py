@@ -38,11 +38,7 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = 32 * OPTIONS["num_warps"]
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
-# What the survey takes of everything that a Layout knows.
-SURVEYED = ("logits_ptr", "final_ptr", "target_ptr", "valid_ptr")
-SURVEY_CONSTANTS = (
-    "LOGITS", "FINAL", "TARGET", "VALID", "HAS_FINAL", "HAS_DIRECTION", "HAS_VALID", "T", "CELLS", "WIDTH", "C", "TILE",
-)  # fmt: skip
+SURVEY_CONSTANTS = ("TARGET", "VALID", "HAS_VALID", "CELLS", "WIDTH", "C", "TILE")
 
 
 @triton.jit
@@ -108,13 +104,20 @@ def weighted_sum(ps, xs, C: tl.constexpr):
 
 
 @triton.jit
-def preference_scales(prompt_ptr, episode, PROMPT_STRIDES: tl.constexpr, C: tl.constexpr, HAS_PROMPT: tl.constexpr):
+def preference_scales(
+    prompt_ptr,  # [B, D] any strides
+    episode,
+    PROMPT: tl.constexpr,
+    C: tl.constexpr,
+    HAS_PROMPT: tl.constexpr,
+    APPROX: tl.constexpr,
+):
     """sigmoid(prompt[:C]) of one episode as C scalars; ones without a prompt."""
     scales = ()
     for c in tl.static_range(C):
         if HAS_PROMPT:
-            e = tl.load(prompt_ptr + episode * PROMPT_STRIDES[0] + c * PROMPT_STRIDES[1]).to(tl.float32)
-            scales = scales + (1.0 / (1.0 + tl.exp2(-e * LOG2_E)),)
+            e = tl.load(prompt_ptr + episode * PROMPT[0] + c * PROMPT[1]).to(tl.float32)
+            scales = scales + (reciprocal(1.0 + tl.exp2(-e * LOG2_E), APPROX),)
         else:
             scales = scales + (1.0,)
     return scales
@@ -267,52 +270,53 @@ def clamped(xs, weight, C: tl.constexpr):
 
 
 @triton.jit
-def store_step(ptr, gradients, episode, step, cell, mask, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr):
-    """C gradients per cell at one step of [B, T, H, W, C], rounded once."""
+def store_step(
+    ptr, gradients, episode, step, cell, mask, counted, STRIDES: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr
+):
+    """C gradients per cell at one step of [B, T, H, W, C], rounded once; 0 in cells that do not count."""
     offset = (
         episode * STRIDES[0] + tl.cast(step, tl.int64) * STRIDES[1] + cell_offset(cell, WIDTH, STRIDES[2], STRIDES[3])
     )
     for c in tl.static_range(C):
-        tl.store(ptr + offset + c * STRIDES[4], gradients[c].to(ptr.dtype.element_ty), mask=mask)
+        grad = tl.where(counted, gradients[c], 0.0)
+        tl.store(ptr + offset + c * STRIDES[4], grad.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def softmax_gradient(ps, fs, counted, C: tl.constexpr):
+def softmax_gradient(ps, fs, C: tl.constexpr):
     """p (f - sum p f): the gradient of sum p f(log p) for every f whose other parts cancel."""
     mean = weighted_sum(ps, fs, C)
     gradients = ()
     for c in tl.static_range(C):
-        gradients = gradients + (tl.where(counted, ps[c] * (fs[c] - mean), 0.0),)
+        gradients = gradients + (ps[c] * (fs[c] - mean),)
     return gradients
 
 
 @triton.jit
-def add_cross_entropy(gradients, ps, target, counted, weight, C: tl.constexpr):
+def add_cross_entropy(gradients, ps, target, weight, C: tl.constexpr):
     added = ()
     for c in tl.static_range(C):
-        grad = weight * tl.where(target == c, ps[c] - 1.0, ps[c])
-        added = added + (gradients[c] + tl.where(counted, grad, 0.0),)
+        added = added + (gradients[c] + weight * tl.where(target == c, ps[c] - 1.0, ps[c]),)
     return added
 
 
 @triton.jit
-def add_direction(gradients, xs, residual_ptr, step, counted, weight, C: tl.constexpr):
+def add_direction(gradients, xs, residual_ptr, step, weight, C: tl.constexpr):
     """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
     added = ()
     for c in tl.static_range(C):
         grad = weight * tl.load(residual_ptr + 1 + step * C + c)
-        inside = counted & (tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE)
-        added = added + (gradients[c] + tl.where(inside, grad, 0.0),)
+        added = added + (gradients[c] + tl.where(tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE, grad, 0.0),)
     return added
 
 
 @triton.jit
-def observation_gradient(ps, counted, weight, C: tl.constexpr, APPROX: tl.constexpr):
+def observation_gradient(ps, weight, C: tl.constexpr, APPROX: tl.constexpr):
     """d H(p) / d p = -(ln p + 1), with the logarithm clamped at the smallest normal number."""
     gradients = ()
     for c in tl.static_range(C):
         grad = -LN_2 * log2(tl.maximum(ps[c], SMALLEST_NORMAL), APPROX) - tl.where(ps[c] >= SMALLEST_NORMAL, 1.0, 0.0)
-        gradients = gradients + (tl.where(counted, weight * grad, 0.0),)
+        gradients = gradients + (weight * grad,)
     return gradients
 
 
@@ -340,7 +344,7 @@ def visit_step(
     sums,
     OBSERVATION: tl.constexpr,
     HAS_OBSERVATION: tl.constexpr,
-    STORE_DIRECTION: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     APPROX: tl.constexpr,
@@ -352,7 +356,7 @@ def visit_step(
         ambiguity += observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
     else:
         ambiguity -= information
-    if STORE_DIRECTION:
+    if HAS_DIRECTION:
         store_direction(direction_ptr + step * C, xs, weight, C)
     return risk, ambiguity, agreement, consistency, missed
 
@@ -383,8 +387,7 @@ def visit_pair(
     GRAD_BACKWARD: tl.constexpr,
     HAS_BACKWARD: tl.constexpr,
     HAS_OBSERVATION: tl.constexpr,
-    STORE_DIRECTION: tl.constexpr,
-    ADD_DIRECTION: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
     LOSS: tl.constexpr,
     NEED_LOGITS: tl.constexpr,
     NEED_BACKWARD: tl.constexpr,
@@ -411,7 +414,7 @@ def visit_pair(
         information = weighted_sum(ps, ds, C) - l
         sums = visit_step(
             observation_ptr, direction_ptr, episode, step, cell, mask, weight, log_cs, xs, ps, information, sums,
-            OBSERVATION, HAS_OBSERVATION, STORE_DIRECTION, WIDTH, C, APPROX,
+            OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
         )  # fmt: skip
         if HAS_TARGET:
             sums = add_final(sums, xs, ds, l, target, counted, C)
@@ -448,27 +451,27 @@ def visit_pair(
             else:
                 sums = visit_step(
                     observation_ptr, direction_ptr, episode, other, cell, mask, weight, log_cs, ys, qs, y_information,
-                    sums, OBSERVATION, HAS_OBSERVATION, STORE_DIRECTION, WIDTH, C, APPROX,
+                    sums, OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
                 )  # fmt: skip
             sums = add_agreement(sums, divergence)
         if HAS_BACKWARD:
             if NEED_BACKWARD:
-                grads = softmax_gradient(qs, gs, counted, C)
-                store_step(grad_backward_ptr, grads, episode, other, cell, mask, GRAD_BACKWARD, WIDTH, C)
+                grads = softmax_gradient(qs, gs, C)
+                store_step(grad_backward_ptr, grads, episode, other, cell, mask, counted, GRAD_BACKWARD, WIDTH, C)
         else:
             p_sums = add_all(p_sums, qs, C)
             if NEED_LOGITS:
-                grads = softmax_gradient(qs, gs, counted, C)
-                if ADD_DIRECTION:
-                    grads = add_direction(grads, ys, residual_ptr, other, counted, direction, C)
-                store_step(grad_logits_ptr, grads, episode, other, cell, mask, GRAD_LOGITS, WIDTH, C)
+                grads = softmax_gradient(qs, gs, C)
+                if HAS_DIRECTION:
+                    grads = add_direction(grads, ys, residual_ptr, other, direction, C)
+                store_step(grad_logits_ptr, grads, episode, other, cell, mask, counted, GRAD_LOGITS, WIDTH, C)
     if NEED_LOGITS:
-        grads = softmax_gradient(ps, fs, counted, C)
-        if ADD_DIRECTION:
-            grads = add_direction(grads, xs, residual_ptr, step, counted, direction, C)
+        grads = softmax_gradient(ps, fs, C)
+        if HAS_DIRECTION:
+            grads = add_direction(grads, xs, residual_ptr, step, direction, C)
         if HAS_TARGET:
-            grads = add_cross_entropy(grads, ps, target, counted, consistency, C)
-        store_step(grad_logits_ptr, grads, episode, step, cell, mask, GRAD_LOGITS, WIDTH, C)
+            grads = add_cross_entropy(grads, ps, target, consistency, C)
+        store_step(grad_logits_ptr, grads, episode, step, cell, mask, counted, GRAD_LOGITS, WIDTH, C)
     return sums, p_sums
 
 
@@ -511,8 +514,7 @@ def visit_plan(
     HAS_BACKWARD: tl.constexpr,
     HAS_FINAL: tl.constexpr,
     HAS_OBSERVATION: tl.constexpr,
-    STORE_DIRECTION: tl.constexpr,
-    ADD_DIRECTION: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
     LOSS: tl.constexpr,
     NEED_LOGITS: tl.constexpr,
     NEED_BACKWARD: tl.constexpr,
@@ -534,21 +536,21 @@ def visit_plan(
         sums, p_sums = visit_pair(
             logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
             episode, 0, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD, OBSERVATION,
-            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION, LOSS,
+            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, LOSS,
             NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL, False, T, WIDTH, C, APPROX,
         )  # fmt: skip
     for pair in range(1, PAIRS - ALONE):
         sums, p_sums = visit_pair(
             logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
             episode, pair, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD, OBSERVATION,
-            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION, LOSS,
+            GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION, LOSS,
             NEED_LOGITS, NEED_BACKWARD, False, False, T, WIDTH, C, APPROX,
         )  # fmt: skip
     if ALONE:
         sums, p_sums = visit_pair(
             logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, direction_ptr, residual_ptr,
             episode, PAIRS - 1, cell, mask, counted, target, log_cs, factors, sums, p_sums, LOGITS, BACKWARD,
-            OBSERVATION, GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, STORE_DIRECTION, ADD_DIRECTION,
+            OBSERVATION, GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION,
             LOSS, NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
         )  # fmt: skip
     return sums, p_sums
@@ -623,7 +625,7 @@ def efe_loss_forward_kernel(
     counted, target = counted_cells(
         target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
     )
-    scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
+    scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
     offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
     log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
     program = episode * tl.num_programs(1) + tile
@@ -631,7 +633,7 @@ def efe_loss_forward_kernel(
     sums, _p_sums = visit_plan(
         logits_ptr, backward_ptr, observation_ptr, logits_ptr, logits_ptr, direction_ptr + program * T * C, logits_ptr,
         episode, cell, mask, counted, target, log_cs, no_gradient, LOGITS, BACKWARD, OBSERVATION, (0,), (0,),
-        HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, HAS_DIRECTION, False, True, False, False, T, WIDTH, C, PAIRS, ALONE,
+        HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, HAS_DIRECTION, True, False, False, T, WIDTH, C, PAIRS, ALONE,
         APPROX,
     )  # fmt: skip
     if HAS_FINAL:
@@ -649,61 +651,39 @@ def efe_loss_forward_kernel(
 
 @triton.jit
 def efe_loss_survey_kernel(
-    logits_ptr,  # [B, T, H, W, C] any strides
-    final_ptr,  # [B, H, W, C] any strides
+    final_ptr,  # [B, 1, H, W, C] any strides
     target_ptr,  # [B, H, W] any strides
     valid_ptr,  # [B, H, W] uint8, any strides
-    sums_ptr,  # [B, 1, NUM_SUMS] float32, written
-    direction_ptr,  # [B, 1, T, C] float32, written
+    sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
     ignore_index,
-    LOGITS: tl.constexpr,
     FINAL: tl.constexpr,
     TARGET: tl.constexpr,
     VALID: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
-    HAS_DIRECTION: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    T: tl.constexpr,
     CELLS: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of one episode what the gradients of its cells share: misses and cells, and the direction of one step."""
+    """Of what the forward kernel sums, that which the gradients depend on: misses and cells. The rest is 0."""
     episode = tl.program_id(0).to(tl.int64)
-    step = T - 1 - tl.program_id(1)
-    missed = tl.zeros((TILE,), tl.float32)
-    cells = missed
-    clamped_sums = repeated(missed, C)
-    for start in range(0, CELLS, TILE):
-        cell = start + tl.arange(0, TILE)
-        mask = cell < CELLS
-        counted, target = counted_cells(
-            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
-        )
-        weight = tl.where(counted, 1.0, 0.0)
-        cells += weight
-        xs = load_step(logits_ptr, episode, step, cell, mask, LOGITS, WIDTH, C)
-        if HAS_DIRECTION:
-            clamped_sums = add_all(clamped_sums, clamped(xs, weight, C), C)
-        if HAS_FINAL:
-            xs = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
-        missed += missed_target(xs, target, counted, C)
-    if HAS_DIRECTION:
-        for c in tl.static_range(C):
-            tl.store(direction_ptr + (episode * T + step) * C + c, tl.sum(clamped_sums[c]))
-    if tl.program_id(1) == 0:
-        sums_ptr += episode * NUM_SUMS
-        for slot in tl.static_range(5):
-            tl.store(sums_ptr + slot, 0.0)
-        tl.store(sums_ptr + 5, tl.sum(missed))
-        tl.store(sums_ptr + 6, tl.sum(cells))
+    tile = tl.program_id(1)
+    cell = tile * TILE + tl.arange(0, TILE)
+    mask = cell < CELLS
+    counted, target = counted_cells(
+        target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+    )
+    xs = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
+    zeros = tl.zeros((TILE,), tl.float32)
+    sums = (zeros, zeros, zeros, zeros, missed_target(xs, target, counted, C))
+    program = episode * tl.num_programs(1) + tile
+    store_sums(sums_ptr + program * NUM_SUMS, sums, zeros, counted, True)
 
 
 @triton.jit
 def efe_loss_episode_kernel(
     sums_ptr,  # [B, TILES, NUM_SUMS] float32
-    direction_ptr,  # [B, DIRECTION_TILES, T, C] float32
+    direction_ptr,  # [B, TILES, T, C] float32
     prompt_ptr,  # [B, D] any strides
     projection_ptr,  # [C, D] any strides
     total_ptr,  # [B] float32, written
@@ -728,7 +708,6 @@ def efe_loss_episode_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     TILES: tl.constexpr,
-    DIRECTION_TILES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -754,8 +733,8 @@ def efe_loss_episode_kernel(
     prompt = 0.0
     if HAS_DIRECTION:
         prompt = prompt_term(
-            direction_ptr + episode * DIRECTION_TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr,
-            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, DIRECTION_TILES, C_BLOCK, D_BLOCK,
+            direction_ptr + episode * TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr,
+            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK,
         )  # fmt: skip
     scale = 1.0
     if HARD_CELL:
@@ -981,29 +960,29 @@ def efe_loss_backward_kernel(
         counted, target = counted_cells(
             target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
         )
-        scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT)
+        scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
         offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
         log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
         factors = (own, risk, k, js, direction)
         sums, p_sums = visit_plan(
             logits_ptr, backward_ptr, observation_ptr, grad_logits_ptr, grad_backward_ptr, logits_ptr, residual,
             episode, cell, mask, counted, target, log_cs, factors, LOGITS, BACKWARD, OBSERVATION, GRAD_LOGITS,
-            GRAD_BACKWARD, HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, False, HAS_DIRECTION, LOSS, NEED_LOGITS,
+            GRAD_BACKWARD, HAS_BACKWARD, HAS_FINAL, HAS_OBSERVATION, HAS_DIRECTION, LOSS, NEED_LOGITS,
             NEED_BACKWARD, T, WIDTH, C, PAIRS, ALONE, APPROX,
         )  # fmt: skip
         if NEED_OBSERVATION:
             for step in range(T):
                 os = load_step(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C)
-                grads = observation_gradient(os, counted, e, C, APPROX)
-                store_step(grad_observation_ptr, grads, episode, step, cell, mask, GRAD_OBSERVATION, WIDTH, C)
+                grads = observation_gradient(os, e, C, APPROX)
+                store_step(grad_observation_ptr, grads, episode, step, cell, mask, counted, GRAD_OBSERVATION, WIDTH, C)
         if HAS_FINAL and (NEED_FINAL or LOSS):
             finals = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
             ps, ds, l = softmax(finals, C, APPROX)
             if LOSS:
                 sums = add_final(sums, finals, ds, l, target, counted, C)
             if NEED_FINAL:
-                grads = add_cross_entropy(repeated(zeros, C), ps, target, counted, k, C)
-                store_step(grad_final_ptr, grads, episode, 0, cell, mask, GRAD_FINAL, WIDTH, C)
+                grads = add_cross_entropy(repeated(zeros, C), ps, target, k, C)
+                store_step(grad_final_ptr, grads, episode, 0, cell, mask, counted, GRAD_FINAL, WIDTH, C)
         distance = zeros
         if HAS_ANCHOR:
             place = cell_offset(cell, WIDTH, TARGET_PREFERENCE[0], TARGET_PREFERENCE[1])
@@ -1107,7 +1086,7 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
     """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
     layout = Layout(inputs)
     outputs = new_outputs(inputs)
-    sums, direction = new_sums(inputs, layout.tiles, layout)
+    sums, direction = new_sums(inputs, layout)
     if layout.batch > 0:
         with launch_guard(inputs.logits):
             efe_loss_forward_kernel[layout.batch, layout.tiles](
@@ -1131,12 +1110,12 @@ def new_outputs(inputs: Inputs) -> Outputs:
     return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, residual_width(inputs))
 
 
-def new_sums(inputs: Inputs, tiles: int, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Sums [B, tiles, 8] and directions [B, tiles, T, C]; where nothing has a direction, the sums stand in for it."""
-    sums = inputs.logits.new_empty(layout.batch, tiles, NUM_SUMS.value, dtype=torch.float32)
+def new_sums(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Sums [B, TILES, NUM_SUMS] and directions [B, TILES, T, C]; without a prompt term the sums stand in for these."""
+    sums = inputs.logits.new_empty(layout.batch, layout.tiles, NUM_SUMS.value, dtype=torch.float32)
     if not layout.has_direction:
         return sums, sums
-    return sums, sums.new_empty(layout.batch, tiles, layout.steps, layout.outcomes)
+    return sums, sums.new_empty(layout.batch, layout.tiles, layout.steps, layout.outcomes)
 
 
 def launch_episodes(
@@ -1154,8 +1133,7 @@ def launch_episodes(
         T=layout.steps,
         C=layout.outcomes,
         D=inputs.prompt.shape[1] if has_direction else 0,
-        TILES=sums.shape[1],
-        DIRECTION_TILES=direction.shape[1],
+        TILES=layout.tiles,
         RESIDUAL=outputs[-1].shape[1],
         C_BLOCK=triton.next_power_of_2(layout.outcomes),
         D_BLOCK=128,
@@ -1221,31 +1199,39 @@ def efe_loss_backward(
     return gradients.finished(grad_total, grad_terms, inputs, settings, hard_cell_scale, residual)
 
 
+def takes_promise(inputs: Inputs) -> bool:
+    """Whether one read of the logits can give loss and gradients.
+
+    Not with the prompt term, whose gradient in any cell depends on the sum over all of them.
+    """
+    return inputs.prompt is None or inputs.projection is None
+
+
 def efe_loss_promised_forward(
     promise: Tensor, inputs: Inputs, settings: Settings, needs: list[bool]
 ) -> tuple[Outputs, Gradients]:
     """What `efe_loss_forward` gives, and the gradients for the upstream gradient `promise` [] of every episode's total.
 
-    The hard-cell scale and the direction of the prompt term must be known before the first gradient is written, so a
-    survey comes first. Without a direction it reads the final step alone.
+    The hard-cell scale must be known before the first gradient is written, so a survey of the final step comes first.
     """
     layout = Layout(inputs)
     outputs = new_outputs(inputs)
     gradients = Gradients(layout, inputs, needs)
     *_, hard_cell_scale, residual = outputs
+    sums, direction = new_sums(inputs, layout)
     if layout.batch > 0:
-        survey, direction = new_sums(inputs, 1, layout)
-        sums, _ = new_sums(inputs, layout.tiles, layout)
         with launch_guard(inputs.logits):
-            efe_loss_survey_kernel[layout.batch, layout.steps if layout.has_direction else 1](
-                **{name: layout.pointers[name] for name in SURVEYED},
-                sums_ptr=survey,
-                direction_ptr=direction,
+            efe_loss_survey_kernel[layout.batch, layout.tiles](
+                inputs.logits[:, -1:] if inputs.final_logits is None else inputs.final_logits[:, None],
+                layout.pointers["target_ptr"],
+                layout.pointers["valid_ptr"],
+                sums,
                 ignore_index=settings.ignore_index,
+                FINAL=layout.constants["FINAL" if inputs.final_logits is not None else "LOGITS"],
                 **{name: layout.constants[name] for name in SURVEY_CONSTANTS},
                 **OPTIONS,
             )
-            launch_episodes(layout, inputs, settings, survey, direction, outputs)
+            launch_episodes(layout, inputs, settings, sums, direction, outputs)
             launch_backward(
                 layout, inputs, settings, gradients, promise.expand(layout.batch), None, hard_cell_scale, residual,
                 sums=sums,

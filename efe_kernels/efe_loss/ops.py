@@ -108,14 +108,15 @@ efe_loss_backward = define_op(
 )
 
 
-def kernels_for_promise(promise: Tensor | None, logits: Tensor) -> ModuleType | None:
+def kernels_for_promise(promise: Tensor | None, inputs: Inputs) -> ModuleType | None:
     """The kernels that make use of a promised upstream gradient, or None where none do.
 
     They write the gradients in forward and hand out the same memory in backward, which a tracer cannot follow.
     """
-    if promise is None or traced() or type(logits) not in (Tensor, Parameter) or not has_kernel(logits):
+    logits = inputs.logits
+    if promise is None or traced() or type(logits) not in (Tensor, Parameter) or not (INTERPRET or logits.is_cuda):
         return None
-    return kernels if INTERPRET or logits.is_cuda else None
+    return kernels if kernels is not None and has_kernel(logits) and kernels.takes_promise(inputs) else None
 
 
 class EFELossFunction(torch.autograd.Function):
@@ -130,7 +131,7 @@ class EFELossFunction(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Forward:
         tensors, ctx.settings = grouped(arguments)
         promise = arguments[NUM_ARGUMENTS]
-        single_pass = kernels_for_promise(promise, tensors.logits)
+        single_pass = kernels_for_promise(promise, tensors)
         if single_pass is None:
             output: Forward = efe_loss_forward(*arguments[:NUM_ARGUMENTS])
             ctx.gradients = None

@@ -94,8 +94,8 @@ OPS = {
     "efe_loss, everything": Op(
         lambda device: plan_inputs(device, backward=True, final=True, observation=True), plan_loss
     ),
-    "efe_loss, promise kept": Op(plan_inputs, promised_loss(0.5)),
-    "efe_loss, promise broken": Op(plan_inputs, promised_loss(3.0)),
+    "efe_loss, promise kept": Op(lambda device: plan_inputs(device, projection=False), promised_loss(0.5)),
+    "efe_loss, promise broken": Op(lambda device: plan_inputs(device, projection=False), promised_loss(3.0)),
     "grid_reward": Op(reward_inputs, lambda **inputs: (efe_kernels.grid_reward(**inputs).reward,)),
     "rl_advantage": Op(
         lambda device: {"reward": torch.randn(96, device=device), "value": leaf(96, device=device)},
