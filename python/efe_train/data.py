@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -30,6 +31,12 @@ OUTSIDE = NUM_COLORS
 
 POOL = 16
 """Batches whose queries are sorted by size together, so that a batch holds grids of about one size."""
+
+
+SIDE_STEP = 6
+"""With few shapes, a batch is padded to a square whose side is a multiple of this: 6, 12, 18, 24 or 30 cells. Triton
+compiles a kernel for each shape, and planes of an even number of cells are read two cells at a time.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,10 +261,11 @@ def by_longer_side(query: Query) -> tuple[int, int]:
     return max(query.size), min(query.size)
 
 
-def collate(queries: Sequence[Query], answers: Sequence[Grid] | None = None) -> Batch:
-    """Pad queries, and where given their answers, to the largest grid among them."""
-    height = max(query.size[0] for query in queries)
-    width = max(query.size[1] for query in queries)
+def collate(queries: Sequence[Query], answers: Sequence[Grid] | None = None, *, few_shapes: bool = False) -> Batch:
+    """Pad queries, and where given their answers, to the largest grid among them, or to one of few shapes."""
+    height, width = (max(query.size[axis] for query in queries) for axis in (0, 1))
+    if few_shapes:
+        height = width = SIDE_STEP * math.ceil(max(height, width) / SIDE_STEP)
     views = np.full((len(queries), 2, height, width), OUTSIDE, dtype=np.int64)
     valid = np.zeros((len(queries), height, width), dtype=np.bool_)
     target = np.zeros((len(queries), height, width), dtype=np.int64)

@@ -53,7 +53,7 @@ class Solver:
 
         The steps 1 to 4 of training, with the policy's mean in place of a sample.
         """
-        batch = collate(queries).to(self.device)
+        batch = collate(queries, few_shapes=self.device.type == "cuda").to(self.device)
         with self.autocast():
             prompt = self.prompter(queries)
             before = self.planner(batch.views, batch.valid, prompt)[:, -1]

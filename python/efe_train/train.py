@@ -245,7 +245,11 @@ class Run:
 
     def train_batch(self, epoch: int, examples: Sequence[Example]) -> None:
         trainer = self.trainer
-        batch = collate([example.query for example in examples], [example.answer for example in examples])
+        batch = collate(
+            [example.query for example in examples],
+            [example.answer for example in examples],
+            few_shapes=trainer.device.type == "cuda",
+        )
         refresh = trainer.refresh_is_due()
         metrics = trainer.step(batch.to(trainer.device), epoch)
         agent_lr, qwen_lr = (group["lr"] for group in trainer.optimizer.param_groups)

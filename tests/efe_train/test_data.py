@@ -133,6 +133,17 @@ def test_ragged_queries_are_padded_and_marked() -> None:
     assert batch.target[1].eq(7).all()
 
 
+@pytest.mark.parametrize(("size", "side"), [((1, 1), 6), ((6, 2), 6), ((7, 6), 12), ((3, 19), 24), ((30, 29), 30)])
+def test_few_shapes_are_squares_of_few_sides(size: tuple[int, int], side: int) -> None:
+    query, answer = Query("one", (), np.ones(size, dtype=np.int64), size), np.ones(size, dtype=np.int64)
+    tight, padded = data.collate([query], [answer]), data.collate([query], [answer], few_shapes=True)
+    assert padded.target is not None and tight.target is not None
+    assert padded.views.shape == (1, 2, side, side)
+    assert padded.valid.sum() == size[0] * size[1]
+    assert torch.equal(padded.target[padded.valid], tight.target[tight.valid])
+    assert torch.equal(padded.views[:, :, : size[0], : size[1]], tight.views)
+
+
 def test_the_views_show_the_input_scaled_and_tiled() -> None:
     grid = np.array([[1, 2], [3, 4]])
     assert data.scaled(grid, 4, 2).tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
