@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -285,10 +286,12 @@ def efe_loss_launches(
     with recorded_launches() as launches:
         if promised:
             outputs, gradients = efe_loss_kernels.efe_loss_promised_forward(new(), inputs, settings, needs)
-            efe_loss_kernels.efe_loss_promised_backward(grad, new(), gradients, inputs, settings, *outputs[-2:])
+            upstream = efe_loss_kernels.Upstream(grad, None, *outputs[-2:])
+            efe_loss_kernels.efe_loss_promised_backward(inputs, settings, upstream, new(), gradients)
         else:
             outputs = efe_loss_kernels.efe_loss_forward(inputs, settings)
-            efe_loss_kernels.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
+            upstream = efe_loss_kernels.Upstream(grad, None, *outputs[-2:])
+            efe_loss_kernels.efe_loss_backward(inputs, settings, upstream, needs)
     return launches
 
 
@@ -363,7 +366,10 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
 
 def compile_variant(task: tuple[str, str]) -> list[Report]:
     name, arch = task
-    return [compile_launch(name, launch, arch) for launch in VARIANTS[name]()]
+    lanes = patch.object(efe_loss_kernels, "LANES", TARGETS[arch].warp_size)
+    with lanes, patch.dict(efe_loss_kernels.LAYOUTS, clear=True):
+        launches = VARIANTS[name]()
+    return [compile_launch(name, launch, arch) for launch in launches]
 
 
 def table(reports: list[Report]) -> str:

@@ -64,9 +64,10 @@ def layout_with(cells_per_lane: int, num_warps: int) -> Iterator[None]:
             super().__init__(*arguments)
             self.tile = min(32 * num_warps * cells_per_lane, triton.next_power_of_2(self.cells))
             self.tiles = triton.cdiv(self.cells, self.tile)
-            self.constants["TILE"] = self.tile
+            self.constants |= {"TILE": self.tile, "TILES": self.tiles}
 
-    with patch.object(kernels, "Layout", Chosen), patch.dict(kernels.OPTIONS, num_warps=num_warps):
+    options = patch.dict(kernels.OPTIONS, num_warps=num_warps)
+    with patch.object(kernels, "Layout", Chosen), options, patch.dict(kernels.LAYOUTS, clear=True):
         yield
 
 

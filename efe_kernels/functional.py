@@ -160,8 +160,8 @@ def efe_loss(
     total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
         logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,
-        [getattr(weights, name) for name in EFE_TERMS], hard_cell, hard_cell_min_ratio, max_cells, ignore_index,
-        promise,
+        [float(getattr(weights, name)) for name in EFE_TERMS], hard_cell, float(hard_cell_min_ratio), max_cells,
+        ignore_index, promise,
     )  # fmt: skip
     named = dict(zip(EFE_TERMS, terms.unbind(1), strict=True))
     if not batched:
@@ -176,6 +176,8 @@ def top_left(name: str, tensor: Tensor, height: int, width: int) -> Tensor:
     checks.check_floating(name, tensor)
     if tensor.dim() < 3 or tensor.shape[-3] < height or tensor.shape[-2] < width:
         raise ValueError(f"{name} must cover a grid of {height} x {width} cells, its shape was {list(tensor.shape)}.")
+    if tensor.shape[-3:-1] == (height, width):
+        return tensor
     return tensor[..., :height, :width, :]
 
 

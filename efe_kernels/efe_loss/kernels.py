@@ -13,7 +13,8 @@ preference is accumulated in registers and written once per chunk. A program is 
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efe_kernels.common.launch import PreparedLaunch, signature
 from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
-from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings, residual_width, upstream_of_term
+from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
@@ -35,10 +37,9 @@ NUM_SUMS = tl.constexpr(8)
 
 # One multiply-add keeps x log2(e) - top exact for logits of 1e4; Triton 3.10 would round twice by default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
-LANES = 32 * OPTIONS["num_warps"]
+LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
-SURVEY_CONSTANTS = ("TARGET", "VALID", "HAS_VALID", "CELLS", "WIDTH", "C", "TILE")
 
 
 @triton.jit
@@ -152,7 +153,7 @@ def counted_cells(
     episode,
     cell,
     mask,
-    ignore_index,
+    IGNORE_INDEX: tl.constexpr,
     TARGET_STRIDES: tl.constexpr,
     VALID_STRIDES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,7 +162,7 @@ def counted_cells(
     """Which cells count, and their targets."""
     offset = episode * TARGET_STRIDES[0] + cell_offset(cell, WIDTH, TARGET_STRIDES[1], TARGET_STRIDES[2])
     target = tl.load(target_ptr + offset, mask=mask, other=0).to(tl.int64)
-    counted = mask & (target != ignore_index)
+    counted = mask & (target != IGNORE_INDEX)
     if HAS_VALID:
         offset = episode * VALID_STRIDES[0] + cell_offset(cell, WIDTH, VALID_STRIDES[1], VALID_STRIDES[2])
         counted = counted & (tl.load(valid_ptr + offset, mask=mask, other=0) != 0)
@@ -591,7 +592,7 @@ def efe_loss_forward_kernel(
     valid_ptr,  # [B, H, W] uint8, any strides
     sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
     direction_ptr,  # [B, TILES, T, C] float32, written
-    ignore_index,
+    IGNORE_INDEX: tl.constexpr,
     LOGITS: tl.constexpr,
     BACKWARD: tl.constexpr,
     FINAL: tl.constexpr,
@@ -623,7 +624,7 @@ def efe_loss_forward_kernel(
     cell = tile * TILE + tl.arange(0, TILE)
     mask = cell < CELLS
     counted, target = counted_cells(
-        target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
     )
     scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
     offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
@@ -651,11 +652,11 @@ def efe_loss_forward_kernel(
 
 @triton.jit
 def efe_loss_survey_kernel(
-    final_ptr,  # [B, 1, H, W, C] any strides
+    final_ptr,  # [B, H, W, C] any strides
     target_ptr,  # [B, H, W] any strides
     valid_ptr,  # [B, H, W] uint8, any strides
     sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
-    ignore_index,
+    IGNORE_INDEX: tl.constexpr,
     FINAL: tl.constexpr,
     TARGET: tl.constexpr,
     VALID: tl.constexpr,
@@ -671,7 +672,7 @@ def efe_loss_survey_kernel(
     cell = tile * TILE + tl.arange(0, TILE)
     mask = cell < CELLS
     counted, target = counted_cells(
-        target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
     )
     xs = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
     zeros = tl.zeros((TILE,), tl.float32)
@@ -851,7 +852,7 @@ def efe_loss_backward_kernel(
     grad_backward_ptr,  # [B, T, H, W, C] own strides, written
     grad_final_ptr,  # [B, H, W, C] own strides, written
     grad_observation_ptr,  # [B, T, H, W, C] own strides, written
-    grad_preference_ptr,  # [CHUNKS, C, H * W] float32, written; [B, C, H * W] for one preference per episode
+    grad_preference_ptr,  # [CHUNKS, C, H * W] float32, written; [B, H, W, C] own strides for one preference per episode
     grad_scales_ptr,  # [B, TILES, C] float32, written: sums over a tile of d loss / d preference scale
     sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
     weight_risk,
@@ -860,8 +861,8 @@ def efe_loss_backward_kernel(
     weight_agreement,
     weight_anchor,
     weight_prompt,
-    ignore_index,
     num_episodes,
+    IGNORE_INDEX: tl.constexpr,
     GRAD_TOTAL: tl.constexpr,
     LOGITS: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -876,6 +877,7 @@ def efe_loss_backward_kernel(
     GRAD_BACKWARD: tl.constexpr,
     GRAD_FINAL: tl.constexpr,
     GRAD_OBSERVATION: tl.constexpr,
+    GRAD_PREFERENCE: tl.constexpr,
     LOSS: tl.constexpr,
     PROMISED: tl.constexpr,
     HAS_TOTAL: tl.constexpr,
@@ -958,7 +960,7 @@ def efe_loss_backward_kernel(
         js = LN_2 * (0.5 * j if HAS_BACKWARD else j)
 
         counted, target = counted_cells(
-            target_ptr, valid_ptr, episode, cell, mask, ignore_index, TARGET, VALID, WIDTH, HAS_VALID
+            target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
         )
         scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
         offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
@@ -1018,65 +1020,314 @@ def efe_loss_backward_kernel(
                         added = added + (grad_shared[c] + scaled[c],)
                     grad_shared = added
                 else:
-                    for c in tl.static_range(C):
-                        tl.store(grad_preference_ptr + (episode * C + c) * CELLS + cell, scaled[c], mask=mask)
+                    store_step(grad_preference_ptr, scaled, episode, 0, cell, mask, counted, GRAD_PREFERENCE, WIDTH, C)
     if NEED_PREFERENCE:
         if SHARED_PREFERENCE:
             for c in tl.static_range(C):
                 tl.store(grad_preference_ptr + (chunk * C + c) * CELLS + cell, grad_shared[c], mask=inside)
 
 
+@triton.jit
+def efe_loss_shared_gradients_kernel(
+    grad_total_ptr,  # [B] float32
+    grad_terms_ptr,  # [B, NUM_TERMS] float32
+    prompt_ptr,  # [B, D] any strides
+    projection_ptr,  # [C, D] any strides
+    scale_ptr,  # [B] float32
+    residual_ptr,  # [B, RESIDUAL] float32
+    partial_ptr,  # [CHUNKS, C, H * W] float32: sums over a chunk of episodes of d loss / d preference logits
+    grad_scales_ptr,  # [B, TILES, C] float32
+    grad_preference_ptr,  # [H, W, C] own strides, written
+    grad_prompt_ptr,  # [B, D] own strides, written
+    grad_projection_ptr,  # [C, D] own strides, written
+    weight_prompt,
+    num_episodes,
+    GRAD_TOTAL: tl.constexpr,
+    PROMPT: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    GRAD_PREFERENCE: tl.constexpr,
+    GRAD_PROMPT: tl.constexpr,
+    GRAD_PROJECTION: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    NEED_PROMPT: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PREFERENCE_PROGRAMS: tl.constexpr,
+    PROJECTION_PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    EPISODE_BLOCK: tl.constexpr,
+):
+    """What gathers the gradients of many cells: one launch for preference, projection and prompt.
+
+    The first programs take a block of cells each, the next ones a block of columns of the projection, and the others
+    one prompt each. With u = W e: d / d W = (d / d u) e^T, d / d e = W^T (d / d u), and sigmoid' = s (1 - s).
+    """
+    program = tl.program_id(0)
+    if PREFERENCE_PROGRAMS > 0:
+        if program < PREFERENCE_PROGRAMS:
+            preference_gradient(
+                partial_ptr, grad_preference_ptr, program, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS, BLOCK
+            )
+    program -= PREFERENCE_PROGRAMS
+    if PROJECTION_PROGRAMS > 0:
+        if (program >= 0) & (program < PROJECTION_PROGRAMS):
+            projection_gradient(
+                grad_total_ptr, grad_terms_ptr, prompt_ptr, scale_ptr, residual_ptr, grad_projection_ptr, program,
+                weight_prompt, num_episodes, GRAD_TOTAL, PROMPT, GRAD_PROJECTION, HAS_TOTAL, HAS_TERMS, C, D, RESIDUAL,
+                D_BLOCK, EPISODE_BLOCK,
+            )  # fmt: skip
+    program -= PROJECTION_PROGRAMS
+    if NEED_PROMPT:
+        if program >= 0:
+            prompt_gradient(
+                grad_total_ptr, grad_terms_ptr, prompt_ptr, projection_ptr, scale_ptr, residual_ptr, grad_scales_ptr,
+                grad_prompt_ptr, program.to(tl.int64), weight_prompt, GRAD_TOTAL, PROMPT, PROJECTION, GRAD_PROMPT,
+                HAS_TOTAL, HAS_TERMS, HAS_DIRECTION, C, D, TILES, RESIDUAL, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def prompt_gradient(
+    grad_total_ptr,  # [B] float32
+    grad_terms_ptr,  # [B, NUM_TERMS] float32
+    prompt_ptr,  # [B, D] any strides
+    projection_ptr,  # [C, D] any strides
+    scale_ptr,  # [B] float32
+    residual_ptr,  # [B, RESIDUAL] float32
+    grad_scales_ptr,  # [B, TILES, C] float32
+    grad_prompt_ptr,  # [B, D] own strides, written
+    episode,
+    weight,
+    GRAD_TOTAL: tl.constexpr,
+    PROMPT: tl.constexpr,
+    PROJECTION: tl.constexpr,
+    GRAD_PROMPT: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+    HAS_DIRECTION: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d loss / d prompt of one episode: through its direction, and for the first C through the preference."""
+    for start in tl.static_range(0, D, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        grad = tl.zeros((BLOCK,), tl.float32)
+        if HAS_DIRECTION:
+            direction = upstream_of_direction(
+                grad_total_ptr, grad_terms_ptr, scale_ptr, episode, True, weight, GRAD_TOTAL, HAS_TOTAL, HAS_TERMS
+            )
+            for c in tl.static_range(C):
+                w = tl.load(projection_ptr + c * PROJECTION[0] + d * PROJECTION[1], mask=d < D, other=0.0)
+                grad += direction * tl.load(residual_ptr + (episode + 1) * RESIDUAL - C + c) * w.to(tl.float32)
+        if start == 0:
+            scales = tl.zeros((BLOCK,), tl.float32)
+            for tile in range(TILES):
+                scales += tl.load(grad_scales_ptr + (episode * TILES + tile) * C + d, mask=d < C, other=0.0)
+            e = tl.load(prompt_ptr + episode * PROMPT[0] + d * PROMPT[1], mask=d < C, other=0.0).to(tl.float32)
+            s = 1.0 / (1.0 + tl.exp2(-e * LOG2_E))
+            grad += scales * s * (1.0 - s)
+        offset = episode * GRAD_PROMPT[0] + d * GRAD_PROMPT[1]
+        tl.store(grad_prompt_ptr + offset, grad.to(grad_prompt_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def upstream_of_direction(
+    grad_total_ptr,  # [B] float32
+    grad_terms_ptr,  # [B, NUM_TERMS] float32
+    scale_ptr,  # [B] float32
+    episode,
+    mask,
+    weight,
+    GRAD_TOTAL: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+):
+    """d loss / d prompt term of one episode or of several."""
+    grad = 0.0
+    if HAS_TOTAL:
+        total = tl.load(grad_total_ptr + episode * GRAD_TOTAL[0], mask=mask) * tl.load(scale_ptr + episode, mask=mask)
+        grad += weighted(weight, total)
+    if HAS_TERMS:
+        grad += tl.load(grad_terms_ptr + episode * NUM_TERMS + 5, mask=mask)
+    return grad
+
+
+@triton.jit
+def preference_gradient(
+    partial_ptr,  # [CHUNKS, C, CELLS] float32
+    grad_ptr,  # [H, W, C] own strides, written
+    block,
+    STRIDES: tl.constexpr,
+    CELLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """d loss / d preference logits of a block of cells, from the sums over chunks of episodes."""
+    cell = block * BLOCK + tl.arange(0, BLOCK)
+    mask = cell < CELLS
+    total = tl.zeros((BLOCK,), tl.float32)
+    sums = repeated(total, C)
+    for chunk in range(CHUNKS):
+        sums = add_all(sums, load_outcomes(partial_ptr + chunk * C * CELLS, cell, mask, CELLS, C), C)
+    offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1])
+    for c in tl.static_range(C):
+        tl.store(grad_ptr + offset + c * STRIDES[2], sums[c].to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def projection_gradient(
+    grad_total_ptr,  # [B] float32
+    grad_terms_ptr,  # [B, NUM_TERMS] float32
+    prompt_ptr,  # [B, D] any strides
+    scale_ptr,  # [B] float32
+    residual_ptr,  # [B, RESIDUAL] float32
+    grad_projection_ptr,  # [C, D] own strides, written
+    block,
+    weight,
+    num_episodes,
+    GRAD_TOTAL: tl.constexpr,
+    PROMPT: tl.constexpr,
+    GRAD_PROJECTION: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
+    HAS_TERMS: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    EPISODE_BLOCK: tl.constexpr,
+):
+    """A block of columns of d loss / d projection. Episodes are added lane by lane, and the lanes at the end."""
+    d = block * D_BLOCK + tl.arange(0, D_BLOCK)
+    sums = repeated(tl.zeros((EPISODE_BLOCK, D_BLOCK), tl.float32), C)
+    for first in range(0, num_episodes, EPISODE_BLOCK):
+        episode = (first + tl.arange(0, EPISODE_BLOCK)).to(tl.int64)
+        mask = episode < num_episodes
+        grad = upstream_of_direction(
+            grad_total_ptr, grad_terms_ptr, scale_ptr, episode, mask, weight, GRAD_TOTAL, HAS_TOTAL, HAS_TERMS
+        )
+        offset = episode[:, None] * PROMPT[0] + d[None, :] * PROMPT[1]
+        e = tl.load(prompt_ptr + offset, mask=mask[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        added = ()
+        for c in tl.static_range(C):
+            grad_u = tl.load(residual_ptr + episode * RESIDUAL + (RESIDUAL - C + c), mask=mask, other=0.0)
+            product = tl.where(mask, grad * grad_u, 0.0)[:, None] * e
+            added = added + (sums[c] + product,)
+        sums = added
+    for c in tl.static_range(C):
+        column = tl.sum(sums[c], axis=0).to(grad_projection_ptr.dtype.element_ty)
+        tl.store(grad_projection_ptr + c * GRAD_PROJECTION[0] + d * GRAD_PROJECTION[1], column, mask=d < D)
+
+
 class Layout:
     """Strides of the inputs, what is present, and the sizes: everything the kernels are specialised on."""
 
     def __init__(self, inputs: Inputs) -> None:
-        logits, preference_logits, valid = inputs.logits, inputs.preference_logits, inputs.valid
+        logits, preference_logits = inputs.logits, inputs.preference_logits
         self.batch, self.steps, height, width, self.outcomes = logits.shape
         self.cells = height * width
         separate = inputs.backward_logits is not None
-        alone = not separate and self.steps % 2 == 1
         # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
         cells_per_lane = 2 if logits.stride(3) == 1 else 1
         self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
         self.tiles = triton.cdiv(self.cells, self.tile)
         self.has_direction = inputs.prompt is not None and inputs.projection is not None
-        if preference_logits.dim() == 3:
-            preference_logits = preference_logits[None].expand(self.batch, -1, -1, -1)
-        if valid is not None:
-            valid = valid.view(torch.uint8)
-        # An absent input hands over the logits' pointer, which the kernel then never reads.
-        present = {
-            "logits": logits,
-            "backward": inputs.backward_logits,
-            "final": None if inputs.final_logits is None else inputs.final_logits[:, None],
-            "observation": inputs.observation_probs,
-            "preference": preference_logits,
-            "prompt": inputs.prompt,
-            "target": inputs.target,
-            "target_preference": inputs.target_preference,
-            "valid": valid,
-        }
-        self.pointers = {f"{name}_ptr": logits if tensor is None else tensor for name, tensor in present.items()}
+        self.shared_preference = preference_logits.dim() == 3
+        self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
+        self.chunks = triton.cdiv(self.batch, self.episodes)
+        preference = preference_logits.stride()
         self.constants: dict[str, Any] = {
-            name.upper(): (0,) if tensor is None else tensor.stride() for name, tensor in present.items()
-        }
-        self.constants |= {
+            "LOGITS": logits.stride(),
+            "BACKWARD": strides(inputs.backward_logits),
+            "FINAL": one_step(inputs.final_logits),
+            "OBSERVATION": strides(inputs.observation_probs),
+            "PREFERENCE": (0, *preference) if self.shared_preference else preference,
+            "PROMPT": strides(inputs.prompt),
+            "PROJECTION": strides(inputs.projection),
+            "TARGET": inputs.target.stride(),
+            "TARGET_PREFERENCE": strides(inputs.target_preference),
+            "VALID": strides(inputs.valid),
             "HAS_BACKWARD": separate,
             "HAS_FINAL": inputs.final_logits is not None,
             "HAS_OBSERVATION": inputs.observation_probs is not None,
             "HAS_PROMPT": inputs.prompt is not None,
             "HAS_DIRECTION": self.has_direction,
             "HAS_ANCHOR": inputs.target_preference is not None,
-            "HAS_VALID": valid is not None,
+            "HAS_VALID": inputs.valid is not None,
+            "SHARED_PREFERENCE": self.shared_preference,
             "T": self.steps,
             "CELLS": self.cells,
             "WIDTH": width,
             "C": self.outcomes,
+            "D": 0 if inputs.prompt is None else inputs.prompt.shape[1],
             "PAIRS": self.steps if separate else (self.steps + 1) // 2,
-            "ALONE": int(alone),
+            "ALONE": int(not separate and self.steps % 2 == 1),
             "TILE": self.tile,
+            "TILES": self.tiles,
+            "EPISODES": self.episodes,
+            "CHUNKS": self.chunks,
+            "RESIDUAL": residual_width(inputs),
             "APPROX": APPROXIMATE,
         }
+        self.launches: dict[Hashable, PreparedLaunch] = {}
+
+    def launch(
+        self, function: Any, grid: tuple[int, ...], key: Hashable, constants: Callable[[], dict[str, Any]]
+    ) -> PreparedLaunch:
+        """The launch of `function` on this layout. `key` tells its other constants apart."""
+        name = function.__name__  # Triton hashes the function itself by its source
+        found = self.launches.get((name, key))
+        if found is None:
+            known = {name: value for name, value in self.constants.items() if name in function.arg_names}
+            found = PreparedLaunch(function, grid, {**known, **constants(), **OPTIONS})
+            self.launches[name, key] = found
+        return found
+
+
+def strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0,) if tensor is None else tensor.stride()
+
+
+def one_step(tensor: Tensor | None) -> tuple[int, ...]:
+    """Strides of [B, H, W, C] as those of a plan [B, 1, H, W, C]."""
+    if tensor is None:
+        return (0,)
+    batch, *cell = tensor.stride()
+    return (batch, 0, *cell)
+
+
+LAYOUTS: dict[Hashable, Layout] = {}
+MAX_LAYOUTS = 4096
+
+
+def layout_of(inputs: Inputs) -> Layout:
+    """The one of inputs that look the same, so that their launches are prepared once."""
+    key = tuple([signature(tensor) for tensor in inputs])
+    layout = LAYOUTS.get(key)
+    if layout is None:
+        if len(LAYOUTS) == MAX_LAYOUTS:
+            LAYOUTS.clear()
+        layout = LAYOUTS[key] = Layout(inputs)
+    return layout
+
+
+def read_pointers(inputs: Inputs) -> list[Tensor]:
+    """What the kernels read, in their order. For what is absent the logits stand in, which they then do not touch."""
+    valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
+    found = (*inputs[:6], inputs.target, inputs.target_preference, valid)
+    return [inputs.logits if tensor is None else tensor for tensor in found]
 
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -1084,35 +1335,34 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
     """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
-    layout = Layout(inputs)
-    outputs = new_outputs(inputs)
+    layout = layout_of(inputs)
+    outputs = new_outputs(inputs, layout)
     sums, direction = new_sums(inputs, layout)
     if layout.batch > 0:
         with launch_guard(inputs.logits):
-            efe_loss_forward_kernel[layout.batch, layout.tiles](
-                **layout.pointers,
-                sums_ptr=sums,
-                direction_ptr=direction,
-                ignore_index=settings.ignore_index,
-                **layout.constants,
-                **OPTIONS,
+            launch = layout.launch(
+                efe_loss_forward_kernel,
+                (layout.batch, layout.tiles),
+                settings.ignore_index,
+                lambda: {"IGNORE_INDEX": settings.ignore_index},
             )
+            launch(*read_pointers(inputs), sums, direction)
             launch_episodes(layout, inputs, settings, sums, direction, outputs)
     return outputs
 
 
-def new_outputs(inputs: Inputs) -> Outputs:
-    batch = inputs.logits.shape[0]
-
+def new_outputs(inputs: Inputs, layout: Layout) -> Outputs:
     def new(*shape: int) -> Tensor:
-        return inputs.logits.new_empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device=inputs.logits.device)
 
-    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, residual_width(inputs))
+    batch = layout.batch
+    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, layout.constants["RESIDUAL"])
 
 
 def new_sums(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
     """Sums [B, TILES, NUM_SUMS] and directions [B, TILES, T, C]; without a prompt term the sums stand in for these."""
-    sums = inputs.logits.new_empty(layout.batch, layout.tiles, NUM_SUMS.value, dtype=torch.float32)
+    shape = (layout.batch, layout.tiles, NUM_SUMS.value)
+    sums = torch.empty(shape, dtype=torch.float32, device=inputs.logits.device)
     if not layout.has_direction:
         return sums, sums
     return sums, sums.new_empty(layout.batch, layout.tiles, layout.steps, layout.outcomes)
@@ -1122,81 +1372,72 @@ def launch_episodes(
     layout: Layout, inputs: Inputs, settings: Settings, sums: Tensor, direction: Tensor, outputs: Outputs
 ) -> None:
     """From the sums over the cells to the terms and the total of each episode."""
-    projection, has_direction = inputs.projection, layout.has_direction
-    efe_loss_episode_kernel[layout.batch,](
-        sums, direction, inputs.prompt if has_direction else sums, projection if has_direction else sums, *outputs,
-        *settings.weights, settings.hard_cell_min_ratio, settings.max_cells,
-        PROMPT=layout.constants["PROMPT"],
-        PROJECTION=projection.stride() if has_direction else (0,),
-        HARD_CELL=settings.hard_cell,
-        HAS_DIRECTION=has_direction,
-        T=layout.steps,
-        C=layout.outcomes,
-        D=inputs.prompt.shape[1] if has_direction else 0,
-        TILES=layout.tiles,
-        RESIDUAL=outputs[-1].shape[1],
-        C_BLOCK=triton.next_power_of_2(layout.outcomes),
-        D_BLOCK=128,
-        **OPTIONS,
+    prompt, projection = (inputs.prompt, inputs.projection) if layout.has_direction else (sums, sums)
+    launch = layout.launch(
+        efe_loss_episode_kernel,
+        (layout.batch,),
+        settings.hard_cell,
+        lambda: {
+            "HARD_CELL": settings.hard_cell,
+            "C_BLOCK": triton.next_power_of_2(layout.outcomes),
+            "D_BLOCK": 128,
+        },
+    )
+    launch(
+        sums, direction, prompt, projection, *outputs, *settings.weights, settings.hard_cell_min_ratio,
+        float(settings.max_cells),
     )  # fmt: skip
 
 
 class Gradients:
-    """Where the backward kernel writes: gradients of the plans, and partial sums of the others."""
+    """The gradients asked for, each in its input's dtype and memory order, and the partial sums of some of them."""
 
     def __init__(self, layout: Layout, inputs: Inputs, needs: list[bool]) -> None:
-        self.needs = needs
-        self.shared = inputs.preference_logits.dim() == 3
-        self.episodes = triton.next_power_of_2(triton.cdiv(max(layout.batch, 1), MAX_CHUNKS))
-        self.chunks = triton.cdiv(layout.batch, self.episodes)
-        # The logits, the backward logits, the final logits and the observations.
-        self.plans = [
-            torch.empty_like(tensor) if tensor is not None and need else None
-            for tensor, need in zip(inputs[:4], needs, strict=False)
-        ]
-        new = partial(inputs.logits.new_empty, dtype=torch.float32)
-        parts = self.chunks if self.shared else layout.batch
-        self.preference = new((parts, layout.outcomes, layout.cells)) if needs[4] else None
-        self.scales = new((layout.batch, layout.tiles, layout.outcomes)) if needs[5] else None
+        self.needs = tuple(needs)
+        wanted = zip(inputs[: len(needs)], needs, strict=True)
+        self.each = [torch.empty_like(tensor) if tensor is not None and need else None for tensor, need in wanted]
+        *_, need_preference, need_prompt, _need_projection = needs
+        device = inputs.logits.device
+        # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
+        self.partial = self.scales = None
+        if need_preference and layout.shared_preference:
+            shape = (layout.chunks, layout.outcomes, layout.cells)
+            self.partial = torch.empty(shape, dtype=torch.float32, device=device)
+        if need_prompt:
+            shape = (layout.batch, layout.tiles, layout.outcomes)
+            self.scales = torch.empty(shape, dtype=torch.float32, device=device)
 
-    def finished(
-        self,
-        grad_total: Tensor | None,
-        grad_terms: Tensor | None,
-        inputs: Inputs,
-        settings: Settings,
-        hard_cell_scale: Tensor,
-        residual: Tensor,
-    ) -> list[Tensor]:
-        """The gradients asked for, in the order of the inputs, each in its input's dtype."""
-        gradients = [grad for grad in self.plans if grad is not None]
-        preference_logits = inputs.preference_logits
-        if self.preference is not None:
-            summed = self.preference.sum(0) if self.shared else self.preference
-            by_cell = summed.transpose(-1, -2).reshape(preference_logits.shape)
-            gradients.append(torch.empty_like(preference_logits).copy_(by_cell))
-        # The products in there are float32 also where the caller's backward runs under autocast.
-        with torch.autocast(residual.device.type, enabled=False):
-            return gradients + prompt_gradients(
-                grad_total, grad_terms, inputs.prompt, inputs.projection, settings.weights[5], hard_cell_scale,
-                residual, self.scales, self.needs,
-            )  # fmt: skip
+    def found(self) -> list[Tensor]:
+        return [gradient for gradient in self.each if gradient is not None]
 
 
-def efe_loss_backward(
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    inputs: Inputs,
-    settings: Settings,
-    hard_cell_scale: Tensor,
-    residual: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class Upstream:
+    """What backward is given, and what it takes over from forward."""
+
+    grad_total: Tensor | None  # [B]
+    grad_terms: Tensor | None  # [B, NUM_TERMS]
+    hard_cell_scale: Tensor  # [B]
+    residual: Tensor  # [B, RESIDUAL]
+
+    def signature(self) -> Hashable:
+        return signature(self.grad_total), self.grad_terms is None
+
+    def constants(self) -> dict[str, Any]:
+        return {
+            "GRAD_TOTAL": strides(self.grad_total),
+            "HAS_TOTAL": self.grad_total is not None,
+            "HAS_TERMS": self.grad_terms is not None,
+        }
+
+
+def efe_loss_backward(inputs: Inputs, settings: Settings, upstream: Upstream, needs: list[bool]) -> list[Tensor]:
     """The gradients asked for in `needs`, in the order of the inputs, each in its input's dtype."""
-    layout = Layout(inputs)
+    layout = layout_of(inputs)
     gradients = Gradients(layout, inputs, needs)
-    launch_backward(layout, inputs, settings, gradients, grad_total, grad_terms, hard_cell_scale, residual)
-    return gradients.finished(grad_total, grad_terms, inputs, settings, hard_cell_scale, residual)
+    launch_backward(layout, inputs, settings, upstream, gradients)
+    launch_shared_gradients(layout, inputs, settings, upstream, gradients)
+    return gradients.found()
 
 
 def takes_promise(inputs: Inputs) -> bool:
@@ -1214,56 +1455,49 @@ def efe_loss_promised_forward(
 
     The hard-cell scale must be known before the first gradient is written, so a survey of the final step comes first.
     """
-    layout = Layout(inputs)
-    outputs = new_outputs(inputs)
+    layout = layout_of(inputs)
+    outputs = new_outputs(inputs, layout)
     gradients = Gradients(layout, inputs, needs)
     *_, hard_cell_scale, residual = outputs
     sums, direction = new_sums(inputs, layout)
     if layout.batch > 0:
         with launch_guard(inputs.logits):
-            efe_loss_survey_kernel[layout.batch, layout.tiles](
-                inputs.logits[:, -1:] if inputs.final_logits is None else inputs.final_logits[:, None],
-                layout.pointers["target_ptr"],
-                layout.pointers["valid_ptr"],
-                sums,
-                ignore_index=settings.ignore_index,
-                FINAL=layout.constants["FINAL" if inputs.final_logits is not None else "LOGITS"],
-                **{name: layout.constants[name] for name in SURVEY_CONSTANTS},
-                **OPTIONS,
-            )
+            launch_survey(layout, inputs, settings, sums)
             launch_episodes(layout, inputs, settings, sums, direction, outputs)
-            launch_backward(
-                layout, inputs, settings, gradients, promise.expand(layout.batch), None, hard_cell_scale, residual,
-                sums=sums,
-            )  # fmt: skip
+            upstream = Upstream(promise.expand(layout.batch), None, hard_cell_scale, residual)
+            launch_backward(layout, inputs, settings, upstream, gradients, sums=sums)
             launch_episodes(layout, inputs, settings, sums, direction, outputs)
     return outputs, gradients
 
 
 def efe_loss_promised_backward(
-    grad_total: Tensor,
-    promise: Tensor,
-    gradients: Gradients,
-    inputs: Inputs,
-    settings: Settings,
-    hard_cell_scale: Tensor,
-    residual: Tensor,
+    inputs: Inputs, settings: Settings, upstream: Upstream, promise: Tensor, gradients: Gradients
 ) -> list[Tensor]:
     """What `efe_loss_backward` gives, from the gradients that the forward has left where the promise was kept."""
-    layout = Layout(inputs)
-    launch_backward(layout, inputs, settings, gradients, grad_total, None, hard_cell_scale, residual, promise=promise)
-    return gradients.finished(grad_total, None, inputs, settings, hard_cell_scale, residual)
+    layout = layout_of(inputs)
+    launch_backward(layout, inputs, settings, upstream, gradients, promise=promise)
+    launch_shared_gradients(layout, inputs, settings, upstream, gradients)
+    return gradients.found()
+
+
+def launch_survey(layout: Layout, inputs: Inputs, settings: Settings, sums: Tensor) -> None:
+    *_, target, _target_preference, valid = read_pointers(inputs)
+    final = inputs.logits[:, -1] if inputs.final_logits is None else inputs.final_logits
+    launch = layout.launch(
+        efe_loss_survey_kernel,
+        (layout.batch, layout.tiles),
+        (settings.ignore_index, signature(final)),
+        lambda: {"IGNORE_INDEX": settings.ignore_index, "FINAL": one_step(final)},
+    )
+    launch(final, target, valid, sums)
 
 
 def launch_backward(
     layout: Layout,
     inputs: Inputs,
     settings: Settings,
+    upstream: Upstream,
     gradients: Gradients,
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    hard_cell_scale: Tensor,
-    residual: Tensor,
     *,
     sums: Tensor | None = None,
     promise: Tensor | None = None,
@@ -1271,78 +1505,83 @@ def launch_backward(
     """Writes the gradients, and the sums of the loss where they are given. `promise` as in the kernel."""
     if layout.batch == 0:
         return
-    grads = dict(zip(("logits", "backward", "final", "observation"), gradients.plans, strict=True))
-    grads |= {"preference": gradients.preference, "scales": gradients.scales}
-    weights = dict(zip(TERMS[:-1], settings.weights, strict=False))
-    # An absent tensor hands over the residual's pointer, which the kernel then never touches.
+    *plans, preference, _prompt, _projection = gradients.each
+
+    def constants() -> dict[str, Any]:
+        grad_logits, grad_backward, grad_final, grad_observation = plans
+        names = ("LOGITS", "BACKWARD", "FINAL", "OBSERVATION", "PREFERENCE", "SCALES")
+        needs = zip(names, gradients.needs, strict=False)
+        return {
+            "IGNORE_INDEX": settings.ignore_index,
+            "GRAD_LOGITS": strides(grad_logits),
+            "GRAD_BACKWARD": strides(grad_backward),
+            "GRAD_FINAL": one_step(grad_final),
+            "GRAD_OBSERVATION": strides(grad_observation),
+            "GRAD_PREFERENCE": (0,) if layout.shared_preference else one_step(preference),
+            "LOSS": sums is not None,
+            "PROMISED": promise is not None,
+            **upstream.constants(),
+            **{f"NEED_{name}": need for name, need in needs},
+        }
+
+    key = (settings.ignore_index, upstream.signature(), gradients.needs, sums is None, promise is None)
+    partial = gradients.partial if layout.shared_preference else preference
+    # For an absent tensor the residual stands in, which the kernel then never touches.
+    residual = upstream.residual
+    written = [residual if grad is None else grad for grad in (*plans, partial, gradients.scales, sums)]
     with launch_guard(inputs.logits):
-        efe_loss_backward_kernel[layout.tiles, gradients.chunks](
-            residual if grad_total is None else grad_total,
+        launch = layout.launch(efe_loss_backward_kernel, (layout.tiles, layout.chunks), key, constants)
+        launch(
+            residual if upstream.grad_total is None else upstream.grad_total,
             residual if promise is None else promise,
-            residual if grad_terms is None else grad_terms.contiguous(),
-            **layout.pointers,
-            scale_ptr=hard_cell_scale,
-            residual_ptr=residual,
-            **{f"grad_{name}_ptr": residual if grad is None else grad for name, grad in grads.items()},
-            sums_ptr=residual if sums is None else sums,
-            **{f"weight_{name}": weight for name, weight in weights.items()},
-            ignore_index=settings.ignore_index,
-            num_episodes=layout.batch,
-            GRAD_TOTAL=(0,) if grad_total is None else grad_total.stride(),
-            GRAD_LOGITS=plan_strides(grads["logits"]),
-            GRAD_BACKWARD=plan_strides(grads["backward"]),
-            GRAD_FINAL=plan_strides(None if grads["final"] is None else grads["final"][:, None]),
-            GRAD_OBSERVATION=plan_strides(grads["observation"]),
-            LOSS=sums is not None,
-            PROMISED=promise is not None,
-            HAS_TOTAL=grad_total is not None,
-            HAS_TERMS=grad_terms is not None,
-            SHARED_PREFERENCE=gradients.shared,
-            NEED_LOGITS=gradients.needs[0],
-            NEED_BACKWARD=gradients.needs[1],
-            NEED_FINAL=gradients.needs[2],
-            NEED_OBSERVATION=gradients.needs[3],
-            NEED_PREFERENCE=gradients.needs[4],
-            NEED_SCALES=gradients.needs[5],
-            RESIDUAL=residual.shape[1],
-            EPISODES=gradients.episodes,
-            **layout.constants,
-            **OPTIONS,
+            residual if upstream.grad_terms is None else upstream.grad_terms,
+            *read_pointers(inputs), upstream.hard_cell_scale, residual, *written, *settings.weights[:-1], layout.batch,
+        )  # fmt: skip
+
+
+def launch_shared_gradients(
+    layout: Layout, inputs: Inputs, settings: Settings, upstream: Upstream, gradients: Gradients
+) -> None:
+    """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
+    *_, preference, prompt, projection = gradients.each
+    preference = preference if layout.shared_preference else None
+    if layout.batch == 0:
+        for shared in (preference, projection):
+            if shared is not None:
+                shared.zero_()
+        return
+    if preference is None and prompt is None and projection is None:
+        return
+    block, d_block = 128, 16
+    programs = (
+        0 if preference is None else triton.cdiv(layout.cells, block),
+        0 if projection is None else triton.cdiv(layout.constants["D"], d_block),
+        0 if prompt is None else layout.batch,
+    )
+
+    def constants() -> dict[str, Any]:
+        return {
+            "GRAD_PREFERENCE": strides(preference),
+            "GRAD_PROMPT": strides(prompt),
+            "GRAD_PROJECTION": strides(projection),
+            "NEED_PROMPT": prompt is not None,
+            "PREFERENCE_PROGRAMS": programs[0],
+            "PROJECTION_PROGRAMS": programs[1],
+            "BLOCK": block,
+            "D_BLOCK": d_block,
+            "EPISODE_BLOCK": min(32, triton.next_power_of_2(layout.batch)),
+            **upstream.constants(),
+        }
+
+    residual = upstream.residual
+    absent_or = [
+        residual if tensor is None else tensor
+        for tensor in (
+            upstream.grad_total, upstream.grad_terms, inputs.prompt, inputs.projection, upstream.hard_cell_scale,
+            residual, gradients.partial, gradients.scales, preference, prompt, projection,
         )
-
-
-def plan_strides(gradient: Tensor | None) -> tuple[int, ...]:
-    return (0,) if gradient is None else gradient.stride()
-
-
-def prompt_gradients(
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    prompt: Tensor | None,
-    projection: Tensor | None,
-    weight: float,
-    hard_cell_scale: Tensor,
-    residual: Tensor,
-    grad_scales: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of prompt and projection where asked for: products of [B, C] and [C, D], which cuBLAS does best."""
-    *_, need_prompt, need_projection = needs
-    gradients: list[Tensor] = []
-    if prompt is None or not (need_prompt or need_projection):
-        return gradients
-    outcomes = grad_scales.shape[-1] if grad_scales is not None else projection.shape[0]
-    grad_direction = None
-    if projection is not None:
-        grad = upstream_of_term(grad_total, grad_terms, hard_cell_scale, 5, weight)
-        grad_direction = grad[:, None] * residual[:, -outcomes:]
-    if grad_scales is not None:
-        grad_prompt = torch.zeros(prompt.shape, dtype=torch.float32, device=prompt.device)
-        if grad_direction is not None:
-            grad_prompt = grad_direction @ projection.float()
-        scales = torch.sigmoid(prompt[:, :outcomes].float())
-        grad_prompt[:, :outcomes] += grad_scales.sum(1) * scales * (1 - scales)
-        gradients.append(torch.empty_like(prompt).copy_(grad_prompt))
-    if need_projection:
-        gradients.append(torch.empty_like(projection).copy_(grad_direction.T @ prompt.float()))
-    return gradients
+    ]  # fmt: skip
+    key = (upstream.signature(), gradients.needs)
+    with launch_guard(inputs.logits):
+        launch = layout.launch(efe_loss_shared_gradients_kernel, (sum(programs),), key, constants)
+        launch(*absent_or, settings.weights[5], layout.batch)

@@ -89,7 +89,8 @@ def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, *argum
     inputs, settings = grouped(arguments)
     if kernels is None or not has_kernel(inputs.logits):
         return backward_reference(grad_total, grad_terms, *arguments)
-    return kernels.efe_loss_backward(grad_total, grad_terms, inputs, settings, *arguments[NUM_ARGUMENTS:])
+    *saved, needs = arguments[NUM_ARGUMENTS:]
+    return kernels.efe_loss_backward(inputs, settings, kernels.Upstream(grad_total, grad_terms, *saved), needs)
 
 
 efe_loss_forward = define_op(
@@ -157,9 +158,8 @@ class EFELossFunction(torch.autograd.Function):
                 # Handed out once: what the caller holds after this backward must not change in the next one.
                 ahead, ctx.gradients = ctx.gradients, None
             if kernels is not None and ahead is not None and grad_terms is None and not torch.is_grad_enabled():
-                gradients = kernels.efe_loss_promised_backward(
-                    grad_total, promise, ahead, Inputs(*tensors), ctx.settings, hard_cell_scale, residual
-                )
+                upstream = kernels.Upstream(grad_total, None, hard_cell_scale, residual)
+                gradients = kernels.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
             else:
                 gradients = first_order(
                     "efe_loss", efe_loss_backward, grad_total, grad_terms, *tensors, *ctx.settings, hard_cell_scale,

@@ -114,6 +114,7 @@ def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch)
     """
     kernels = pytest.importorskip("efe_kernels.efe_loss.kernels")
     monkeypatch.setattr(kernels, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(kernels, "LAYOUTS", {})
     inputs = Case(batch=5, steps=2, height=2, width=3).inputs(device=device)
     each = inputs["preference_logits"].detach().expand(5, -1, -1, -1).requires_grad_()
     for preference in (inputs["preference_logits"], each):
