@@ -699,14 +699,12 @@ def efe_loss_episode_kernel(
     RESIDUAL: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
 ):
     """Terms and total of one episode."""
     episode = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, NUM_SUMS)
-    sums = tl.zeros((NUM_SUMS,), tl.float32)
-    for tile in range(TILES):
-        # The last slot is padding that no program writes.
-        sums += tl.load(sums_ptr + (episode * TILES + tile) * NUM_SUMS + slot, mask=slot < NUM_TERMS, other=0.0)
+    # The last slot is padding that no program writes.
+    sums = sum_over_tiles(sums_ptr + episode * TILES * NUM_SUMS, NUM_TERMS, NUM_SUMS, TILES, NUM_SUMS, TILE_BLOCK)
     residual_ptr += episode * RESIDUAL
     cells = pick(sums, 6)
     share = 1.0 / tl.maximum(cells, 1.0)
@@ -722,7 +720,7 @@ def efe_loss_episode_kernel(
     if HAS_DIRECTION:
         prompt = prompt_term(
             direction_ptr + episode * TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr,
-            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK,
+            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK, TILE_BLOCK,
         )  # fmt: skip
     scale = 1.0
     if HARD_CELL:
@@ -742,6 +740,25 @@ def efe_loss_episode_kernel(
     tl.store(terms_ptr + 4, anchor)
     tl.store(terms_ptr + 5, prompt)
     tl.store(terms_ptr + 6, step)
+
+
+@triton.jit
+def sum_over_tiles(
+    ptr,  # [TILES, STRIDE]
+    count,
+    STRIDE: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+):
+    """Sum of the rows, of which the first `count` columns are read; the other columns are 0."""
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros((TILE_BLOCK, COLUMNS), tl.float32)
+    for first in range(0, TILES, TILE_BLOCK):
+        tile = first + tl.arange(0, TILE_BLOCK)
+        mask = (tile < TILES)[:, None] & (column < count)[None, :]
+        sums += tl.load(ptr + tile[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -771,6 +788,7 @@ def prompt_term(
     TILES: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
 ):
     """Minus the mean over steps of cos(z, u), u = W e, and its gradient.
 
@@ -790,9 +808,7 @@ def prompt_term(
     total = 0.0
     grad_u = tl.zeros((C_BLOCK,), tl.float32)
     for t in range(T):
-        sums = tl.zeros((C_BLOCK,), tl.float32)
-        for tile in range(TILES):
-            sums += tl.load(direction_ptr + (tile * T + t) * C + outcome, mask=real, other=0.0)
+        sums = sum_over_tiles(direction_ptr + t * C, C, T * C, TILES, C_BLOCK, TILE_BLOCK)
         z = tl.where(real, sums - tl.sum(sums) / C, 0.0) * share
         z_norm = tl.sqrt(tl.sum(z * z))
         defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)
@@ -1048,28 +1064,32 @@ def efe_loss_shared_gradients_kernel(
     RESIDUAL: tl.constexpr,
     PREFERENCE_PROGRAMS: tl.constexpr,
     PROJECTION_PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELL_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
     EPISODE_BLOCK: tl.constexpr,
+    PROMPT_BLOCK: tl.constexpr,
 ):
     """What gathers the gradients of many cells: one launch for preference, projection and prompt.
 
-    The first programs take a block of cells each, the next ones a block of columns of the projection, and the others
-    one prompt each. With u = W e: d / d W = (d / d u) e^T, d / d e = W^T (d / d u), and sigmoid' = s (1 - s).
+    The first programs take an outcome of a block of cells each, the next ones a row of a block of the projection, and
+    the others one prompt each. With u = W e: d / d W = (d / d u) e^T, d / d e = W^T (d / d u), and
+    sigmoid' = s (1 - s).
     """
     program = tl.program_id(0)
     if PREFERENCE_PROGRAMS > 0:
         if program < PREFERENCE_PROGRAMS:
             preference_gradient(
-                partial_ptr, grad_preference_ptr, program, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS, BLOCK
-            )
+                partial_ptr, grad_preference_ptr, program // C, program % C, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS,
+                CELL_BLOCK, CHUNK_BLOCK,
+            )  # fmt: skip
     program -= PREFERENCE_PROGRAMS
     if PROJECTION_PROGRAMS > 0:
         if (program >= 0) & (program < PROJECTION_PROGRAMS):
             projection_gradient(
-                grad_total_ptr, grad_terms_ptr, prompt_ptr, scale_ptr, residual_ptr, grad_projection_ptr, program,
-                weight_prompt, num_episodes, GRAD_TOTAL, PROMPT, GRAD_PROJECTION, HAS_TOTAL, HAS_TERMS, C, D, RESIDUAL,
-                D_BLOCK, EPISODE_BLOCK,
+                grad_total_ptr, grad_terms_ptr, prompt_ptr, scale_ptr, residual_ptr, grad_projection_ptr, program // C,
+                program % C, weight_prompt, num_episodes, GRAD_TOTAL, PROMPT, GRAD_PROJECTION, HAS_TOTAL, HAS_TERMS, C,
+                D, RESIDUAL, D_BLOCK, EPISODE_BLOCK,
             )  # fmt: skip
     program -= PROJECTION_PROGRAMS
     if NEED_PROMPT:
@@ -1077,7 +1097,7 @@ def efe_loss_shared_gradients_kernel(
             prompt_gradient(
                 grad_total_ptr, grad_terms_ptr, prompt_ptr, projection_ptr, scale_ptr, residual_ptr, grad_scales_ptr,
                 grad_prompt_ptr, program.to(tl.int64), weight_prompt, GRAD_TOTAL, PROMPT, PROJECTION, GRAD_PROMPT,
-                HAS_TOTAL, HAS_TERMS, HAS_DIRECTION, C, D, TILES, RESIDUAL, BLOCK,
+                HAS_TOTAL, HAS_TERMS, HAS_DIRECTION, C, D, TILES, RESIDUAL, PROMPT_BLOCK,
             )  # fmt: skip
 
 
@@ -1155,23 +1175,25 @@ def preference_gradient(
     partial_ptr,  # [CHUNKS, C, CELLS] float32
     grad_ptr,  # [H, W, C] own strides, written
     block,
+    outcome,
     STRIDES: tl.constexpr,
     CELLS: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELL_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
 ):
-    """d loss / d preference logits of a block of cells, from the sums over chunks of episodes."""
-    cell = block * BLOCK + tl.arange(0, BLOCK)
-    mask = cell < CELLS
-    total = tl.zeros((BLOCK,), tl.float32)
-    sums = repeated(total, C)
-    for chunk in range(CHUNKS):
-        sums = add_all(sums, load_outcomes(partial_ptr + chunk * C * CELLS, cell, mask, CELLS, C), C)
-    offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1])
-    for c in tl.static_range(C):
-        tl.store(grad_ptr + offset + c * STRIDES[2], sums[c].to(grad_ptr.dtype.element_ty), mask=mask)
+    """d loss / d preference logits of one outcome of a block of cells, from the sums over chunks of episodes."""
+    cell = block * CELL_BLOCK + tl.arange(0, CELL_BLOCK)
+    inside = cell < CELLS
+    sums = tl.zeros((CHUNK_BLOCK, CELL_BLOCK), tl.float32)
+    for first in range(0, CHUNKS, CHUNK_BLOCK):
+        chunk = first + tl.arange(0, CHUNK_BLOCK)
+        mask = (chunk < CHUNKS)[:, None] & inside[None, :]
+        sums += tl.load(partial_ptr + (chunk[:, None] * C + outcome) * CELLS + cell[None, :], mask=mask, other=0.0)
+    offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1]) + outcome * STRIDES[2]
+    tl.store(grad_ptr + offset, tl.sum(sums, axis=0).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -1183,6 +1205,7 @@ def projection_gradient(
     residual_ptr,  # [B, RESIDUAL] float32
     grad_projection_ptr,  # [C, D] own strides, written
     block,
+    outcome,
     weight,
     num_episodes,
     GRAD_TOTAL: tl.constexpr,
@@ -1196,23 +1219,18 @@ def projection_gradient(
     D_BLOCK: tl.constexpr,
     EPISODE_BLOCK: tl.constexpr,
 ):
-    """A block of columns of d loss / d projection. Episodes are added lane by lane, and the lanes at the end."""
+    """A block of one row of d loss / d projection."""
     d = block * D_BLOCK + tl.arange(0, D_BLOCK)
-    sums = repeated(tl.zeros((EPISODE_BLOCK, D_BLOCK), tl.float32), C)
+    sums = tl.zeros((EPISODE_BLOCK, D_BLOCK), tl.float32)
     for first in range(0, num_episodes, EPISODE_BLOCK):
         episode = (first + tl.arange(0, EPISODE_BLOCK)).to(tl.int64)
         mask = episode < num_episodes
         grad = upstream_of_direction(
             grad_total_ptr, grad_terms_ptr, scale_ptr, episode, mask, weight, GRAD_TOTAL, HAS_TOTAL, HAS_TERMS
         )
+        grad_u = tl.load(residual_ptr + (episode + 1) * RESIDUAL - C + outcome, mask=mask, other=0.0)
         offset = episode[:, None] * PROMPT[0] + d[None, :] * PROMPT[1]
         e = tl.load(prompt_ptr + offset, mask=mask[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        added = ()
-        for c in tl.static_range(C):
-            grad_u = tl.load(residual_ptr + episode * RESIDUAL + (RESIDUAL - C + c), mask=mask, other=0.0)
-            product = tl.where(mask, grad * grad_u, 0.0)[:, None] * e
-            added = added + (sums[c] + product,)
-        sums = added
-    for c in tl.static_range(C):
-        column = tl.sum(sums[c], axis=0).to(grad_projection_ptr.dtype.element_ty)
-        tl.store(grad_projection_ptr + c * GRAD_PROJECTION[0] + d * GRAD_PROJECTION[1], column, mask=d < D)
+        sums += tl.where(mask, grad * grad_u, 0.0)[:, None] * e
+    row = tl.sum(sums, axis=0).to(grad_projection_ptr.dtype.element_ty)
+    tl.store(grad_projection_ptr + outcome * GRAD_PROJECTION[0] + d * GRAD_PROJECTION[1], row, mask=d < D)

@@ -94,7 +94,7 @@ class Layout:
         found = self.launches.get((name, key))
         if found is None:
             known = {name: value for name, value in self.constants.items() if name in function.arg_names}
-            found = PreparedLaunch(function, grid, {**known, **constants(), **OPTIONS})
+            found = PreparedLaunch(function, grid, {**known, **OPTIONS, **constants()})
             self.launches[name, key] = found
         return found
 
@@ -184,6 +184,7 @@ def launch_episodes(
             "HARD_CELL": settings.hard_cell,
             "C_BLOCK": triton.next_power_of_2(layout.outcomes),
             "D_BLOCK": 128,
+            "TILE_BLOCK": min(16, triton.next_power_of_2(layout.tiles)),
         },
     )
     launch(
@@ -355,10 +356,10 @@ def launch_shared_gradients(
         return
     if preference is None and prompt is None and projection is None:
         return
-    block, d_block = 128, 16
+    cell_block, d_block = 32, 16
     programs = (
-        0 if preference is None else triton.cdiv(layout.cells, block),
-        0 if projection is None else triton.cdiv(layout.constants["D"], d_block),
+        0 if preference is None else triton.cdiv(layout.cells, cell_block) * layout.outcomes,
+        0 if projection is None else triton.cdiv(layout.constants["D"], d_block) * layout.outcomes,
         0 if prompt is None else layout.batch,
     )
 
@@ -370,9 +371,12 @@ def launch_shared_gradients(
             "NEED_PROMPT": prompt is not None,
             "PREFERENCE_PROGRAMS": programs[0],
             "PROJECTION_PROGRAMS": programs[1],
-            "BLOCK": block,
+            "CELL_BLOCK": cell_block,
+            "CHUNK_BLOCK": min(16, triton.next_power_of_2(layout.chunks)),
             "D_BLOCK": d_block,
-            "EPISODE_BLOCK": min(32, triton.next_power_of_2(layout.batch)),
+            "EPISODE_BLOCK": min(256, triton.next_power_of_2(layout.batch)),
+            "PROMPT_BLOCK": 128,
+            "num_warps": 4,
             **upstream.constants(),
         }
 
