@@ -8,9 +8,9 @@ recorded instead of executed, and each record is compiled for each architecture.
     python -m bench.aot --check         fails when a kernel spills or exceeds its budget in aot_budgets.json
 
 Thread-instructions per cell-step count what one lane executes for one of its cells at one step: the machine code of
-one program, which at the sizes compiled here has no loop, over the cells of a lane times the steps. A branch counts as
-taken. Bytes per cell-step are those that a lane asks for, also where all lanes ask for the same ones or where they come
-from a cache; the least is every tensor read or written once.
+one program over the cells of a lane times the steps, where the only loop is the one over episodes; what lies outside of
+it is shared out among them. A branch counts as taken. Bytes per cell-step are those that a lane asks for, also where
+all lanes ask for the same ones or where they come from a cache; the least is every tensor read or written once.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Code:
-    """The machine code of one kernel."""
+    """The machine code of one kernel, and the parts of it that are loops."""
 
     operations: list[str]
-    loops: bool
+    loops: list[list[str]]
     registers: int
     spill_bytes: int
 
@@ -164,7 +164,7 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(BINARIES / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+\s+)?([A-Z0-9._]+)(.*)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9._]+)(.*)")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 
 
@@ -178,18 +178,28 @@ def nvidia_code(compiled: Any) -> Code:
     if found is None:
         raise RuntimeError(f"cuobjdump told no resource usage: {usage}")
     operations: list[str] = []
-    labels: set[str] = set()
-    loops = False
+    loops: dict[str, list[str]] = {}
+    labels: dict[str, int] = {}
     for line in listing.splitlines():
         if label := LABEL.match(line):
-            labels.add(label[1])
+            labels[label[1]] = len(operations)
         elif instruction := INSTRUCTION.search(line):
-            condition, operation, operands = instruction.groups()
-            # A branch back to a label that has been seen; the unconditional one behind the last EXIT is padding.
-            loops |= operation == "BRA" and condition is not None and any(label in operands for label in labels)
-            if operation != "NOP":
-                operations.append(operation)
-    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
+            operation, operands = instruction.groups()
+            if operation == "NOP":
+                continue
+            operations.append(operation)
+            if operation.startswith("BRA"):
+                loops |= loop_closed(operations, labels, operands)
+    return Code(operations, [*loops.values()], registers=int(found[1]), spill_bytes=int(found[2]))
+
+
+def loop_closed(operations: list[str], labels: dict[str, int], target: str) -> dict[str, list[str]]:
+    """Label and operations of the loop that the last operation, a branch to `target`, closes, if it does."""
+    for label, place in labels.items():
+        # Padding behind the end is a branch to itself.
+        if re.search(rf"{re.escape(label)}\b", target) and place < len(operations) - 1:
+            return {label: operations[place:]}
+    return {}
 
 
 def amd_code(compiled: Any) -> Code:
@@ -199,31 +209,41 @@ def amd_code(compiled: Any) -> Code:
         return int(re.findall(rf"\.{name}:\s*(\d+)", listing)[0])
 
     operations: list[str] = []
-    labels: set[str] = set()
-    loops = False
+    loops: dict[str, list[str]] = {}
+    labels: dict[str, int] = {}
     for line in listing.splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
-            labels.add(label[1])
+            labels[label[1]] = len(operations)
         elif instruction := re.match(r"\t([a-z]\w+)\s*(.*)", line):
             operation, operands = instruction.groups()
-            loops |= operation.startswith("s_cbranch") and operands.split(";")[0].strip() in labels
             operations.append(operation)
-    return Code(operations, loops, told("vgpr_count"), told("private_segment_fixed_size"))
+            if operation.startswith(("s_cbranch", "s_branch")):
+                loops |= loop_closed(operations, labels, operands)
+    return Code(operations, [*loops.values()], told("vgpr_count"), told("private_segment_fixed_size"))
 
 
-def per_cell_step(
-    launch: Launch, code: Code, warp_size: int, loads: dict[int, int], stores: dict[int, int]
-) -> dict[str, float]:
+def per_cell_step(launch: Launch, code: Code, target: GPUTarget) -> dict[str, float]:
     """Instructions and bytes of one cell at one step, and the bytes of all tensors, each read or written once."""
-    if launch.function not in WALKS_OVER_CELLS or code.loops:
-        return {}
     arguments = launch.arguments
-    cells = arguments["TILE"] / (warp_size * launch.options["num_warps"]) * arguments["T"]
+    episodes = arguments.get("EPISODES", 1)
+    if launch.function not in WALKS_OVER_CELLS or len(code.loops) != (episodes > 1):
+        return {}
+    cells = arguments["TILE"] / (target.warp_size * launch.options["num_warps"]) * arguments["T"]
+    body = replace(code, operations=code.loops[0]) if code.loops else code
+    outside = 1 / episodes if code.loops else 0.0
+
+    def shared_out(count: Callable[[Code], float]) -> float:
+        return (count(body) + outside * (count(code) - count(body))) / cells
+
+    def moved(part: Code) -> float:
+        accesses = [part.accesses(*kinds[target.backend]) for kinds in (LOADS, STORES)]
+        return sum(width * count for kind in accesses for width, count in kind.items())
+
     memory = [value.untyped_storage() for value in arguments.values() if isinstance(value, Tensor)]
     least = sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
     found = {
-        "per_cell_step": len(code.operations) / cells,
-        "bytes_per_cell_step": sum(width * count for kind in (loads, stores) for width, count in kind.items()) / cells,
+        "per_cell_step": shared_out(lambda part: len(part.operations)),
+        "bytes_per_cell_step": shared_out(moved),
         "least_bytes": least / (arguments["logits_ptr"].shape[0] * arguments["CELLS"] * arguments["T"]),
     }
     return {name: round(value, 1) for name, value in found.items()}
@@ -244,13 +264,13 @@ def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
         spill_bytes=code.spill_bytes,
         shared_bytes=compiled.metadata.shared,
         instructions=len(code.operations),
-        **per_cell_step(launch, code, target.warp_size, loads, stores),
+        **per_cell_step(launch, code, target),
         loads=loads,
         stores=stores,
     )
 
 
-def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: int = 5, side: int = 30) -> Tensor:
+def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 4096, steps: int = 5, side: int = 30) -> Tensor:
     if channel_first:
         return torch.empty(batch, steps, 10, side, side, dtype=dtype).movedim(2, -1)
     return torch.empty(batch, steps, side, side, 10, dtype=dtype)

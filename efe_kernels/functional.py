@@ -115,8 +115,8 @@ def efe_loss(
         grad_scale: 0-d tensor on the device of logits, the upstream gradient of the total that the caller promises:
             the weight of this loss times the scale of a GradScaler. On CUDA one read of the logits then gives loss
             and gradients, and a backward whose upstream gradient is that very number has nothing more to compute. A
-            hint for speed on which results never depend; it is not taken where there is a prompt term, whose gradient
-            in one cell depends on all others, and under torch.compile.
+            hint for speed with large batches, on which results never depend; it is not taken where there is a prompt
+            term, whose gradient in one cell depends on all others, and under torch.compile.
 
     Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
 
@@ -154,9 +154,10 @@ def efe_loss(
         checks.check_shape("grad_scale", grad_scale, "[]", ())
         checks.check_same_device("grad_scale", grad_scale, "logits", logits)
         if torch.is_grad_enabled():
-            promise = grad_scale.detach().float()
-            # The very operation with which autograd differentiates the mean.
-            promise = promise / logits.shape[0] if reduction == "mean" else promise
+            # A copy: what the caller does to the tensor afterwards does not change the promise.
+            promise = grad_scale.detach().to(torch.float32, copy=True)
+            if reduction == "mean":
+                promise = promise / logits.shape[0]  # the very operation with which autograd differentiates the mean
     total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
         logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,

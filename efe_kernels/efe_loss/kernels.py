@@ -144,16 +144,17 @@ def counted_cells(
     TARGET_STRIDES: tl.constexpr,
     VALID_STRIDES: tl.constexpr,
     WIDTH: tl.constexpr,
+    C: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Which cells count, and their targets."""
+    """Which cells count, and their targets; -1 for one that is out of range."""
     offset = episode * TARGET_STRIDES[0] + cell_offset(cell, WIDTH, TARGET_STRIDES[1], TARGET_STRIDES[2])
     target = tl.load(target_ptr + offset, mask=mask, other=0).to(tl.int64)
     counted = mask & (target != IGNORE_INDEX)
     if HAS_VALID:
         offset = episode * VALID_STRIDES[0] + cell_offset(cell, WIDTH, VALID_STRIDES[1], VALID_STRIDES[2])
         counted = counted & (tl.load(valid_ptr + offset, mask=mask, other=0) != 0)
-    return counted, target
+    return counted, tl.where((target >= 0) & (target < C), target, -1).to(tl.int32)
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def anchor_divergence(
 def missed_target(xs, target, counted, C: tl.constexpr):
     """1 where the argmax of a counted cell is not its target, 0 elsewhere."""
     top = xs[0]
-    best = tl.zeros(target.shape, tl.int64)
+    best = tl.zeros(target.shape, tl.int32)
     for c in tl.static_range(1, C):
         better = xs[c] > top
         top = tl.where(better, xs[c], top)
@@ -231,7 +232,7 @@ def cross_entropy(xs, ds, l, target, counted, C: tl.constexpr):
         d_target = tl.where(target == c, ds[c], d_target)
         x_target = tl.where(target == c, xs[c], x_target)
     loss = tl.where(x_target == float("-inf"), float("inf"), l - d_target)
-    loss = tl.where((target >= 0) & (target < C), loss, float("nan"))
+    loss = tl.where(target >= 0, loss, float("nan"))
     return tl.where(counted, loss, 0.0)
 
 
@@ -325,9 +326,7 @@ def visit_step(
     cell,
     mask,
     weight,
-    log_cs,
     xs,
-    ps,
     information,
     sums,
     OBSERVATION: tl.constexpr,
@@ -337,16 +336,24 @@ def visit_step(
     C: tl.constexpr,
     APPROX: tl.constexpr,
 ):
-    """Adds the risk and the ambiguity of each cell at one step to the sums; its part of the direction is stored."""
-    risk, ambiguity, agreement, consistency, missed = sums
-    risk += information - weighted_sum(ps, log_cs, C)
+    """Adds what each cell at one step says alone to the sums; its part of the direction is stored."""
+    informations, entropies, agreement, consistency, missed = sums
+    informations += information
     if HAS_OBSERVATION:
-        ambiguity += observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
-    else:
-        ambiguity -= information
+        entropies += observation_entropy(observation_ptr, episode, step, cell, mask, OBSERVATION, WIDTH, C, APPROX)
     if HAS_DIRECTION:
         store_direction(direction_ptr + step * C, xs, weight, C)
-    return risk, ambiguity, agreement, consistency, missed
+    return informations, entropies, agreement, consistency, missed
+
+
+@triton.jit
+def risk_and_ambiguity(sums, p_sums, log_cs, HAS_OBSERVATION: tl.constexpr, C: tl.constexpr):
+    """From the sums over the steps: sum p log c is taken once, because c is the same at every step."""
+    informations, entropies, agreement, consistency, missed = sums
+    risk = informations - weighted_sum(p_sums, log_cs, C)
+    if not HAS_OBSERVATION:
+        entropies = -informations
+    return risk, entropies, agreement, consistency, missed
 
 
 @triton.jit
@@ -401,7 +408,7 @@ def visit_pair(
     if LOSS:
         information = weighted_sum(ps, ds, C) - l
         sums = visit_step(
-            observation_ptr, direction_ptr, episode, step, cell, mask, weight, log_cs, xs, ps, information, sums,
+            observation_ptr, direction_ptr, episode, step, cell, mask, weight, xs, information, sums,
             OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
         )  # fmt: skip
         if HAS_TARGET:
@@ -438,8 +445,8 @@ def visit_pair(
                 divergence *= 0.5
             else:
                 sums = visit_step(
-                    observation_ptr, direction_ptr, episode, other, cell, mask, weight, log_cs, ys, qs, y_information,
-                    sums, OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
+                    observation_ptr, direction_ptr, episode, other, cell, mask, weight, ys, y_information, sums,
+                    OBSERVATION, HAS_OBSERVATION, HAS_DIRECTION, WIDTH, C, APPROX,
                 )  # fmt: skip
             sums = add_agreement(sums, divergence)
         if HAS_BACKWARD:
@@ -465,8 +472,8 @@ def visit_pair(
 
 @triton.jit
 def add_agreement(sums, divergence):
-    risk, ambiguity, agreement, consistency, missed = sums
-    return risk, ambiguity, agreement + divergence, consistency, missed
+    informations, entropies, agreement, consistency, missed = sums
+    return informations, entropies, agreement + divergence, consistency, missed
 
 
 @triton.jit
@@ -541,6 +548,8 @@ def visit_plan(
             OBSERVATION, GRAD_LOGITS, GRAD_BACKWARD, HAS_BACKWARD, HAS_OBSERVATION, HAS_DIRECTION,
             LOSS, NEED_LOGITS, NEED_BACKWARD, not HAS_FINAL and PAIRS == 1, True, T, WIDTH, C, APPROX,
         )  # fmt: skip
+    if LOSS:
+        sums = risk_and_ambiguity(sums, p_sums, log_cs, HAS_OBSERVATION, C)
     return sums, p_sums
 
 
@@ -603,20 +612,20 @@ def efe_loss_forward_kernel(
     PAIRS: tl.constexpr,
     ALONE: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     APPROX: tl.constexpr,
 ):
     """Sums over the cells of one tile of one episode."""
-    episode = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    cell = tile * TILE + tl.arange(0, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    episode = program // TILES
+    cell = (program % TILES).to(tl.int32) * TILE + tl.arange(0, TILE)
     mask = cell < CELLS
     counted, target = counted_cells(
-        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
+        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, C, HAS_VALID
     )
     scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
     offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
     log_cs = log_preference(preference_ptr, offset, mask, scales, PREFERENCE[3], C, APPROX)
-    program = episode * tl.num_programs(1) + tile
     no_gradient = (0.0, 0.0, 0.0, 0.0, 0.0)
     sums, _p_sums = visit_plan(
         logits_ptr, backward_ptr, observation_ptr, logits_ptr, logits_ptr, direction_ptr + program * T * C, logits_ptr,
@@ -652,19 +661,19 @@ def efe_loss_survey_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Of what the forward kernel sums, that which the gradients depend on: misses and cells. The rest is 0."""
-    episode = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    cell = tile * TILE + tl.arange(0, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    episode = program // TILES
+    cell = (program % TILES).to(tl.int32) * TILE + tl.arange(0, TILE)
     mask = cell < CELLS
     counted, target = counted_cells(
-        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
+        target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, C, HAS_VALID
     )
     xs = load_step(final_ptr, episode, 0, cell, mask, FINAL, WIDTH, C)
     zeros = tl.zeros((TILE,), tl.float32)
     sums = (zeros, zeros, zeros, zeros, missed_target(xs, target, counted, C))
-    program = episode * tl.num_programs(1) + tile
     store_sums(sums_ptr + program * NUM_SUMS, sums, zeros, counted, True)
 
 
@@ -835,7 +844,7 @@ def upstream(grad_total, grad_terms_ptr, weight, TERM: tl.constexpr, HAS_TOTAL: 
     return grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_episodes"])
 def efe_loss_backward_kernel(
     grad_total_ptr,  # [B] float32
     promise_ptr,  # [] float32
@@ -928,6 +937,7 @@ def efe_loss_backward_kernel(
 
     What is constant over the outcomes cancels in f - sum p f, so log p stands for d alone.
     """
+    tl.static_assert(not (LOSS and HAS_DIRECTION), "the direction is a sum over all cells, known before any gradient")
     tile = tl.program_id(0)
     chunk = tl.program_id(1).to(tl.int64)
     cell = tile * TILE + tl.arange(0, TILE)
@@ -963,7 +973,7 @@ def efe_loss_backward_kernel(
         js = LN_2 * (0.5 * j if HAS_BACKWARD else j)
 
         counted, target = counted_cells(
-            target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, HAS_VALID
+            target_ptr, valid_ptr, episode, cell, mask, IGNORE_INDEX, TARGET, VALID, WIDTH, C, HAS_VALID
         )
         scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
         offset = episode * PREFERENCE[0] + cell_offset(cell, WIDTH, PREFERENCE[1], PREFERENCE[2])
@@ -998,7 +1008,9 @@ def efe_loss_backward_kernel(
             program = episode * tl.num_programs(0) + tile
             store_sums(sums_ptr + program * NUM_SUMS, sums, distance, counted, live)
         if NEED_PREFERENCE or NEED_SCALES:
-            # c and the unscaled logits are taken up again here: kept from above, they would not fit into registers.
+            # c, the scales and the unscaled logits are taken up again here: kept from above, they would not fit into
+            # registers.
+            scales = preference_scales(prompt_ptr, episode, PROMPT, C, HAS_PROMPT, APPROX)
             grads = ()
             for c in tl.static_range(C):
                 grads = grads + (a * (T * tl.exp2(log_cs[c]) - p_sums[c]),)
@@ -1030,7 +1042,7 @@ def efe_loss_backward_kernel(
                 tl.store(grad_preference_ptr + (chunk * C + c) * CELLS + cell, grad_shared[c], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_episodes", "num_chunks"])
 def efe_loss_shared_gradients_kernel(
     grad_total_ptr,  # [B] float32
     grad_terms_ptr,  # [B, NUM_TERMS] float32
@@ -1045,6 +1057,7 @@ def efe_loss_shared_gradients_kernel(
     grad_projection_ptr,  # [C, D] own strides, written
     weight_prompt,
     num_episodes,
+    num_chunks,
     GRAD_TOTAL: tl.constexpr,
     PROMPT: tl.constexpr,
     PROJECTION: tl.constexpr,
@@ -1059,7 +1072,6 @@ def efe_loss_shared_gradients_kernel(
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
-    CHUNKS: tl.constexpr,
     TILES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PREFERENCE_PROGRAMS: tl.constexpr,
@@ -1080,8 +1092,8 @@ def efe_loss_shared_gradients_kernel(
     if PREFERENCE_PROGRAMS > 0:
         if program < PREFERENCE_PROGRAMS:
             preference_gradient(
-                partial_ptr, grad_preference_ptr, program // C, program % C, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS,
-                CELL_BLOCK, CHUNK_BLOCK,
+                partial_ptr, grad_preference_ptr, program // C, program % C, num_chunks, GRAD_PREFERENCE, CELLS, WIDTH,
+                C, CELL_BLOCK, CHUNK_BLOCK,
             )  # fmt: skip
     program -= PREFERENCE_PROGRAMS
     if PROJECTION_PROGRAMS > 0:
@@ -1176,11 +1188,11 @@ def preference_gradient(
     grad_ptr,  # [H, W, C] own strides, written
     block,
     outcome,
+    num_chunks,
     STRIDES: tl.constexpr,
     CELLS: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
-    CHUNKS: tl.constexpr,
     CELL_BLOCK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr,
 ):
@@ -1188,9 +1200,9 @@ def preference_gradient(
     cell = block * CELL_BLOCK + tl.arange(0, CELL_BLOCK)
     inside = cell < CELLS
     sums = tl.zeros((CHUNK_BLOCK, CELL_BLOCK), tl.float32)
-    for first in range(0, CHUNKS, CHUNK_BLOCK):
-        chunk = first + tl.arange(0, CHUNK_BLOCK)
-        mask = (chunk < CHUNKS)[:, None] & inside[None, :]
+    for first in range(0, num_chunks, CHUNK_BLOCK):
+        chunk = (first + tl.arange(0, CHUNK_BLOCK)).to(tl.int64)
+        mask = (chunk < num_chunks)[:, None] & inside[None, :]
         sums += tl.load(partial_ptr + (chunk[:, None] * C + outcome) * CELLS + cell[None, :], mask=mask, other=0.0)
     offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1]) + outcome * STRIDES[2]
     tl.store(grad_ptr + offset, tl.sum(sums, axis=0).to(grad_ptr.dtype.element_ty), mask=inside)

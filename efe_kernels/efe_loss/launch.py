@@ -25,13 +25,14 @@ from efe_kernels.efe_loss.kernels import (
     efe_loss_shared_gradients_kernel,
     efe_loss_survey_kernel,
 )
-from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
+from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings, residual_width
 
 # One multiply-add keeps x log2(e) - top exact for logits of 1e4; Triton 3.10 would round twice by default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
+DIRECTION = TERMS.index("prompt")
 
 
 class Layout:
@@ -41,13 +42,18 @@ class Layout:
         logits, preference_logits = inputs.logits, inputs.preference_logits
         self.batch, self.steps, height, width, self.outcomes = logits.shape
         self.cells = height * width
-        separate = inputs.backward_logits is not None
-        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
-        cells_per_lane = 2 if logits.stride(3) == 1 else 1
-        self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
-        self.tiles = triton.cdiv(self.cells, self.tile)
+        self.prompt_dim = 0 if inputs.prompt is None else inputs.prompt.shape[1]
+        self.residual = residual_width(inputs)
         self.has_direction = inputs.prompt is not None and inputs.projection is not None
         self.shared_preference = preference_logits.dim() == 3
+        separate = inputs.backward_logits is not None
+        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
+        # In the backward of the prompt term two do not fit into its registers.
+        cells_per_lane = 2 if logits.stride(3) == 1 else 1
+        self.tile = self.tile_of(cells_per_lane)
+        self.tiles = triton.cdiv(self.cells, self.tile)
+        self.backward_tile = self.tile_of(1 if self.has_direction else cells_per_lane)
+        self.backward_tiles = triton.cdiv(self.cells, self.backward_tile)
         self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
         self.chunks = triton.cdiv(self.batch, self.episodes)
         preference = preference_logits.stride()
@@ -74,28 +80,29 @@ class Layout:
             "CELLS": self.cells,
             "WIDTH": width,
             "C": self.outcomes,
-            "D": 0 if inputs.prompt is None else inputs.prompt.shape[1],
+            "D": self.prompt_dim,
             "PAIRS": self.steps if separate else (self.steps + 1) // 2,
             "ALONE": int(not separate and self.steps % 2 == 1),
             "TILE": self.tile,
             "TILES": self.tiles,
             "EPISODES": self.episodes,
-            "CHUNKS": self.chunks,
-            "RESIDUAL": residual_width(inputs),
+            "RESIDUAL": self.residual,
             "APPROX": APPROXIMATE,
         }
         self.launches: dict[Hashable, PreparedLaunch] = {}
+
+    def tile_of(self, cells_per_lane: int) -> int:
+        return min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
 
     def launch(
         self, function: Any, grid: tuple[int, ...], key: Hashable, constants: Callable[[], dict[str, Any]]
     ) -> PreparedLaunch:
         """The launch of `function` on this layout. `key` tells its other constants apart."""
-        name = function.__name__  # Triton hashes the function itself by its source
-        found = self.launches.get((name, key))
+        place = (function.__name__, key)  # Triton hashes the function itself by its source
+        found = self.launches.get(place)
         if found is None:
             known = {name: value for name, value in self.constants.items() if name in function.arg_names}
-            found = PreparedLaunch(function, grid, {**known, **OPTIONS, **constants()})
-            self.launches[name, key] = found
+            found = self.launches[place] = PreparedLaunch(function, grid, {**known, **OPTIONS, **constants()})
         return found
 
 
@@ -145,7 +152,7 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
         with launch_guard(inputs.logits):
             launch = layout.launch(
                 efe_loss_forward_kernel,
-                (layout.batch, layout.tiles),
+                (layout.batch * layout.tiles,),
                 settings.ignore_index,
                 lambda: {"IGNORE_INDEX": settings.ignore_index},
             )
@@ -159,7 +166,7 @@ def new_outputs(inputs: Inputs, layout: Layout) -> Outputs:
         return torch.empty(shape, dtype=torch.float32, device=inputs.logits.device)
 
     batch = layout.batch
-    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, layout.constants["RESIDUAL"])
+    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, layout.residual)
 
 
 def new_sums(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -197,6 +204,7 @@ class Gradients:
     """The gradients asked for, each in its input's dtype and memory order, and the partial sums of some of them."""
 
     def __init__(self, layout: Layout, inputs: Inputs, needs: list[bool]) -> None:
+        self.layout = layout
         self.needs = tuple(needs)
         wanted = zip(inputs[: len(needs)], needs, strict=True)
         self.each = [torch.empty_like(tensor) if tensor is not None and need else None for tensor, need in wanted]
@@ -208,7 +216,7 @@ class Gradients:
             shape = (layout.chunks, layout.outcomes, layout.cells)
             self.partial = torch.empty(shape, dtype=torch.float32, device=device)
         if need_prompt:
-            shape = (layout.batch, layout.tiles, layout.outcomes)
+            shape = (layout.batch, layout.backward_tiles, layout.outcomes)
             self.scales = torch.empty(shape, dtype=torch.float32, device=device)
 
     def found(self) -> list[Tensor]:
@@ -225,7 +233,7 @@ class Upstream:
     residual: Tensor  # [B, RESIDUAL]
 
     def signature(self) -> Hashable:
-        return signature(self.grad_total), self.grad_terms is None
+        return tuple([signature(tensor) for tensor in vars(self).values()])
 
     def constants(self) -> dict[str, Any]:
         return {
@@ -279,6 +287,8 @@ def efe_loss_promised_backward(
 ) -> list[Tensor]:
     """What `efe_loss_backward` gives, from the gradients that the forward has left where the promise was kept."""
     layout = layout_of(inputs)
+    if layout is not gradients.layout:  # a hook on saved tensors has laid them out anew
+        return efe_loss_backward(inputs, settings, upstream, list(gradients.needs))
     launch_backward(layout, inputs, settings, upstream, gradients, promise=promise)
     launch_shared_gradients(layout, inputs, settings, upstream, gradients)
     return gradients.found()
@@ -289,7 +299,7 @@ def launch_survey(layout: Layout, inputs: Inputs, settings: Settings, sums: Tens
     final = inputs.logits[:, -1] if inputs.final_logits is None else inputs.final_logits
     launch = layout.launch(
         efe_loss_survey_kernel,
-        (layout.batch, layout.tiles),
+        (layout.batch * layout.tiles,),
         (settings.ignore_index, signature(final)),
         lambda: {"IGNORE_INDEX": settings.ignore_index, "FINAL": one_step(final)},
     )
@@ -322,19 +332,20 @@ def launch_backward(
             "GRAD_FINAL": one_step(grad_final),
             "GRAD_OBSERVATION": strides(grad_observation),
             "GRAD_PREFERENCE": (0,) if layout.shared_preference else one_step(preference),
+            "TILE": layout.backward_tile,
             "LOSS": sums is not None,
             "PROMISED": promise is not None,
             **upstream.constants(),
             **{f"NEED_{name}": need for name, need in needs},
         }
 
-    key = (settings.ignore_index, upstream.signature(), gradients.needs, sums is None, promise is None)
+    key = (settings.ignore_index, upstream.signature(), gradients.needs, sums is None, signature(promise))
     partial = gradients.partial if layout.shared_preference else preference
     # For an absent tensor the residual stands in, which the kernel then never touches.
     residual = upstream.residual
     written = [residual if grad is None else grad for grad in (*plans, partial, gradients.scales, sums)]
     with launch_guard(inputs.logits):
-        launch = layout.launch(efe_loss_backward_kernel, (layout.tiles, layout.chunks), key, constants)
+        launch = layout.launch(efe_loss_backward_kernel, (layout.backward_tiles, layout.chunks), key, constants)
         launch(
             residual if upstream.grad_total is None else upstream.grad_total,
             residual if promise is None else promise,
@@ -359,7 +370,7 @@ def launch_shared_gradients(
     cell_block, d_block = 32, 16
     programs = (
         0 if preference is None else triton.cdiv(layout.cells, cell_block) * layout.outcomes,
-        0 if projection is None else triton.cdiv(layout.constants["D"], d_block) * layout.outcomes,
+        0 if projection is None else triton.cdiv(layout.prompt_dim, d_block) * layout.outcomes,
         0 if prompt is None else layout.batch,
     )
 
@@ -372,23 +383,24 @@ def launch_shared_gradients(
             "PREFERENCE_PROGRAMS": programs[0],
             "PROJECTION_PROGRAMS": programs[1],
             "CELL_BLOCK": cell_block,
-            "CHUNK_BLOCK": min(16, triton.next_power_of_2(layout.chunks)),
+            "CHUNK_BLOCK": 16,
             "D_BLOCK": d_block,
-            "EPISODE_BLOCK": min(256, triton.next_power_of_2(layout.batch)),
+            "EPISODE_BLOCK": 32 if layout.batch <= 32 else 256,
             "PROMPT_BLOCK": 128,
+            "TILES": layout.backward_tiles,
             "num_warps": 4,
             **upstream.constants(),
         }
 
     residual = upstream.residual
-    absent_or = [
-        residual if tensor is None else tensor
-        for tensor in (
-            upstream.grad_total, upstream.grad_terms, inputs.prompt, inputs.projection, upstream.hard_cell_scale,
-            residual, gradients.partial, gradients.scales, preference, prompt, projection,
-        )
-    ]  # fmt: skip
+    tensors = (
+        upstream.grad_total, upstream.grad_terms, inputs.prompt, inputs.projection, upstream.hard_cell_scale, residual,
+        gradients.partial, gradients.scales, preference, prompt, projection,
+    )  # fmt: skip
     key = (upstream.signature(), gradients.needs)
     with launch_guard(inputs.logits):
         launch = layout.launch(efe_loss_shared_gradients_kernel, (sum(programs),), key, constants)
-        launch(*absent_or, settings.weights[5], layout.batch)
+        launch(
+            *[residual if tensor is None else tensor for tensor in tensors], settings.weights[DIRECTION],
+            layout.batch, layout.chunks,
+        )  # fmt: skip

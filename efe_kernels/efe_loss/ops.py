@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def backward_fake(grad_total: Tensor | None, grad_terms: Tensor | None, *argumen
     return [torch.empty_like(arguments[i]) for i in range(NUM_DIFFERENTIABLE) if needs[i]]
 
 
-launch = triton_module("efe_kernels.efe_loss.launch")
+launch: Any = triton_module("efe_kernels.efe_loss.launch")
 
 
 def has_kernel(logits: Tensor) -> bool:
@@ -80,16 +79,17 @@ def has_kernel(logits: Tensor) -> bool:
 
 def forward_triton(*arguments: Any) -> Forward:
     inputs, settings = grouped(arguments)
-    if launch is None or not has_kernel(inputs.logits):
+    if not has_kernel(inputs.logits):
         return forward_reference(*arguments)
     return launch.efe_loss_forward(inputs, settings)
 
 
 def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
     inputs, settings = grouped(arguments)
-    if launch is None or not has_kernel(inputs.logits):
+    if not has_kernel(inputs.logits):
         return backward_reference(grad_total, grad_terms, *arguments)
     *saved, needs = arguments[NUM_ARGUMENTS:]
+    grad_terms = None if grad_terms is None else grad_terms.contiguous()
     return launch.efe_loss_backward(inputs, settings, launch.Upstream(grad_total, grad_terms, *saved), needs)
 
 
@@ -109,15 +109,17 @@ efe_loss_backward = define_op(
 )
 
 
-def launch_for_promise(promise: Tensor | None, inputs: Inputs) -> ModuleType | None:
-    """The launchers that make use of a promised upstream gradient, or None where none do.
+def keeps_promise(promise: Tensor | None, inputs: Inputs, needs: list[bool]) -> bool:
+    """Whether kernels make use of a promised upstream gradient.
 
-    Their kernels write the gradients in forward and hand out the same memory in backward, which a tracer cannot follow.
+    They write the gradients in forward and hand out the same memory in backward, beside the dispatcher: which a tracer,
+    a subclass or a lazily negated tensor would not see.
     """
     logits = inputs.logits
-    if promise is None or traced() or type(logits) not in (Tensor, Parameter) or not (INTERPRET or logits.is_cuda):
-        return None
-    return launch if launch is not None and has_kernel(logits) and launch.takes_promise(inputs) else None
+    if promise is None or launch is None or traced() or not any(needs) or not (INTERPRET or logits.is_cuda):
+        return False
+    plain = all(type(tensor) in (Tensor, Parameter) and not tensor.is_neg() for tensor in inputs if tensor is not None)
+    return plain and has_kernel(logits) and launch.takes_promise(inputs)
 
 
 class EFELossFunction(torch.autograd.Function):
@@ -132,13 +134,11 @@ class EFELossFunction(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Forward:
         tensors, ctx.settings = grouped(arguments)
         promise = arguments[NUM_ARGUMENTS]
-        single_pass = launch_for_promise(promise, tensors)
-        if single_pass is None:
-            output: Forward = efe_loss_forward(*arguments[:NUM_ARGUMENTS])
-            ctx.gradients = None
+        needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
+        if keeps_promise(promise, tensors, needs):
+            output, ctx.gradients = launch.efe_loss_promised_forward(promise, tensors, ctx.settings, needs)
         else:
-            needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
-            output, ctx.gradients = single_pass.efe_loss_promised_forward(promise, tensors, ctx.settings, needs)
+            output, ctx.gradients, promise = efe_loss_forward(*arguments[:NUM_ARGUMENTS]), None, None
         *_, mask_ratio, hard_cell_scale, residual = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, residual)
@@ -157,7 +157,7 @@ class EFELossFunction(torch.autograd.Function):
             if ctx.gradients is not None:
                 # Handed out once: what the caller holds after this backward must not change in the next one.
                 ahead, ctx.gradients = ctx.gradients, None
-            if launch is not None and ahead is not None and grad_terms is None and not torch.is_grad_enabled():
+            if ahead is not None and grad_terms is None and not torch.is_grad_enabled() and not traced():
                 upstream = launch.Upstream(grad_total, None, hard_cell_scale, residual)
                 gradients = launch.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
             else:

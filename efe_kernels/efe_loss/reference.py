@@ -119,6 +119,13 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (kl_divergence(log_p, log_mean) + kl_divergence(log_q, log_mean))
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of [B, H, W, C] and [B, H, W]. A target out of range gives NaN, and an impossible one infinity."""
+    outcomes = logits.shape[-1]
+    loss = -F.log_softmax(logits, -1).gather(-1, target.clamp(0, outcomes - 1)[..., None])[..., 0]
+    return torch.where((target >= 0) & (target < outcomes), loss, math.nan)
+
+
 def observation_entropy(observation_probs: Tensor) -> Tensor:
     """H(p) of probabilities; the logarithm is clamped at the smallest normal number, so its gradient stays finite."""
     log_p = observation_probs.clamp_min(torch.finfo(observation_probs.dtype).tiny).log()
@@ -188,7 +195,7 @@ def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor
         [
             mean_over_cells(kl_divergence(log_q, log_c[:, None]), counted),
             mean_over_cells(ambiguity, counted),
-            mean_over_cells(F.cross_entropy(final.movedim(-1, 1), cell_target, reduction="none"), counted),
+            mean_over_cells(cross_entropy(final, cell_target), counted),
             # Rounding can take a divergence of 0 below it.
             mean_over_cells(jensen_shannon(log_q, log_r), counted).clamp_min(0),
             anchor,
@@ -262,8 +269,8 @@ def efe_loss_backward(
         tiny = torch.finfo(dtype).tiny
         found["observation_probs"] = -ambiguity * (probs.clamp_min(tiny).log() + (probs >= tiny))
     final = read(logits[:, -1] if final_logits is None else final_logits, counted, dtype)
-    one_hot = F.one_hot(torch.where(counted, inputs.target, 0).long(), outcomes)
-    grad_final = consistency * (torch.softmax(final, -1) - one_hot)
+    one_hot = torch.where(counted, inputs.target, 0)[..., None] == torch.arange(outcomes, device=logits.device)
+    grad_final = consistency * (torch.softmax(final, -1) - one_hot.to(dtype))
     if final_logits is None:
         found["logits"][:, -1] += grad_final
     else:
