@@ -1,4 +1,4 @@
-// gae and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients stands in
+// gae (log_ratio is none) and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients stands in
 // efe_kernels/advantage/trace/kernels.py. Arithmetic is A: double for double tensors, else float, to which half-precision
 // tensors are converted on the way in and from which they are rounded on the way out.
 #include <ATen/core/Tensor.h>
@@ -257,8 +257,10 @@ Trace<A> trace_of(const at::Tensor& like, const at::Tensor& terminated, const at
 bool time_inner(const at::Tensor& dense) { return dense.stride(1) == 1; }
 
 std::tuple<at::Tensor, at::Tensor> trace_forward(
-    const OptionalTensor& log_ratio, const at::Tensor& reward, const at::Tensor& value, const at::Tensor& next_value,
-    const at::Tensor& terminated, const OptionalTensor& truncated, const Discounts<double>& settings) {
+    const at::Tensor& value, const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
+    const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma, double lam, double rho_clip,
+    double c_clip, double reward_scale) {
+    const Discounts<double> settings{gamma, lam, rho_clip, c_clip, reward_scale};
     const at::ScalarType type = arithmetic_type(reward);
     const at::Tensor advantage = at::empty_like(reward, reward.options().dtype(type));
     const at::Tensor target = at::empty_like(advantage);
@@ -279,9 +281,10 @@ std::tuple<at::Tensor, at::Tensor> trace_forward(
 }
 
 std::vector<at::Tensor> trace_backward(
-    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const OptionalTensor& log_ratio,
-    const at::Tensor& terminated, const OptionalTensor& truncated, const Discounts<double>& settings,
-    const c10::List<bool>& needs) {
+    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const c10::List<bool>& needs,
+    const at::Tensor& terminated, const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma,
+    double lam, double rho_clip, double c_clip, double reward_scale) {
+    const Discounts<double> settings{gamma, lam, rho_clip, c_clip, reward_scale};
     const at::Tensor& given = grad_advantage.has_value() ? *grad_advantage : *grad_target;
     const at::ScalarType type = arithmetic_type(given);
     const at::Tensor like = at::empty_like(terminated, terminated.options().dtype(type));
@@ -305,39 +308,9 @@ std::vector<at::Tensor> trace_backward(
     return wanted;
 }
 
-std::tuple<at::Tensor, at::Tensor> gae_forward(
-    const at::Tensor& reward, const at::Tensor& value, const at::Tensor& next_value, const at::Tensor& terminated,
-    const OptionalTensor& truncated, double gamma, double lam, double reward_scale) {
-    return trace_forward(std::nullopt, reward, value, next_value, terminated, truncated, {gamma, lam, 1, 1, reward_scale});
-}
-
-std::vector<at::Tensor> gae_backward(
-    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const at::Tensor& terminated,
-    const OptionalTensor& truncated, double gamma, double lam, const c10::List<bool>& needs) {
-    return trace_backward(grad_advantage, grad_target, std::nullopt, terminated, truncated, {gamma, lam, 1, 1, 1}, needs);
-}
-
-std::tuple<at::Tensor, at::Tensor> vtrace_forward(
-    const at::Tensor& log_ratio, const at::Tensor& reward, const at::Tensor& value, const at::Tensor& next_value,
-    const at::Tensor& terminated, const OptionalTensor& truncated, double gamma, double rho_clip, double c_clip,
-    double reward_scale) {
-    const Discounts<double> settings{gamma, 1, rho_clip, c_clip, reward_scale};
-    return trace_forward(log_ratio, reward, value, next_value, terminated, truncated, settings);
-}
-
-std::vector<at::Tensor> vtrace_backward(
-    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const at::Tensor& log_ratio,
-    const at::Tensor& terminated, const OptionalTensor& truncated, double gamma, double rho_clip, double c_clip,
-    const c10::List<bool>& needs) {
-    const Discounts<double> settings{gamma, 1, rho_clip, c_clip, 1};
-    return trace_backward(grad_advantage, grad_target, log_ratio, terminated, truncated, settings, needs);
-}
-
 TORCH_LIBRARY_IMPL(efe, CPU, library) {
-    library.impl("gae_forward", gae_forward);
-    library.impl("gae_backward", gae_backward);
-    library.impl("vtrace_forward", vtrace_forward);
-    library.impl("vtrace_backward", vtrace_backward);
+    library.impl("trace_forward", trace_forward);
+    library.impl("trace_backward", trace_backward);
 }
 
 }  // namespace

@@ -287,18 +287,17 @@ def test_two_runs_give_the_same_bits(call: Any, steps: int, device: str) -> None
 
 def test_opcheck(device: str) -> None:
     t = trajectories(3, 4, device=device)
-    ops = torch.ops.efe
-    rows = (t["reward"], t["value"], t["next_value"], t["terminated"])
+    forward, backward = torch.ops.efe.trace_forward.default, torch.ops.efe.trace_backward.default
+    values = (t["value"], t["next_value"], t["reward"])
+    discounts = (0.9, 0.8, 1.0, 1.0, 1.0)
     for truncated in (t["truncated"], None):
-        torch.library.opcheck(ops.gae_forward.default, (*rows, truncated, 0.9, 0.8, 1.0))
-        torch.library.opcheck(ops.vtrace_forward.default, (t["log_ratio"], *rows, truncated, 0.9, 1.0, 1.0, 1.0))
-        grads = (t["reward"], None)
-        torch.library.opcheck(ops.gae_backward.default, (*grads, rows[3], truncated, 0.9, 0.8, [True, True]))
-        torch.library.opcheck(
-            ops.vtrace_backward.default, (*grads, t["log_ratio"], rows[3], truncated, 0.9, 1.0, 1.0, [False, True])
-        )
-    transposed = [row.T.contiguous().T for row in rows]
-    torch.library.opcheck(ops.gae_forward.default, (*transposed, None, 0.9, 0.8, 1.0))
+        for log_ratio in (t["log_ratio"], None):
+            transitions = (t["terminated"], truncated, log_ratio)
+            torch.library.opcheck(forward, (*values, *transitions, *discounts))
+            for needs in ([True, True], [False, True]):
+                torch.library.opcheck(backward, (t["reward"], None, needs, *transitions, *discounts))
+    transposed = [value.T.contiguous().T for value in values]
+    torch.library.opcheck(forward, (*transposed, t["terminated"].T.contiguous().T, None, None, *discounts))
 
 
 @BOTH

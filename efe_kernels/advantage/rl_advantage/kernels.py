@@ -265,7 +265,7 @@ def rl_advantage_forward(
 ) -> tuple[Tensor, Tensor]:
     """See the reference. Two launches where a group is larger than a tile, else one."""
     numel = reward.numel()
-    out = torch.empty(numel, dtype=torch.result_type(reward, value), device=reward.device)
+    out = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
     statistics = torch.empty(numel // group_size if group_size else 0, 3, dtype=torch.float32, device=reward.device)
     if numel == 0:
         return out, statistics
@@ -305,7 +305,7 @@ def rl_advantage_backward(
 ) -> Tensor:
     """See the reference. Two launches where a group is larger than a tile, else one."""
     numel = reward.numel()
-    out = torch.empty(numel, dtype=value.dtype, device=value.device)
+    out = value.new_empty(value.shape)
     if numel == 0:
         return out
     inputs = (
