@@ -89,7 +89,7 @@ class TraceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:2])
-        if grads == (None, None):
+        if all(grad is None for grad in grads):
             needs = [False, False]
         gradients: tuple[Tensor, ...] = ()
         if any(needs):
