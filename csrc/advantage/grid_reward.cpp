@@ -61,7 +61,7 @@ EFE_INLINE void with_episode(const Grid& grid, int64_t b, const Body& body) {
         case at::kLong:
             return body(static_cast<const int64_t*>(data) + offset);
         default:
-            TORCH_CHECK_TYPE(false, grid.name, " must be logits or an integer grid, it was ", grid.tensor.scalar_type(), ".");
+            TORCH_CHECK_TYPE(false, grid.name, " must hold logits or integers, it was ", grid.tensor.scalar_type(), ".");
     }
 }
 
@@ -149,8 +149,10 @@ struct Resize {
     float size_score;
 
     Resize(const Grid& from, const Grid& to)
-        : rows(resize_index(from.height, to.height)), columns(resize_index(from.width, to.width)),
-          size_score(static_cast<float>(1 - 0.5 * (relative(from.height, to.height) + relative(from.width, to.width)))) {}
+        : rows(resize_index(from.height, to.height)), columns(resize_index(from.width, to.width)) {
+        const double differences = relative(from.height, to.height) + relative(from.width, to.width);
+        size_score = static_cast<float>(1 - 0.5 * differences);
+    }
 
     static double relative(int64_t size, int64_t target_size) {
         return static_cast<double>(std::abs(size - target_size)) / (static_cast<double>(target_size) + 1e-6);

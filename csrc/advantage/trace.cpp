@@ -1,12 +1,15 @@
-// gae (log_ratio is none) and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients stands in
-// efe_kernels/advantage/trace/kernels.py. Arithmetic is A: double for double tensors, else float, to which half-precision
-// tensors are converted on the way in and from which they are rounded on the way out.
+// gae (without log_ratio) and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients
+// stands in efe_kernels/advantage/trace/kernels.py. Arithmetic is A: double for double tensors, else float. Inputs are
+// read as they lie, whatever their strides; half-precision tensors are converted tile by tile.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "advantage/parallel.h"
@@ -20,15 +23,22 @@ struct Discounts {
     A gamma, lam, rho_clip, c_clip, reward_scale;
 };
 
+// A tensor [N, T] as it lies in memory; no data where there is none. dense: it has the strides of the results and, unless
+// it is bool, the dtype of the arithmetic, so that its runs can be used where they lie.
+struct Matrix {
+    void* data = nullptr;
+    at::ScalarType type = at::kFloat;
+    int64_t stride_row = 0, stride_time = 0;
+    bool dense = false;
+};
+
 template <class A>
 struct Trace {
     int64_t rows, steps;
     Discounts<A> discounts;
-    const uint8_t *terminated, *truncated;
-    const A *log_ratio, *reward, *value, *next_value;
-    A *advantage, *target;
-    const A *grad_advantage, *grad_target;
-    A *grad_value, *grad_next_value;
+    Matrix terminated, truncated, log_ratio;
+    Matrix reward, value, next_value, advantage, target;
+    Matrix grad_advantage, grad_target, grad_value, grad_next_value;
 };
 
 // Tiles are 16 x 64, the longer side along the dimension that is contiguous in memory: time where TimeInner, else rows.
@@ -55,7 +65,7 @@ struct Tile {
         return TimeInner ? row * (one_run ? steps : kInner) + step : step * kInner + row;
     }
 
-    // Where the contiguous run of outer index o begins in a tensor [N, T].
+    // Where the contiguous run of outer index o begins in a result [N, T].
     template <class P>
     EFE_INLINE int64_t run(const P& p, int o) const {
         return TimeInner ? (first_row + o) * p.steps + first_step : (first_step + o) * p.rows + first_row;
@@ -87,23 +97,73 @@ EFE_INLINE A advance(A factor, A term, A x) {
     return term + (factor == 0 ? A(0) : through);
 }
 
-// A run of a tensor; zeros where there is none.
-template <class A>
-EFE_INLINE void load_run(const A* data, int64_t run, int count, A* out) {
-    if (data == nullptr)
-        std::fill_n(out, count, A(0));
+// body(typed pointer to the first element).
+template <class Body>
+void with_pointer(const Matrix& matrix, const Body& body) {
+    switch (matrix.type) {
+        case at::kDouble:
+            return body(static_cast<double*>(matrix.data));
+        case at::kHalf:
+            return body(static_cast<c10::Half*>(matrix.data));
+        case at::kBFloat16:
+            return body(static_cast<c10::BFloat16*>(matrix.data));
+        case at::kBool:
+            return body(static_cast<uint8_t*>(matrix.data));
+        default:
+            return body(static_cast<float*>(matrix.data));
+    }
+}
+
+// Copies the run of outer index o, converted. Not inlined, as it would be compiled for each instruction set and caller.
+template <class V, bool TimeInner>
+void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* __restrict__ out) {
+    with_pointer(matrix, [&](const auto* data) {
+        const auto copy = [&](const auto* from, int count, int64_t stride, V* __restrict__ to) {
+            for (int i = 0; i < count; ++i) to[i] = static_cast<V>(from[i * stride]);
+        };
+        const auto* from = data + tile.first_row * matrix.stride_row + tile.first_step * matrix.stride_time;
+        if (!TimeInner) return copy(from + o * matrix.stride_time, tile.rows, matrix.stride_row, out);
+        const int rows = tile.one_run ? tile.rows : 1;
+        for (int row = 0; row < rows; ++row)
+            copy(from + (o + row) * matrix.stride_row, tile.steps, matrix.stride_time, out + row * tile.steps);
+    });
+}
+
+// The run of outer index o: where it lies, or a copy of it in `room`; zeros where there is no tensor.
+template <class V, bool TimeInner, class A>
+EFE_INLINE const V* read_run(const Matrix& matrix, const Trace<A>& p, const Tile<TimeInner>& tile, int o, V* room) {
+    if (matrix.dense) return static_cast<const V*>(matrix.data) + tile.run(p, o);
+    if (matrix.data == nullptr)
+        std::fill_n(room, tile.inner(), V(0));
     else
-        std::copy_n(data + run, count, out);
+        copy_run(matrix, tile, o, room);
+    return room;
+}
+
+// Where to write the run of a result: into its memory, or into `room`, from which store_run converts.
+template <bool TimeInner, class A>
+EFE_INLINE A* run_to_write(const Matrix& result, const Trace<A>& p, const Tile<TimeInner>& tile, int o, A* room) {
+    return result.dense ? static_cast<A*>(result.data) + tile.run(p, o) : room;
+}
+
+template <bool TimeInner, class A>
+void store_run(const Matrix& result, const Trace<A>& p, const Tile<TimeInner>& tile, int o, const A* room) {
+    if (result.dense) return;
+    with_pointer(result, [&](auto* data) {
+        auto* const __restrict__ to = data + tile.run(p, o);
+        for (int i = 0; i < tile.inner(); ++i) to[i] = static_cast<std::remove_reference_t<decltype(*data)>>(room[i]);
+    });
 }
 
 // Bit 0: terminated, bit 1: truncated.
-template <class A>
-EFE_INLINE void load_flags(const Trace<A>& p, int64_t run, int count, uint8_t* __restrict__ out) {
-    const uint8_t* terminated = p.terminated + run;
-    for (int i = 0; i < count; ++i) out[i] = terminated[i];
-    if (p.truncated == nullptr) return;
-    const uint8_t* truncated = p.truncated + run;
-    for (int i = 0; i < count; ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
+template <bool TimeInner, class A>
+EFE_INLINE void load_flags(const Trace<A>& p, const Tile<TimeInner>& tile, int o, uint8_t* __restrict__ out) {
+    uint8_t room[Tile<TimeInner>::kSize];
+    const uint8_t* terminated = read_run(p.terminated, p, tile, o, room);
+    for (int i = 0; i < tile.inner(); ++i) out[i] = terminated[i];
+    if (p.truncated.data == nullptr) return;
+    const uint8_t* truncated = read_run(p.truncated, p, tile, o, room);
+    for (int i = 0; i < tile.inner(); ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
 }
 
 template <bool TimeInner, bool VTrace, class A>
@@ -112,13 +172,14 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
     const Discounts<A> d = p.discounts;
     const int inner = tile.inner();
     A delta[Shape::kSize], coefficient[Shape::kSize], pull[Shape::kSize], following[Shape::kSize];
+    A room[4][Shape::kSize];
     uint8_t flags[Shape::kSize];
     for (int o = 0; o < tile.outer(); ++o) {
-        const int64_t run = tile.run(p, o);
         const int at = o * Shape::kInner;
-        const A *reward = p.reward + run, *value = p.value + run, *next_value = p.next_value + run;
-        const A* log_ratio = VTrace ? p.log_ratio + run : value;  // gae does not look at it
-        load_flags(p, run, inner, flags);
+        const A *reward = read_run(p.reward, p, tile, o, room[0]), *value = read_run(p.value, p, tile, o, room[1]);
+        const A* next_value = read_run(p.next_value, p, tile, o, room[2]);
+        const A* log_ratio = VTrace ? read_run(p.log_ratio, p, tile, o, room[3]) : value;  // gae does not look at it
+        load_flags(p, tile, o, flags);
         for (int i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             delta[at + i] = step.rho * (advance(step.bootstrap, reward[i] * d.reward_scale, next_value[i]) - value[i]);
@@ -136,15 +197,17 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
         }
     }
     for (int o = 0; o < tile.outer(); ++o) {
-        const int64_t run = tile.run(p, o);
         const int at = o * Shape::kInner;
-        const A* __restrict__ value = p.value + run;
-        A *__restrict__ advantage = p.advantage + run, *__restrict__ target = p.target + run;
+        const A* __restrict__ value = read_run(p.value, p, tile, o, room[0]);
+        A* const __restrict__ advantage = run_to_write(p.advantage, p, tile, o, room[1]);
+        A* const __restrict__ target = run_to_write(p.target, p, tile, o, room[2]);
         for (int i = 0; i < inner; ++i) {
             const A x = coefficient[at + i];
             advantage[i] = VTrace ? advance(pull[at + i], delta[at + i], following[at + i]) : x;
             target[i] = x + value[i];
         }
+        store_run(p.advantage, p, tile, o, advantage);
+        store_run(p.target, p, tile, o, target);
     }
 }
 
@@ -155,15 +218,14 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
     const Discounts<A> d = p.discounts;
     const int inner = tile.inner();
     A arrival[Shape::kSize], coefficient[Shape::kSize], handed[Shape::kSize], rho[Shape::kSize];
-    A bootstrap[Shape::kSize], advantage[Shape::kSize], target[Shape::kSize];
+    A bootstrap[Shape::kSize], advantage[Shape::kSize], target[Shape::kSize], room[Shape::kSize];
     uint8_t flags[Shape::kSize];
     for (int o = 0; o < tile.outer(); ++o) {
-        const int64_t run = tile.run(p, o);
         const int at = o * Shape::kInner;
-        load_run(p.grad_advantage, run, inner, advantage + at);
-        load_run(p.grad_target, run, inner, target + at);
-        const A* log_ratio = VTrace ? p.log_ratio + run : target + at;  // gae does not look at it
-        load_flags(p, run, inner, flags);
+        std::copy_n(read_run(p.grad_advantage, p, tile, o, room), inner, advantage + at);
+        std::copy_n(read_run(p.grad_target, p, tile, o, room), inner, target + at);
+        const A* log_ratio = VTrace ? read_run(p.log_ratio, p, tile, o, room) : target + at;  // gae does not look at it
+        load_flags(p, tile, o, flags);
         for (int i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             coefficient[at + i] = step.coefficient;
@@ -182,18 +244,19 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
         }
     }
     for (int o = 0; o < tile.outer(); ++o) {
-        const int64_t run = tile.run(p, o);
         const int at = o * Shape::kInner;
         A* const __restrict__ grad_error = arrival + at;
         if constexpr (VTrace)
             for (int i = 0; i < inner; ++i) grad_error[i] = rho[at + i] * (grad_error[i] + advantage[at + i]);
-        if (p.grad_value != nullptr) {
-            A* const __restrict__ out = p.grad_value + run;
+        if (p.grad_value.data != nullptr) {
+            A* const __restrict__ out = run_to_write(p.grad_value, p, tile, o, room);
             for (int i = 0; i < inner; ++i) out[i] = target[at + i] - grad_error[i];
+            store_run(p.grad_value, p, tile, o, out);
         }
-        if (p.grad_next_value != nullptr) {
-            A* const __restrict__ out = p.grad_next_value + run;
+        if (p.grad_next_value.data != nullptr) {
+            A* const __restrict__ out = run_to_write(p.grad_next_value, p, tile, o, room);
             for (int i = 0; i < inner; ++i) out[i] = advance(bootstrap[at + i], A(0), grad_error[i]);
+            store_run(p.grad_next_value, p, tile, o, out);
         }
     }
 }
@@ -225,86 +288,88 @@ void run_trace(const Trace<A>& p) {
 
 template <bool Backward, class A>
 void run_trace(const Trace<A>& p, bool time_inner) {
-    const bool vtrace = p.log_ratio != nullptr;
+    const bool vtrace = p.log_ratio.data != nullptr;
     if (time_inner)
         vtrace ? run_trace<true, true, Backward>(p) : run_trace<true, false, Backward>(p);
     else
         vtrace ? run_trace<false, true, Backward>(p) : run_trace<false, false, Backward>(p);
 }
 
-// tensor with the strides of `like` and the given type; undefined where there is none.
-at::Tensor aligned(const OptionalTensor& tensor, const at::Tensor& like, at::ScalarType type) {
-    if (!tensor.has_value()) return {};
-    if (tensor->scalar_type() == type && tensor->strides() == like.strides()) return *tensor;
-    return at::empty_like(like, like.options().dtype(type)).copy_(*tensor);
-}
+// How the results lie, which is dense, and the dtype of the arithmetic on them.
+struct Layout {
+    int64_t rows, steps, stride_row, stride_time;
+    at::ScalarType type;
 
-template <class A>
-Trace<A> trace_of(const at::Tensor& like, const at::Tensor& terminated, const at::Tensor& truncated,
-                  const at::Tensor& log_ratio, const Discounts<double>& settings) {
-    Trace<A> p{};
-    p.rows = like.size(0);
-    p.steps = like.size(1);
-    p.terminated = reinterpret_cast<const uint8_t*>(data_of<bool>(terminated));
-    p.truncated = reinterpret_cast<const uint8_t*>(data_of<bool>(truncated));
-    p.log_ratio = data_of<A>(log_ratio);
-    p.discounts = {static_cast<A>(settings.gamma), static_cast<A>(settings.lam), static_cast<A>(settings.rho_clip),
-                   static_cast<A>(settings.c_clip), static_cast<A>(settings.reward_scale)};
-    return p;
-}
+    explicit Layout(const at::Tensor& result)
+        : rows(result.size(0)), steps(result.size(1)), stride_row(result.stride(0)), stride_time(result.stride(1)),
+          type(arithmetic_type(result)) {}
 
-// Whether time is the contiguous dimension of a dense tensor [N, T].
-bool time_inner(const at::Tensor& dense) { return dense.stride(1) == 1; }
+    Matrix matrix(const OptionalTensor& tensor) const {
+        if (!tensor.has_value() || !tensor->defined()) return {};
+        const int64_t row = rows == 1 ? stride_row : tensor->stride(0);
+        const int64_t time = steps == 1 ? stride_time : tensor->stride(1);
+        const bool as_it_is = tensor->scalar_type() == type || tensor->scalar_type() == at::kBool;
+        const bool dense = as_it_is && row == stride_row && time == stride_time;
+        return {const_cast<void*>(tensor->const_data_ptr()), tensor->scalar_type(), row, time, dense};
+    }
+
+    template <class A>
+    Trace<A> trace(const Discounts<double>& d, const at::Tensor& terminated, const OptionalTensor& truncated,
+                   const OptionalTensor& log_ratio) const {
+        Trace<A> p{};
+        p.rows = rows;
+        p.steps = steps;
+        p.discounts = {static_cast<A>(d.gamma), static_cast<A>(d.lam), static_cast<A>(d.rho_clip),
+                       static_cast<A>(d.c_clip), static_cast<A>(d.reward_scale)};
+        p.terminated = matrix(terminated);
+        p.truncated = matrix(truncated);
+        p.log_ratio = matrix(log_ratio);
+        return p;
+    }
+
+    bool time_inner() const { return stride_time == 1; }
+};
 
 std::tuple<at::Tensor, at::Tensor> trace_forward(
     const at::Tensor& value, const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
     const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma, double lam, double rho_clip,
     double c_clip, double reward_scale) {
-    const Discounts<double> settings{gamma, lam, rho_clip, c_clip, reward_scale};
-    const at::ScalarType type = arithmetic_type(reward);
-    const at::Tensor advantage = at::empty_like(reward, reward.options().dtype(type));
-    const at::Tensor target = at::empty_like(advantage);
-    const at::Tensor r = aligned(reward, advantage, type), v = aligned(value, advantage, type);
-    const at::Tensor n = aligned(next_value, advantage, type), l = aligned(log_ratio, advantage, type);
-    const at::Tensor end = aligned(terminated, advantage, at::kBool), cut = aligned(truncated, advantage, at::kBool);
-    for_arithmetic(type, [&](auto zero) {
+    const at::Tensor advantage = at::empty_like(reward), target = at::empty_like(reward);
+    const Layout layout(advantage);
+    for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
-        Trace<A> p = trace_of<A>(advantage, end, cut, l, settings);
-        p.reward = data_of<A>(r);
-        p.value = data_of<A>(v);
-        p.next_value = data_of<A>(n);
-        p.advantage = advantage.mutable_data_ptr<A>();
-        p.target = target.mutable_data_ptr<A>();
-        run_trace<false>(p, time_inner(advantage));
+        const Discounts<double> discounts{gamma, lam, rho_clip, c_clip, reward_scale};
+        Trace<A> p = layout.trace<A>(discounts, terminated, truncated, log_ratio);
+        p.reward = layout.matrix(reward);
+        p.value = layout.matrix(value);
+        p.next_value = layout.matrix(next_value);
+        p.advantage = layout.matrix(advantage);
+        p.target = layout.matrix(target);
+        run_trace<false>(p, layout.time_inner());
     });
-    return {advantage.to(reward.scalar_type()), target.to(reward.scalar_type())};
+    return {advantage, target};
 }
 
 std::vector<at::Tensor> trace_backward(
     const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const c10::List<bool>& needs,
     const at::Tensor& terminated, const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma,
     double lam, double rho_clip, double c_clip, double reward_scale) {
-    const Discounts<double> settings{gamma, lam, rho_clip, c_clip, reward_scale};
     const at::Tensor& given = grad_advantage.has_value() ? *grad_advantage : *grad_target;
-    const at::ScalarType type = arithmetic_type(given);
-    const at::Tensor like = at::empty_like(terminated, terminated.options().dtype(type));
-    const at::Tensor grad_value = needs.get(0) ? like : at::Tensor();
-    const at::Tensor grad_next_value = needs.get(1) ? at::empty_like(like) : at::Tensor();
-    const at::Tensor a = aligned(grad_advantage, like, type), t = aligned(grad_target, like, type);
-    const at::Tensor l = aligned(log_ratio, like, type);
-    const at::Tensor end = aligned(terminated, like, at::kBool), cut = aligned(truncated, like, at::kBool);
-    for_arithmetic(type, [&](auto zero) {
-        using A = decltype(zero);
-        Trace<A> p = trace_of<A>(like, end, cut, l, settings);
-        p.grad_advantage = data_of<A>(a);
-        p.grad_target = data_of<A>(t);
-        if (grad_value.defined()) p.grad_value = grad_value.mutable_data_ptr<A>();
-        if (grad_next_value.defined()) p.grad_next_value = grad_next_value.mutable_data_ptr<A>();
-        run_trace<true>(p, time_inner(like));
-    });
     std::vector<at::Tensor> wanted;
-    for (const at::Tensor& gradient : {grad_value, grad_next_value})
-        if (gradient.defined()) wanted.push_back(gradient.to(given.scalar_type()));
+    for (int i = 0; i < 2; ++i)
+        if (needs.get(i)) wanted.push_back(at::empty_like(terminated, given.options()));
+    if (wanted.empty()) return wanted;
+    const Layout layout(wanted[0]);
+    for_arithmetic(layout.type, [&](auto zero) {
+        using A = decltype(zero);
+        const Discounts<double> discounts{gamma, lam, rho_clip, c_clip, reward_scale};
+        Trace<A> p = layout.trace<A>(discounts, terminated, truncated, log_ratio);
+        p.grad_advantage = layout.matrix(grad_advantage);
+        p.grad_target = layout.matrix(grad_target);
+        if (needs.get(0)) p.grad_value = layout.matrix(wanted.front());
+        if (needs.get(1)) p.grad_next_value = layout.matrix(wanted.back());
+        run_trace<true>(p, layout.time_inner());
+    });
     return wanted;
 }
 
