@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "advantage/parallel.h"
@@ -23,13 +22,13 @@ struct Discounts {
     A gamma, lam, rho_clip, c_clip, reward_scale;
 };
 
-// A tensor [N, T] as it lies in memory; no data where there is none. dense: it has the strides of the results and, unless
-// it is bool, the dtype of the arithmetic, so that its runs can be used where they lie.
+// A tensor [N, T] as it lies in memory; no data where there is none.
 struct Matrix {
     void* data = nullptr;
     at::ScalarType type = at::kFloat;
     int64_t stride_row = 0, stride_time = 0;
-    bool dense = false;
+    // The dtype is that of the arithmetic, or bool, and the strides are those of the results, or at least the inner one.
+    bool dense = false, runs = false;
 };
 
 template <class A>
@@ -65,10 +64,10 @@ struct Tile {
         return TimeInner ? row * (one_run ? steps : kInner) + step : step * kInner + row;
     }
 
-    // Where the contiguous run of outer index o begins in a result [N, T].
-    template <class P>
-    EFE_INLINE int64_t run(const P& p, int o) const {
-        return TimeInner ? (first_row + o) * p.steps + first_step : (first_step + o) * p.rows + first_row;
+    // Where the run of outer index o begins.
+    EFE_INLINE int64_t offset(const Matrix& matrix, int o) const {
+        const int64_t row = first_row + (TimeInner ? o : 0), step = first_step + (TimeInner ? 0 : o);
+        return row * matrix.stride_row + step * matrix.stride_time;
     }
 };
 
@@ -114,25 +113,34 @@ void with_pointer(const Matrix& matrix, const Body& body) {
     }
 }
 
-// Copies the run of outer index o, converted. Not inlined, as it would be compiled for each instruction set and caller.
+// to[i] = from[i · stride], converted.
+template <class From, class To>
+void convert(const From* from, int64_t stride, int count, To* __restrict__ to) {
+    vectorized([&]() EFE_SIMD_BODY {
+        if (stride == 1)
+            for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+        else
+            for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i * stride]);
+    });
+}
+
+// The run of outer index o. Not inlined: it is what differs least from caller to caller.
 template <class V, bool TimeInner>
-void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* __restrict__ out) {
+void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* out) {
     with_pointer(matrix, [&](const auto* data) {
-        const auto copy = [&](const auto* from, int count, int64_t stride, V* __restrict__ to) {
-            for (int i = 0; i < count; ++i) to[i] = static_cast<V>(from[i * stride]);
-        };
-        const auto* from = data + tile.first_row * matrix.stride_row + tile.first_step * matrix.stride_time;
-        if (!TimeInner) return copy(from + o * matrix.stride_time, tile.rows, matrix.stride_row, out);
+        const auto* from = data + tile.offset(matrix, o);
+        if (!TimeInner) return convert(from, matrix.stride_row, tile.rows, out);
         const int rows = tile.one_run ? tile.rows : 1;
         for (int row = 0; row < rows; ++row)
-            copy(from + (o + row) * matrix.stride_row, tile.steps, matrix.stride_time, out + row * tile.steps);
+            convert(from + row * matrix.stride_row, matrix.stride_time, tile.steps, out + row * tile.steps);
     });
 }
 
 // The run of outer index o: where it lies, or a copy of it in `room`; zeros where there is no tensor.
-template <class V, bool TimeInner, class A>
-EFE_INLINE const V* read_run(const Matrix& matrix, const Trace<A>& p, const Tile<TimeInner>& tile, int o, V* room) {
-    if (matrix.dense) return static_cast<const V*>(matrix.data) + tile.run(p, o);
+template <class V, bool TimeInner>
+EFE_INLINE const V* read_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* room) {
+    if (matrix.dense || (matrix.runs && !tile.one_run))
+        return static_cast<const V*>(matrix.data) + tile.offset(matrix, o);
     if (matrix.data == nullptr)
         std::fill_n(room, tile.inner(), V(0));
     else
@@ -142,27 +150,24 @@ EFE_INLINE const V* read_run(const Matrix& matrix, const Trace<A>& p, const Tile
 
 // Where to write the run of a result: into its memory, or into `room`, from which store_run converts.
 template <bool TimeInner, class A>
-EFE_INLINE A* run_to_write(const Matrix& result, const Trace<A>& p, const Tile<TimeInner>& tile, int o, A* room) {
-    return result.dense ? static_cast<A*>(result.data) + tile.run(p, o) : room;
+EFE_INLINE A* run_to_write(const Matrix& result, const Tile<TimeInner>& tile, int o, A* room) {
+    return result.dense ? static_cast<A*>(result.data) + tile.offset(result, o) : room;
 }
 
 template <bool TimeInner, class A>
-void store_run(const Matrix& result, const Trace<A>& p, const Tile<TimeInner>& tile, int o, const A* room) {
+void store_run(const Matrix& result, const Tile<TimeInner>& tile, int o, const A* room) {
     if (result.dense) return;
-    with_pointer(result, [&](auto* data) {
-        auto* const __restrict__ to = data + tile.run(p, o);
-        for (int i = 0; i < tile.inner(); ++i) to[i] = static_cast<std::remove_reference_t<decltype(*data)>>(room[i]);
-    });
+    with_pointer(result, [&](auto* data) { convert(room, 1, tile.inner(), data + tile.offset(result, o)); });
 }
 
 // Bit 0: terminated, bit 1: truncated.
 template <bool TimeInner, class A>
 EFE_INLINE void load_flags(const Trace<A>& p, const Tile<TimeInner>& tile, int o, uint8_t* __restrict__ out) {
     uint8_t room[Tile<TimeInner>::kSize];
-    const uint8_t* terminated = read_run(p.terminated, p, tile, o, room);
+    const uint8_t* terminated = read_run(p.terminated, tile, o, room);
     for (int i = 0; i < tile.inner(); ++i) out[i] = terminated[i];
     if (p.truncated.data == nullptr) return;
-    const uint8_t* truncated = read_run(p.truncated, p, tile, o, room);
+    const uint8_t* truncated = read_run(p.truncated, tile, o, room);
     for (int i = 0; i < tile.inner(); ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
 }
 
@@ -176,9 +181,9 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
     uint8_t flags[Shape::kSize];
     for (int o = 0; o < tile.outer(); ++o) {
         const int at = o * Shape::kInner;
-        const A *reward = read_run(p.reward, p, tile, o, room[0]), *value = read_run(p.value, p, tile, o, room[1]);
-        const A* next_value = read_run(p.next_value, p, tile, o, room[2]);
-        const A* log_ratio = VTrace ? read_run(p.log_ratio, p, tile, o, room[3]) : value;  // gae does not look at it
+        const A *reward = read_run(p.reward, tile, o, room[0]), *value = read_run(p.value, tile, o, room[1]);
+        const A* next_value = read_run(p.next_value, tile, o, room[2]);
+        const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room[3]) : value;  // gae does not look at it
         load_flags(p, tile, o, flags);
         for (int i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
@@ -198,16 +203,16 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
     }
     for (int o = 0; o < tile.outer(); ++o) {
         const int at = o * Shape::kInner;
-        const A* __restrict__ value = read_run(p.value, p, tile, o, room[0]);
-        A* const __restrict__ advantage = run_to_write(p.advantage, p, tile, o, room[1]);
-        A* const __restrict__ target = run_to_write(p.target, p, tile, o, room[2]);
+        const A* __restrict__ value = read_run(p.value, tile, o, room[0]);
+        A* const __restrict__ advantage = run_to_write(p.advantage, tile, o, room[1]);
+        A* const __restrict__ target = run_to_write(p.target, tile, o, room[2]);
         for (int i = 0; i < inner; ++i) {
             const A x = coefficient[at + i];
             advantage[i] = VTrace ? advance(pull[at + i], delta[at + i], following[at + i]) : x;
             target[i] = x + value[i];
         }
-        store_run(p.advantage, p, tile, o, advantage);
-        store_run(p.target, p, tile, o, target);
+        store_run(p.advantage, tile, o, advantage);
+        store_run(p.target, tile, o, target);
     }
 }
 
@@ -222,9 +227,9 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
     uint8_t flags[Shape::kSize];
     for (int o = 0; o < tile.outer(); ++o) {
         const int at = o * Shape::kInner;
-        std::copy_n(read_run(p.grad_advantage, p, tile, o, room), inner, advantage + at);
-        std::copy_n(read_run(p.grad_target, p, tile, o, room), inner, target + at);
-        const A* log_ratio = VTrace ? read_run(p.log_ratio, p, tile, o, room) : target + at;  // gae does not look at it
+        std::copy_n(read_run(p.grad_advantage, tile, o, room), inner, advantage + at);
+        std::copy_n(read_run(p.grad_target, tile, o, room), inner, target + at);
+        const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room) : target + at;  // gae does not look at it
         load_flags(p, tile, o, flags);
         for (int i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
@@ -249,14 +254,14 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
         if constexpr (VTrace)
             for (int i = 0; i < inner; ++i) grad_error[i] = rho[at + i] * (grad_error[i] + advantage[at + i]);
         if (p.grad_value.data != nullptr) {
-            A* const __restrict__ out = run_to_write(p.grad_value, p, tile, o, room);
+            A* const __restrict__ out = run_to_write(p.grad_value, tile, o, room);
             for (int i = 0; i < inner; ++i) out[i] = target[at + i] - grad_error[i];
-            store_run(p.grad_value, p, tile, o, out);
+            store_run(p.grad_value, tile, o, out);
         }
         if (p.grad_next_value.data != nullptr) {
-            A* const __restrict__ out = run_to_write(p.grad_next_value, p, tile, o, room);
+            A* const __restrict__ out = run_to_write(p.grad_next_value, tile, o, room);
             for (int i = 0; i < inner; ++i) out[i] = advance(bootstrap[at + i], A(0), grad_error[i]);
-            store_run(p.grad_next_value, p, tile, o, out);
+            store_run(p.grad_next_value, tile, o, out);
         }
     }
 }
@@ -309,8 +314,9 @@ struct Layout {
         const int64_t row = rows == 1 ? stride_row : tensor->stride(0);
         const int64_t time = steps == 1 ? stride_time : tensor->stride(1);
         const bool as_it_is = tensor->scalar_type() == type || tensor->scalar_type() == at::kBool;
-        const bool dense = as_it_is && row == stride_row && time == stride_time;
-        return {const_cast<void*>(tensor->const_data_ptr()), tensor->scalar_type(), row, time, dense};
+        const bool runs = as_it_is && (time_inner() ? time == 1 : row == 1);
+        const bool dense = runs && row == stride_row && time == stride_time;
+        return {const_cast<void*>(tensor->const_data_ptr()), tensor->scalar_type(), row, time, dense, runs};
     }
 
     template <class A>
