@@ -52,16 +52,28 @@ struct Tile {
     int64_t first_row = 0, first_step = 0;
     int rows = 0, steps = 0;
     bool one_run = false;
+    int64_t next_tile = 0;  // where the next tile of the same rows lies, in elements, or 0
 
-    static int64_t block_rows(int64_t steps) {
+    // Rows that are walked together. Long rows, of which there may be few, are shared out to all threads.
+    static int64_t block_rows(int64_t rows, int64_t steps) {
         if (!TimeInner) return kInner;
-        return steps > kInner ? kOuter : std::min<int64_t>(kMaxRows, kSize / steps);
+        if (steps <= kInner) return std::min<int64_t>(kMaxRows, kSize / steps);
+        const int64_t threads = at::get_num_threads();
+        return std::clamp<int64_t>((rows + threads - 1) / threads, 1, kOuter);
     }
 
     EFE_INLINE int outer() const { return one_run ? 1 : TimeInner ? rows : steps; }
     EFE_INLINE int inner() const { return one_run ? rows * steps : TimeInner ? steps : rows; }
     EFE_INLINE int index(int row, int step) const {
         return TimeInner ? row * (one_run ? steps : kInner) + step : step * kInner + row;
+    }
+
+    // Asks for the run of the next tile, of which the hardware cannot know: too many rows are read side by side.
+    template <class V>
+    EFE_INLINE void prefetch(const V* run) const {
+        if (next_tile == 0) return;
+        const char* next = reinterpret_cast<const char*>(run + next_tile);
+        for (size_t line = 0; line < kInner * sizeof(V); line += 64) __builtin_prefetch(next + line);
     }
 
     // Where the run of outer index o begins.
@@ -139,8 +151,11 @@ void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* out) 
 // The run of outer index o: where it lies, or a copy of it in `room`; zeros where there is no tensor.
 template <class V, bool TimeInner>
 EFE_INLINE const V* read_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* room) {
-    if (matrix.dense || (matrix.runs && !tile.one_run))
-        return static_cast<const V*>(matrix.data) + tile.offset(matrix, o);
+    if (matrix.dense || (matrix.runs && !tile.one_run)) {
+        const V* run = static_cast<const V*>(matrix.data) + tile.offset(matrix, o);
+        tile.prefetch(run);
+        return run;
+    }
     if (matrix.data == nullptr)
         std::fill_n(room, tile.inner(), V(0));
     else
@@ -270,7 +285,7 @@ template <bool TimeInner, bool VTrace, bool Backward, class A>
 void run_trace(const Trace<A>& p) {
     using Shape = Tile<TimeInner>;
     if (p.rows == 0 || p.steps == 0) return;
-    const int64_t rows = Shape::block_rows(p.steps), blocks = (p.rows + rows - 1) / rows;
+    const int64_t rows = Shape::block_rows(p.rows, p.steps), blocks = (p.rows + rows - 1) / rows;
     const int64_t chunks = (p.steps + Shape::kTime - 1) / Shape::kTime;
     parallel(blocks, rows * p.steps, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
         for (int64_t block = first; block < last; ++block) {
@@ -282,6 +297,7 @@ void run_trace(const Trace<A>& p) {
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 tile.first_step = (Backward ? chunk : chunks - 1 - chunk) * Shape::kTime;
                 tile.steps = static_cast<int>(std::min<int64_t>(Shape::kTime, p.steps - tile.first_step));
+                tile.next_tile = TimeInner && chunk + 1 < chunks ? (Backward ? Shape::kTime : -Shape::kTime) : 0;
                 if constexpr (Backward)
                     backward_tile<TimeInner, VTrace>(p, tile, state);
                 else
