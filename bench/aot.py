@@ -230,19 +230,25 @@ def grid_reward_launches() -> list[Launch]:
     return launches
 
 
-def rl_advantage_launches(group_size: int, normalize: str | None) -> list[Launch]:
-    reward = torch.zeros(60000)
-    arguments = (reward, reward.bfloat16(), torch.ones(60000, dtype=torch.bool))
+def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
+    reward = torch.zeros(60000 if group_size != 4096 else 4096)
+    mask = torch.ones(reward.shape, dtype=torch.bool) if masked else None
+    arguments = (reward, reward.bfloat16() if masked else reward, mask)
     with recorded_launches() as launches:
         _, statistics = rl_advantage_kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
         rl_advantage_kernels.rl_advantage_backward(reward, *arguments, statistics, 5.0, normalize, group_size)
     return launches
 
 
-def trace_launches(steps: int) -> list[Launch]:
+def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
     flags = torch.zeros(4096, steps, dtype=torch.bool)
+    if time_major:
+        flags = flags.T.contiguous().T
     with recorded_launches() as launches:
-        x, gae = torch.zeros(4096, steps), (Transitions(flags, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0))
+        x, gae = (
+            torch.zeros_like(flags, dtype=torch.float32),
+            (Transitions(flags, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0)),
+        )
         trace_kernels.trace_forward(x, x, x, *gae)
         trace_kernels.trace_backward(x, None, [True, False], *gae)
         x = x.bfloat16()
@@ -275,10 +281,18 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "efe_loss fp32 channel-first everything": partial(efe_loss_launches, torch.float32, True, 256, True, True),
     "grid_reward": grid_reward_launches,
     "rl_advantage": partial(rl_advantage_launches, 0, "tanh"),
+    "rl_advantage without mask": partial(rl_advantage_launches, 0, "clamp", masked=False),
     "rl_advantage small groups": partial(rl_advantage_launches, 8, "clamp"),
-    "rl_advantage large groups": partial(rl_advantage_launches, 30000, None),
+    "rl_advantage one tile": partial(rl_advantage_launches, 4096, "tanh"),
+    "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
+    "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
+    "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
     "gae and vtrace serial": partial(trace_launches, 8),
+    "gae and vtrace serial longest": partial(trace_launches, 32),
+    "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
+    "gae and vtrace scan shortest": partial(trace_launches, 33),
     "gae and vtrace scan": partial(trace_launches, 1500),
+    "gae and vtrace scan time-major": partial(trace_launches, 1500, time_major=True),
     "policy_gradient_loss one block": partial(policy_gradient_loss_launches, 64, False),
     "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
     "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
