@@ -671,7 +671,7 @@ def gae(
         reward_scale: factor on the reward.
 
     Without leading dimensions one trajectory [T] is taken. Any strides; [T, B] buffers transposed to [B, T] are read
-    and written as they lie, without a copy.
+    and written as they lie, without a copy. On CUDA an input whose strides are not those of reward is copied first.
 
     Returns:
         (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is

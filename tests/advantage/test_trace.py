@@ -401,5 +401,11 @@ def test_clear_errors(device: str) -> None:
         call_gae(t, lam=-0.1)
     with pytest.raises(ValueError, match=r"rho_clip must be in \[0, inf\], it was -1"):
         call_vtrace(t, rho_clip=-1)
+    with pytest.raises(ValueError, match=r"c_clip must be in \[0, inf\], it was nan"):
+        call_vtrace(t, c_clip=math.nan)
+    with pytest.raises(ValueError, match=r"log_ratio must have the shape of reward = \[2, 5\], it was \[5\]"):
+        call_vtrace({**t, "log_ratio": t["log_ratio"][0]})
+    with pytest.raises(TypeError, match=r"log_ratio must be float32, .*, it was torch.bool"):
+        call_vtrace({**t, "log_ratio": t["terminated"]})
     with pytest.raises(ValueError, match=r"reward must have the shape \[..., T\], it was \[\]"):
         call_gae(changed(t, lambda tensor: tensor[0, 0]))
