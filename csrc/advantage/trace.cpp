@@ -42,15 +42,17 @@ struct Trace {
 
 // Tiles are 16 x 64, the longer side along the dimension that is contiguous in memory: time where TimeInner, else rows.
 // Rows of at most 64 steps, which then lie one behind the other, make one run.
+// Indices are int64_t: Python compiles with -fwrapv, under which the sum of two ints makes no contiguous access, and loops
+// over it gather and scatter.
 template <bool TimeInner>
 struct Tile {
-    static constexpr int kInner = 64, kOuter = 16;
-    static constexpr int kSize = kInner * kOuter;
-    static constexpr int kTime = TimeInner ? kInner : kOuter;
-    static constexpr int kMaxRows = kInner;
+    static constexpr int64_t kInner = 64, kOuter = 16;
+    static constexpr int64_t kSize = kInner * kOuter;
+    static constexpr int64_t kTime = TimeInner ? kInner : kOuter;
+    static constexpr int64_t kMaxRows = kInner;
 
     int64_t first_row = 0, first_step = 0;
-    int rows = 0, steps = 0;
+    int64_t rows = 0, steps = 0;
     bool one_run = false;
     int64_t next_tile = 0;  // where the next tile of the same rows lies, in elements, or 0
 
@@ -62,9 +64,9 @@ struct Tile {
         return std::clamp<int64_t>((rows + threads - 1) / threads, 1, kOuter);
     }
 
-    EFE_INLINE int outer() const { return one_run ? 1 : TimeInner ? rows : steps; }
-    EFE_INLINE int inner() const { return one_run ? rows * steps : TimeInner ? steps : rows; }
-    EFE_INLINE int index(int row, int step) const {
+    EFE_INLINE int64_t outer() const { return one_run ? 1 : TimeInner ? rows : steps; }
+    EFE_INLINE int64_t inner() const { return one_run ? rows * steps : TimeInner ? steps : rows; }
+    EFE_INLINE int64_t index(int64_t row, int64_t step) const {
         return TimeInner ? row * (one_run ? steps : kInner) + step : step * kInner + row;
     }
 
@@ -77,7 +79,7 @@ struct Tile {
     }
 
     // Where the run of outer index o begins.
-    EFE_INLINE int64_t offset(const Matrix& matrix, int o) const {
+    EFE_INLINE int64_t offset(const Matrix& matrix, int64_t o) const {
         const int64_t row = first_row + (TimeInner ? o : 0), step = first_step + (TimeInner ? 0 : o);
         return row * matrix.stride_row + step * matrix.stride_time;
     }
@@ -104,8 +106,8 @@ EFE_INLINE Step<A> step_of(const Discounts<A>& d, A log_ratio, int flags) {
 // term + factor · x, where a factor of 0 lets nothing through: no NaN of another episode either.
 template <class A>
 EFE_INLINE A advance(A factor, A term, A x) {
-    const A through = factor * x;
-    return term + (factor == 0 ? A(0) : through);
+    const A through = factor == 0 ? A(0) : x;
+    return term + factor * through;
 }
 
 // body(typed pointer to the first element).
@@ -127,30 +129,30 @@ void with_pointer(const Matrix& matrix, const Body& body) {
 
 // to[i] = from[i · stride], converted.
 template <class From, class To>
-void convert(const From* from, int64_t stride, int count, To* __restrict__ to) {
+void convert(const From* from, int64_t stride, int64_t count, To* __restrict__ to) {
     vectorized([&]() EFE_SIMD_BODY {
         if (stride == 1)
-            for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+            for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
         else
-            for (int i = 0; i < count; ++i) to[i] = static_cast<To>(from[i * stride]);
+            for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i * stride]);
     });
 }
 
 // The run of outer index o. Not inlined: it is what differs least from caller to caller.
 template <class V, bool TimeInner>
-void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* out) {
+void copy_run(const Matrix& matrix, const Tile<TimeInner>& tile, int64_t o, V* out) {
     with_pointer(matrix, [&](const auto* data) {
         const auto* from = data + tile.offset(matrix, o);
         if (!TimeInner) return convert(from, matrix.stride_row, tile.rows, out);
-        const int rows = tile.one_run ? tile.rows : 1;
-        for (int row = 0; row < rows; ++row)
+        const int64_t rows = tile.one_run ? tile.rows : 1;
+        for (int64_t row = 0; row < rows; ++row)
             convert(from + row * matrix.stride_row, matrix.stride_time, tile.steps, out + row * tile.steps);
     });
 }
 
 // The run of outer index o: where it lies, or a copy of it in `room`; zeros where there is no tensor.
 template <class V, bool TimeInner>
-EFE_INLINE const V* read_run(const Matrix& matrix, const Tile<TimeInner>& tile, int o, V* room) {
+EFE_INLINE const V* read_run(const Matrix& matrix, const Tile<TimeInner>& tile, int64_t o, V* room) {
     if (matrix.dense || (matrix.runs && !tile.one_run)) {
         const V* run = static_cast<const V*>(matrix.data) + tile.offset(matrix, o);
         tile.prefetch(run);
@@ -165,63 +167,86 @@ EFE_INLINE const V* read_run(const Matrix& matrix, const Tile<TimeInner>& tile, 
 
 // Where to write the run of a result: into its memory, or into `room`, from which store_run converts.
 template <bool TimeInner, class A>
-EFE_INLINE A* run_to_write(const Matrix& result, const Tile<TimeInner>& tile, int o, A* room) {
+EFE_INLINE A* run_to_write(const Matrix& result, const Tile<TimeInner>& tile, int64_t o, A* room) {
     return result.dense ? static_cast<A*>(result.data) + tile.offset(result, o) : room;
 }
 
 template <bool TimeInner, class A>
-void store_run(const Matrix& result, const Tile<TimeInner>& tile, int o, const A* room) {
+void store_run(const Matrix& result, const Tile<TimeInner>& tile, int64_t o, const A* room) {
     if (result.dense) return;
     with_pointer(result, [&](auto* data) { convert(room, 1, tile.inner(), data + tile.offset(result, o)); });
 }
 
 // Bit 0: terminated, bit 1: truncated.
 template <bool TimeInner, class A>
-EFE_INLINE void load_flags(const Trace<A>& p, const Tile<TimeInner>& tile, int o, uint8_t* __restrict__ out) {
+EFE_INLINE void load_flags(const Trace<A>& p, const Tile<TimeInner>& tile, int64_t o, uint8_t* __restrict__ out) {
     uint8_t room[Tile<TimeInner>::kSize];
     const uint8_t* terminated = read_run(p.terminated, tile, o, room);
-    for (int i = 0; i < tile.inner(); ++i) out[i] = terminated[i];
+    for (int64_t i = 0; i < tile.inner(); ++i) out[i] = terminated[i];
     if (p.truncated.data == nullptr) return;
     const uint8_t* truncated = read_run(p.truncated, tile, o, room);
-    for (int i = 0; i < tile.inner(); ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
+    for (int64_t i = 0; i < tile.inner(); ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
+}
+
+// state = step(element, state) along the steps of Rows rows, which do not wait for each other.
+template <int Rows, bool Forward, bool TimeInner, class A, class Step>
+EFE_INLINE void walk_rows(const Tile<TimeInner>& tile, int64_t row, A* state, const Step& step) {
+    A x[Rows];
+    std::copy_n(state + row, Rows, x);
+    for (int64_t n = 0; n < tile.steps; ++n) {
+        const int64_t i = tile.index(row, Forward ? n : tile.steps - 1 - n);
+        const int64_t stride = tile.index(1, 0);
+        EFE_UNROLL
+        for (int64_t r = 0; r < Rows; ++r) x[r] = step(i + r * stride, x[r]);
+    }
+    std::copy_n(x, Rows, state + row);
+}
+
+// The same for all rows: side by side in a register where they lie so, else a few at a time in registers of their own.
+template <bool Forward, bool TimeInner, class A, class Step>
+EFE_INLINE void walk(const Tile<TimeInner>& tile, A* __restrict__ state, const Step& step) {
+    if constexpr (TimeInner) {
+        int64_t row = 0;
+        for (; row + 8 <= tile.rows; row += 8) walk_rows<8, Forward>(tile, row, state, step);
+        for (; row < tile.rows; ++row) walk_rows<1, Forward>(tile, row, state, step);
+    } else {
+        for (int64_t n = 0; n < tile.steps; ++n)
+            for (int64_t row = 0; row < tile.rows; ++row)
+                state[row] = step(tile.index(row, Forward ? n : tile.steps - 1 - n), state[row]);
+    }
 }
 
 template <bool TimeInner, bool VTrace, class A>
 EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
     using Shape = Tile<TimeInner>;
     const Discounts<A> d = p.discounts;
-    const int inner = tile.inner();
+    const int64_t inner = tile.inner();
     A delta[Shape::kSize], coefficient[Shape::kSize], pull[Shape::kSize], following[Shape::kSize];
     A room[4][Shape::kSize];
     uint8_t flags[Shape::kSize];
-    for (int o = 0; o < tile.outer(); ++o) {
-        const int at = o * Shape::kInner;
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
         const A *reward = read_run(p.reward, tile, o, room[0]), *value = read_run(p.value, tile, o, room[1]);
         const A* next_value = read_run(p.next_value, tile, o, room[2]);
         const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room[3]) : value;  // gae does not look at it
         load_flags(p, tile, o, flags);
-        for (int i = 0; i < inner; ++i) {
+        for (int64_t i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             delta[at + i] = step.rho * (advance(step.bootstrap, reward[i] * d.reward_scale, next_value[i]) - value[i]);
             coefficient[at + i] = step.coefficient;
             if constexpr (VTrace) pull[at + i] = step.pull;
         }
     }
-    for (int step = tile.steps - 1; step >= 0; --step) {
-        for (int row = 0; row < tile.rows; ++row) {
-            const int i = tile.index(row, step);
-            const A x = advance(coefficient[i], delta[i], state[row]);
-            if constexpr (VTrace) following[i] = state[row];
-            coefficient[i] = x;
-            state[row] = x;
-        }
-    }
-    for (int o = 0; o < tile.outer(); ++o) {
-        const int at = o * Shape::kInner;
+    walk<false>(tile, state, [&](int64_t i, A after) EFE_SIMD_BODY {
+        if constexpr (VTrace) following[i] = after;
+        return coefficient[i] = advance(coefficient[i], delta[i], after);
+    });
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
         const A* __restrict__ value = read_run(p.value, tile, o, room[0]);
         A* const __restrict__ advantage = run_to_write(p.advantage, tile, o, room[1]);
         A* const __restrict__ target = run_to_write(p.target, tile, o, room[2]);
-        for (int i = 0; i < inner; ++i) {
+        for (int64_t i = 0; i < inner; ++i) {
             const A x = coefficient[at + i];
             advantage[i] = VTrace ? advance(pull[at + i], delta[at + i], following[at + i]) : x;
             target[i] = x + value[i];
@@ -236,17 +261,17 @@ template <bool TimeInner, bool VTrace, class A>
 EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
     using Shape = Tile<TimeInner>;
     const Discounts<A> d = p.discounts;
-    const int inner = tile.inner();
+    const int64_t inner = tile.inner();
     A arrival[Shape::kSize], coefficient[Shape::kSize], handed[Shape::kSize], rho[Shape::kSize];
     A bootstrap[Shape::kSize], advantage[Shape::kSize], target[Shape::kSize], room[Shape::kSize];
     uint8_t flags[Shape::kSize];
-    for (int o = 0; o < tile.outer(); ++o) {
-        const int at = o * Shape::kInner;
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
         std::copy_n(read_run(p.grad_advantage, tile, o, room), inner, advantage + at);
         std::copy_n(read_run(p.grad_target, tile, o, room), inner, target + at);
         const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room) : target + at;  // gae does not look at it
         load_flags(p, tile, o, flags);
-        for (int i = 0; i < inner; ++i) {
+        for (int64_t i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             coefficient[at + i] = step.coefficient;
             bootstrap[at + i] = step.bootstrap;
@@ -255,27 +280,23 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
             handed[at + i] = VTrace ? advance(step.pull, A(0), advantage[at + i]) : A(0);
         }
     }
-    for (int step = 0; step < tile.steps; ++step) {
-        for (int row = 0; row < tile.rows; ++row) {
-            const int i = tile.index(row, step);
-            const A s = arrival[i] + state[row];
-            arrival[i] = s;
-            state[row] = advance(coefficient[i], handed[i], s);
-        }
-    }
-    for (int o = 0; o < tile.outer(); ++o) {
-        const int at = o * Shape::kInner;
+    walk<true>(tile, state, [&](int64_t i, A handed_on) EFE_SIMD_BODY {
+        arrival[i] += handed_on;
+        return advance(coefficient[i], handed[i], arrival[i]);
+    });
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
         A* const __restrict__ grad_error = arrival + at;
         if constexpr (VTrace)
-            for (int i = 0; i < inner; ++i) grad_error[i] = rho[at + i] * (grad_error[i] + advantage[at + i]);
+            for (int64_t i = 0; i < inner; ++i) grad_error[i] = rho[at + i] * (grad_error[i] + advantage[at + i]);
         if (p.grad_value.data != nullptr) {
             A* const __restrict__ out = run_to_write(p.grad_value, tile, o, room);
-            for (int i = 0; i < inner; ++i) out[i] = target[at + i] - grad_error[i];
+            for (int64_t i = 0; i < inner; ++i) out[i] = target[at + i] - grad_error[i];
             store_run(p.grad_value, tile, o, out);
         }
         if (p.grad_next_value.data != nullptr) {
             A* const __restrict__ out = run_to_write(p.grad_next_value, tile, o, room);
-            for (int i = 0; i < inner; ++i) out[i] = advance(bootstrap[at + i], A(0), grad_error[i]);
+            for (int64_t i = 0; i < inner; ++i) out[i] = advance(bootstrap[at + i], A(0), grad_error[i]);
             store_run(p.grad_next_value, tile, o, out);
         }
     }
@@ -292,11 +313,11 @@ void run_trace(const Trace<A>& p) {
             A state[Shape::kMaxRows] = {};
             Shape tile;
             tile.first_row = block * rows;
-            tile.rows = static_cast<int>(std::min(rows, p.rows - tile.first_row));
+            tile.rows = std::min(rows, p.rows - tile.first_row);
             tile.one_run = TimeInner && chunks == 1;
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 tile.first_step = (Backward ? chunk : chunks - 1 - chunk) * Shape::kTime;
-                tile.steps = static_cast<int>(std::min<int64_t>(Shape::kTime, p.steps - tile.first_step));
+                tile.steps = std::min<int64_t>(Shape::kTime, p.steps - tile.first_step);
                 tile.next_tile = TimeInner && chunk + 1 < chunks ? (Backward ? Shape::kTime : -Shape::kTime) : 0;
                 if constexpr (Backward)
                     backward_tile<TimeInner, VTrace>(p, tile, state);
@@ -378,7 +399,7 @@ std::vector<at::Tensor> trace_backward(
     double lam, double rho_clip, double c_clip, double reward_scale) {
     const at::Tensor& given = grad_advantage.has_value() ? *grad_advantage : *grad_target;
     std::vector<at::Tensor> wanted;
-    for (int i = 0; i < 2; ++i)
+    for (int64_t i = 0; i < 2; ++i)
         if (needs.get(i)) wanted.push_back(at::empty_like(terminated, given.options()));
     if (wanted.empty()) return wanted;
     const Layout layout(wanted[0]);
