@@ -42,8 +42,12 @@ from triton.runtime.jit import JITFunction
 
 from efe_kernels.advantage.grid_reward import kernels as grid_reward_kernels
 from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradient_loss_kernels
+from efe_kernels.advantage.policy_gradient_loss.reference import Inputs as PolicyInputs
+from efe_kernels.advantage.policy_gradient_loss.reference import Settings as PolicySettings
 from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
 from efe_kernels.advantage.trace import kernels as trace_kernels
+from efe_kernels.advantage.trace.reference import Settings as Discounts
+from efe_kernels.advantage.trace.reference import Transitions
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 from efe_kernels.efe_loss import launch as efe_loss_launch
 from efe_kernels.efe_loss.reference import Inputs, Settings
@@ -330,36 +334,44 @@ def grid_reward_launches() -> list[Launch]:
     return launches
 
 
-def rl_advantage_launches(group_size: int, normalize: str | None) -> list[Launch]:
-    reward = torch.zeros(60000)
-    arguments = (reward, reward.bfloat16(), torch.ones(60000, dtype=torch.bool))
+def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
+    reward = torch.zeros(60000 if group_size != 4096 else 4096)
+    mask = torch.ones(reward.shape, dtype=torch.bool) if masked else None
+    arguments = (reward, reward.bfloat16() if masked else reward, mask)
     with recorded_launches() as launches:
         _, statistics = rl_advantage_kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
         rl_advantage_kernels.rl_advantage_backward(reward, *arguments, statistics, 5.0, normalize, group_size)
     return launches
 
 
-def trace_launches(steps: int) -> list[Launch]:
+def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
     flags = torch.zeros(4096, steps, dtype=torch.bool)
+    if time_major:
+        flags = flags.T.contiguous().T
     with recorded_launches() as launches:
-        x = torch.zeros(4096, steps)
-        trace_kernels.gae_forward(x, x, x, flags, None, 0.99, 0.95, 1.0)
-        trace_kernels.gae_backward(x, None, flags, None, 0.99, 0.95, [True, False])
+        x, gae = (
+            torch.zeros_like(flags, dtype=torch.float32),
+            (Transitions(flags, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0)),
+        )
+        trace_kernels.trace_forward(x, x, x, *gae)
+        trace_kernels.trace_backward(x, None, [True, False], *gae)
         x = x.bfloat16()
-        trace_kernels.vtrace_forward(x, x, x, x, flags, flags, 0.99, 1.0, 1.0, 1.0)
-        trace_kernels.vtrace_backward(x, x, x, flags, flags, 0.99, 1.0, 1.0, [True, True])
+        vtrace = (Transitions(flags, flags, x), Discounts(0.99, 1.0, 1.0, 1.0, 1.0))
+        trace_kernels.trace_forward(x, x, x, *vtrace)
+        trace_kernels.trace_backward(x, x, [True, True], *vtrace)
     return launches
 
 
-def policy_gradient_loss_launches(numel: int) -> list[Launch]:
+def policy_gradient_loss_launches(numel: int, clipped: bool) -> list[Launch]:
+    """clipped: the surrogate with a mask in half precision, else the plain score function."""
     x, mask, scalar = torch.zeros(numel), torch.ones(numel, dtype=torch.bool), torch.ones(())
-    settings = (0.2, 0.5, 0.01)
-    old, counted = (x, mask) if numel > 1000 else (None, None)
+    if clipped:
+        x = x.bfloat16()
+    problem = (PolicyInputs(x, x, x, x, *((x, mask) if clipped else (None, None))), PolicySettings(0.2, 0.5, 0.01))
     with recorded_launches() as launches:
-        policy_gradient_loss_kernels.policy_gradient_loss_forward(x, x, x, x, x, old, counted, *settings)
-        policy_gradient_loss_kernels.policy_gradient_loss_backward(
-            scalar, None, scalar, None, x, x, x, x, x, mask, torch.ones(4), *settings, [True, True, True]
-        )
+        policy_gradient_loss_kernels.policy_gradient_loss_forward(x, *problem)
+        for grads in ((scalar, None, None, None), (None, scalar, scalar, scalar)):
+            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, torch.ones(4), *problem)
     return launches
 
 
@@ -378,12 +390,22 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     ),
     "grid_reward": grid_reward_launches,
     "rl_advantage": partial(rl_advantage_launches, 0, "tanh"),
+    "rl_advantage without mask": partial(rl_advantage_launches, 0, "clamp", masked=False),
     "rl_advantage small groups": partial(rl_advantage_launches, 8, "clamp"),
-    "rl_advantage large groups": partial(rl_advantage_launches, 30000, None),
+    "rl_advantage one tile": partial(rl_advantage_launches, 4096, "tanh"),
+    "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
+    "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
+    "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
     "gae and vtrace serial": partial(trace_launches, 8),
+    "gae and vtrace serial longest": partial(trace_launches, 32),
+    "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
+    "gae and vtrace scan shortest": partial(trace_launches, 33),
     "gae and vtrace scan": partial(trace_launches, 1500),
-    "policy_gradient_loss one block": partial(policy_gradient_loss_launches, 64),
-    "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000),
+    "gae and vtrace scan time-major": partial(trace_launches, 1500, time_major=True),
+    "policy_gradient_loss one block": partial(policy_gradient_loss_launches, 64, False),
+    "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
+    "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
+    "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
 }
 
 

@@ -301,6 +301,11 @@ def trace_inputs(case: Case, *more: str) -> Inputs:
     return inputs | {name: random() for name in more}
 
 
+def trace_definition(found: Inputs, settings: trace_reference.Settings) -> tuple[Tensor, ...]:
+    transitions = trace_reference.Transitions(found["terminated"], found["truncated"], found.get("log_ratio"))
+    return trace_reference.trace_forward(found["value"], found["next_value"], found["reward"], transitions, settings)
+
+
 def gae(case: Case) -> Problem:
     inputs = trace_inputs(case)
 
@@ -308,7 +313,7 @@ def gae(case: Case) -> Problem:
         return efe_kernels.gae(**found, gamma=GAMMA, lam=LAM)
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        return trace_reference.gae_forward(**found, gamma=GAMMA, lam=LAM, reward_scale=1.0)
+        return trace_definition(found, trace_reference.Settings(GAMMA, LAM, 1.0, 1.0, 1.0))
 
     implementations: dict[str, Implementation] = {
         "kernel": kernel,
@@ -331,7 +336,7 @@ def vtrace(case: Case) -> Problem:
         return efe_kernels.vtrace(**found, gamma=GAMMA)
 
     def reference(found: Inputs) -> tuple[Tensor, ...]:
-        return trace_reference.vtrace_forward(**found, gamma=GAMMA, rho_clip=1.0, c_clip=1.0, reward_scale=1.0)
+        return trace_definition(found, trace_reference.Settings(GAMMA, 1.0, 1.0, 1.0, 1.0))
 
     implementations: dict[str, Implementation] = {
         "kernel": kernel,
@@ -354,7 +359,9 @@ def policy_gradient_loss(case: Case) -> Problem:
         return (efe_kernels.policy_gradient_loss(**found).total,)
 
     def reference(found: Inputs) -> tuple[Tensor]:
-        total, *_ = policy_reference.policy_gradient_loss_forward(**found, clip=0.2, value_coef=0.5, entropy_coef=0.01)
+        inputs = policy_reference.Inputs(**{name: found[name] for name in policy_reference.Inputs._fields})
+        settings = policy_reference.Settings(0.2, 0.5, 0.01)
+        total, *_ = policy_reference.policy_gradient_loss_forward(found["entropy"], inputs, settings)
         return (total,)
 
     saved = size_of(inputs, *(name for name in inputs if name != "entropy"))

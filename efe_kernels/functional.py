@@ -18,9 +18,9 @@ from torch import Tensor
 from efe_kernels.advantage.grid_reward.ops import grid_reward as grid_reward_op
 from efe_kernels.advantage.grid_reward.reference import REWARD_TERMS, colours
 from efe_kernels.advantage.grid_reward.reference import reversibility as reversibility_score
-from efe_kernels.advantage.policy_gradient_loss.ops import PolicyGradientLossFunction
-from efe_kernels.advantage.rl_advantage.ops import RLAdvantageFunction
-from efe_kernels.advantage.trace.ops import GAEFunction, VTraceFunction
+from efe_kernels.advantage.policy_gradient_loss.ops import policy_gradient_loss as policy_gradient_loss_op
+from efe_kernels.advantage.rl_advantage.ops import rl_advantage as rl_advantage_op
+from efe_kernels.advantage.trace.ops import trace
 from efe_kernels.common import checks
 from efe_kernels.efe_loss.ops import EFELossFunction
 from efe_kernels.efe_loss.reference import TERMS as EFE_TERMS
@@ -623,11 +623,7 @@ def rl_advantage(
         if group_size < 1 or reward.numel() % group_size != 0:
             raise ValueError(f"group_size must divide the {reward.numel()} elements of reward, it was {group_size}.")
     group = 0 if not whiten else reward.numel() if group_size is None else group_size
-    advantage, _ = RLAdvantageFunction.apply(
-        reward.detach().reshape(-1), value.reshape(-1), None if mask is None else mask.reshape(-1), reward_scale,
-        normalize, group,
-    )  # fmt: skip
-    return advantage.reshape(reward.shape)
+    return rl_advantage_op(constant(reward), value, mask, reward_scale, normalize, group)
 
 
 def check_like_first(**tensors: Tensor) -> None:
@@ -679,7 +675,7 @@ def gae(
         reward_scale: factor on the reward.
 
     Without leading dimensions one trajectory [T] is taken. Any strides; [T, B] buffers transposed to [B, T] are read
-    and written as they lie, without a copy.
+    and written as they lie, without a copy. On CUDA an input whose strides are not those of reward is copied first.
 
     Returns:
         (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is
@@ -694,12 +690,12 @@ def gae(
     check_trajectories(terminated, truncated, reward=reward, value=value, next_value=next_value)
     check_interval("gamma", gamma, 0.0, 1.0)
     check_interval("lam", lam, 0.0, 1.0)
-    reward, value, next_value = promoted(reward.detach(), value, next_value)
-    advantage, target = GAEFunction.apply(
+    value, next_value, reward = promoted(value, next_value, constant(reward))
+    advantage, target = trace(
         rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
-        None if truncated is None else rows_of(truncated), gamma, lam, reward_scale,
+        None if truncated is None else rows_of(truncated), None, gamma, lam, 1.0, 1.0, reward_scale,
     )  # fmt: skip
-    return advantage.view(reward.shape), target.view(reward.shape)
+    return like(advantage, reward), like(target, reward)
 
 
 def vtrace(
@@ -751,12 +747,13 @@ def vtrace(
     check_interval("gamma", gamma, 0.0, 1.0)
     check_interval("rho_clip", rho_clip, 0.0, math.inf)
     check_interval("c_clip", c_clip, 0.0, math.inf)
-    log_ratio, reward, value, next_value = promoted(log_ratio.detach(), reward.detach(), value, next_value)
-    advantage, target = VTraceFunction.apply(
-        rows_of(value), rows_of(next_value), rows_of(log_ratio), rows_of(reward), rows_of(terminated),
-        None if truncated is None else rows_of(truncated), gamma, rho_clip, c_clip, reward_scale,
+    value, next_value, reward, log_ratio = promoted(value, next_value, constant(reward), constant(log_ratio))
+    advantage, target = trace(
+        rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
+        None if truncated is None else rows_of(truncated), rows_of(log_ratio), gamma, 1.0, rho_clip, c_clip,
+        reward_scale,
     )  # fmt: skip
-    return advantage.view(reward.shape), target.view(reward.shape)
+    return like(advantage, reward), like(target, reward)
 
 
 class PolicyLossOutput(NamedTuple):
@@ -835,12 +832,11 @@ def policy_gradient_loss(
     check_mask(mask, "log_prob", log_prob)
     if not clip > 0:
         raise ValueError(f"clip must be positive, it was {clip!r}.")
-    inputs = [tensor.reshape(-1) for tensor in promoted(*tensors.values())]
-    constants = [tensor.detach() for tensor in inputs[3:]]
-    total, policy, value_loss, mean_entropy, diagnostics = PolicyGradientLossFunction.apply(
-        *inputs[:3], *constants[:2], None if old_log_prob is None else constants[2],
-        None if mask is None else mask.reshape(-1), clip, value_coef, entropy_coef,
-    )  # fmt: skip
+    log_prob, value, entropy, *constants = promoted(*tensors.values())
+    advantage, value_target, *old = map(constant, constants)
+    total, policy, value_loss, mean_entropy, diagnostics = policy_gradient_loss_op(
+        entropy, log_prob, value, advantage, value_target, old[0] if old else None, mask, clip, value_coef, entropy_coef
+    )
     return PolicyLossOutput(total, policy, value_loss, mean_entropy, *diagnostics[:3].unbind())
 
 
@@ -861,10 +857,22 @@ def check_interval(name: str, value: float, low: float, high: float) -> None:
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
     """All in the dtype to which they promote together."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """tensor, of which no gradient is asked."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def rows_of(tensor: Tensor) -> Tensor:
     """[..., T] as [N, T]."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def like(rows: Tensor, tensor: Tensor) -> Tensor:
+    """rows [N, T] in the shape of tensor."""
+    return rows if tensor.dim() == 2 else rows.view(tensor.shape)

@@ -82,13 +82,13 @@ EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
     return partial;
 }
 
-// A tensor [N] in the arithmetic's type; undefined where there is none.
+// A tensor, row-major, in the arithmetic's type; undefined where there is none.
 at::Tensor flat(const OptionalTensor& tensor, at::ScalarType type) {
     return tensor.has_value() ? tensor->to(type).contiguous() : at::Tensor();
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gradient_loss_forward(
-    const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& entropy, const at::Tensor& advantage,
+    const at::Tensor& entropy, const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
     const at::Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip,
     double value_coef, double entropy_coef) {
     const at::ScalarType type = arithmetic_type(log_prob);
@@ -122,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gr
 
 template <class A>
 struct PolicyGradients {
-    A *log_prob, *value, *entropy;
+    A *entropy, *log_prob, *value;
 };
 
 template <class A>
@@ -161,9 +161,10 @@ EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& grad
 
 std::vector<at::Tensor> policy_gradient_loss_backward(
     const OptionalTensor& grad_total, const OptionalTensor& grad_policy, const OptionalTensor& grad_value,
-    const OptionalTensor& grad_entropy, const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
-    const at::Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask,
-    const at::Tensor& diagnostics, double clip, double value_coef, double entropy_coef, const c10::List<bool>& needs) {
+    const OptionalTensor& grad_entropy, const c10::List<bool>& needs, const at::Tensor& diagnostics,
+    const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage, const at::Tensor& value_target,
+    const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip, double value_coef,
+    double entropy_coef) {
     const at::ScalarType type = diagnostics.scalar_type();
     const at::Tensor l = flat(log_prob, type), v = flat(value, type), a = flat(advantage, type);
     const at::Tensor t = flat(value_target, type), old = flat(old_log_prob, type), m = flat(mask, at::kBool);
@@ -173,7 +174,7 @@ std::vector<at::Tensor> policy_gradient_loss_backward(
     const double total = number(grad_total);
     at::Tensor found[3];
     for (int i = 0; i < 3; ++i)
-        if (needs.get(i)) found[i] = at::empty({l.numel()}, l.options());
+        if (needs.get(i)) found[i] = at::empty(log_prob.sizes(), l.options());
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
         const auto out = [&](int i) { return found[i].defined() ? found[i].mutable_data_ptr<A>() : nullptr; };

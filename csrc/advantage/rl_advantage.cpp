@@ -2,7 +2,6 @@
 // Arithmetic is A: double for double tensors, else float.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/result_type.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -81,7 +80,7 @@ std::tuple<at::Tensor, at::Tensor> rl_advantage_forward(
     std::optional<c10::string_view> normalize, int64_t group_size) {
     const at::ScalarType type = arithmetic_type(reward) == at::kDouble ? at::kDouble : arithmetic_type(value);
     const Runs runs(reward.numel(), group_size);
-    const at::Tensor out = at::empty({reward.numel()}, reward.options().dtype(type));
+    const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
     const at::Tensor statistics = at::empty({group_size > 0 ? runs.count() : 0, 3}, out.options());
     const at::Tensor r = reward.to(type).contiguous(), v = value.to(type).contiguous();
     const at::Tensor m = mask.has_value() ? mask->contiguous() : at::Tensor();
@@ -102,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor> rl_advantage_forward(
             }
         });
     });
-    return {out.to(at::result_type(reward, value)), statistics};
+    return {out.to(c10::promoteTypes(reward.scalar_type(), value.scalar_type())), statistics};
 }
 
 template <class A>
@@ -134,7 +133,7 @@ at::Tensor rl_advantage_backward(
     const at::Tensor& statistics, double reward_scale, std::optional<c10::string_view> normalize, int64_t group_size) {
     const at::ScalarType type = statistics.scalar_type();
     const Runs runs(reward.numel(), group_size);
-    const at::Tensor out = at::empty({reward.numel()}, reward.options().dtype(type));
+    const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
     const at::Tensor g = grad.to(type).contiguous(), r = reward.to(type).contiguous(), v = value.to(type).contiguous();
     const at::Tensor m = mask.has_value() ? mask->contiguous() : at::Tensor(), s = statistics.contiguous();
     for_arithmetic(type, [&](auto zero) {

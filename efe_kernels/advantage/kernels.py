@@ -34,6 +34,16 @@ def moments(x, member):
 
 
 @triton.jit
+def join_moments(count, mean, squares, more, more_mean, more_squares):
+    """Moments of two sets together (Chan et al. 1979): exactly 0 deviation where all are equal."""
+    total = count + more
+    share = more / tl.maximum(total, 1.0)
+    difference = more_mean - mean
+    squares += more_squares + difference * difference * count * share
+    return total, tl.where(count == 0, more_mean, mean + difference * share), squares
+
+
+@triton.jit
 def merge_moments(
     partial_ptr,  # [groups, parts, 3]
     group,

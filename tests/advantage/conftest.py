@@ -2,22 +2,27 @@ from __future__ import annotations
 
 import pytest
 
+from efe_kernels import functional
+from efe_kernels.advantage.grid_reward import ops as grid_reward
 from efe_kernels.advantage.policy_gradient_loss import ops as policy_gradient_loss
 from efe_kernels.advantage.rl_advantage import ops as rl_advantage
 from efe_kernels.advantage.trace import ops as trace
 
-NAMES = {
-    rl_advantage: ("rl_advantage_forward", "rl_advantage_backward"),
-    trace: ("gae_forward", "gae_backward", "vtrace_forward", "vtrace_backward"),
-    policy_gradient_loss: ("policy_gradient_loss_forward", "policy_gradient_loss_backward"),
+REFERENCES = {
+    (functional, "grid_reward_op"): grid_reward.grid_reward_reference,
+    (rl_advantage, "rl_advantage_forward"): rl_advantage.reference.rl_advantage_forward,
+    (rl_advantage, "rl_advantage_backward"): rl_advantage.reference.rl_advantage_backward,
+    (trace, "trace_forward"): trace.forward_reference,
+    (trace, "trace_backward"): trace.backward_reference,
+    (policy_gradient_loss, "policy_gradient_loss_forward"): policy_gradient_loss.forward_reference,
+    (policy_gradient_loss, "policy_gradient_loss_backward"): policy_gradient_loss.backward_reference,
 }
 
 
 @pytest.fixture(params=["kernel", "reference"])
 def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who computes: what the dispatcher picks for the device, and the reference behind the same autograd Functions."""
+    """Who computes: what the dispatcher picks for the device, and the reference behind the same functions."""
     if request.param == "reference":
-        for module, names in NAMES.items():
-            for name in names:
-                monkeypatch.setattr(module, name, getattr(module.reference, name))
+        for (module, name), reference in REFERENCES.items():
+            monkeypatch.setattr(module, name, reference)
     return request.param

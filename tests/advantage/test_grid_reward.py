@@ -48,6 +48,7 @@ def assert_same(output: RewardOutput, expected: RewardOutput, atol: float = 0.0)
         )
 
 
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_golden(path: Path, device: str) -> None:
     case = np.load(path)
@@ -64,6 +65,7 @@ def test_golden(path: Path, device: str) -> None:
         assert output.terms[name].item() == pytest.approx(float(case[f"ref64_{STORED_DELTA[name]}"]), abs=1e-6)
 
 
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     ("batch", "sizes"),
@@ -124,6 +126,7 @@ def test_resize_index_is_that_of_interpolate_for_every_pair() -> None:
             assert torch.equal(index, F.interpolate(ramp, new_size, mode="nearest")[0, 0].long()), (size, new_size)
 
 
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("size", range(1, 31, 1 if not INTERPRET else 4))
 def test_resize_of_the_op_for_every_pair(size: int, device: str) -> None:
     """The prediction numbers its rows; a target that says the same number everywhere counts how often each is read."""
@@ -142,6 +145,7 @@ def test_26_to_22_follows_float32() -> None:
     assert reference.resize_index(26, 22, torch.device("cpu"))[11].item() == 12
 
 
+@pytest.mark.usefixtures("served_by")
 def test_memory_order_does_not_matter(device: str) -> None:
     before, after = torch.randn(2, 5, 6, 7, 10, device=device)
     target = random_grid(5, 6, 7, device=device)
@@ -154,6 +158,7 @@ def test_memory_order_does_not_matter(device: str) -> None:
     assert_same(grid_reward(channel_first, odd, odd_target), expected)
 
 
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_integer_dtypes(dtype: torch.dtype, device: str) -> None:
     before, after, target = random_grid(3, 4, 6, 5, device=device).unbind(0)
@@ -161,6 +166,7 @@ def test_integer_dtypes(dtype: torch.dtype, device: str) -> None:
     assert_same(grid_reward(before.to(dtype), after.to(dtype), target.to(dtype)), expected)
 
 
+@pytest.mark.usefixtures("served_by")
 def test_ragged_batch_is_each_grid_alone(device: str) -> None:
     """Grids of different sizes, padded alike and marked valid, score as each does alone, padding whatever it holds."""
     sizes = [(3, 3), (7, 2), (10, 10)]
@@ -182,6 +188,7 @@ def test_ragged_batch_is_each_grid_alone(device: str) -> None:
             assert entries(masked)[name][b] == value, name
 
 
+@pytest.mark.usefixtures("served_by")
 def test_episode_without_a_valid_cell(device: str) -> None:
     before, after, target = random_grid(3, 2, 4, 4, device=device).unbind(0)
     output = grid_reward(before, after, target, valid=torch.zeros(2, 4, 4, dtype=torch.bool, device=device))
@@ -192,6 +199,7 @@ def test_episode_without_a_valid_cell(device: str) -> None:
     assert output.mask_ratio.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.usefixtures("served_by")
 def test_nan_never_wins_and_ties_go_to_the_first(device: str) -> None:
     nan, inf = float("nan"), float("inf")
     cells = [[nan, 1.0, 0.0], [nan, nan, nan], [2.0, 2.0, nan], [-inf, -inf, -inf], [-inf, nan, 1.0], [inf, 3.0, inf]]
@@ -214,6 +222,7 @@ def test_inverse_is_asked_for_each_prediction(device: str) -> None:
     assert without.before["reversibility"].tolist() == [0.5] * 3
 
 
+@pytest.mark.usefixtures("served_by")
 def test_weights(device: str) -> None:
     before, after = random_grid(2, 4, 6, 5, device=device).unbind(0)
     target, source = random_grid(4, 5, 5, device=device), random_grid(4, 5, 6, device=device)
@@ -241,6 +250,7 @@ def test_two_runs_give_the_same_bits(device: str) -> None:
     assert_same(grid_reward(before, after, target), grid_reward(before, after, target))
 
 
+@pytest.mark.usefixtures("served_by")
 def test_empty_batch(device: str) -> None:
     grids = torch.zeros(0, 3, 3, dtype=torch.int64, device=device)
     output = grid_reward(grids, grids, grids, source=grids, inverse=lambda grid: grid)
@@ -280,6 +290,10 @@ def test_clear_errors(device: str) -> None:
         (ValueError, "before and target must have cells", (logits[:, :0], logits, target), {}),
         (ValueError, r"valid must have the shape \[B, H, W\]", (logits, logits, target), {"valid": target[:1] == 0}),
         (ValueError, "source must be given with inverse", (logits, logits, target), {"inverse": lambda grid: grid}),
+        (ValueError, r"source must have the shape \[B, H, W\], it was \[3, 3\]", (logits, logits, target),
+         {"inverse": lambda grid: grid, "source": target[0]}),
+        (ValueError, r"inverse\(grid\) must have the shape \[H, W\], it was \[9\]", (logits, logits, target),
+         {"inverse": lambda grid: grid.flatten(), "source": target}),
         (TypeError, r"inverse\(grid\) must be a tensor, it was NoneType", (logits, logits, target),
          {"inverse": lambda grid: None, "source": target}),
         (ValueError, "before must be on the device of target", (logits.to("meta"), logits, target), {}),
@@ -289,6 +303,7 @@ def test_clear_errors(device: str) -> None:
             grid_reward(*arguments, **keywords)
 
 
+@pytest.mark.usefixtures("served_by")
 def test_colour_out_of_range_is_an_error_on_the_cpu() -> None:
     logits, target = torch.zeros(1, 2, 2, 10), torch.zeros(1, 2, 2, dtype=torch.int64)
     for wrong in (10, -1):

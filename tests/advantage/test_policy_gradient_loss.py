@@ -258,17 +258,16 @@ def test_the_loss_may_be_changed_in_place(device: str) -> None:
 
 
 def test_opcheck(device: str) -> None:
-    tensors = batch(6, device=device)
-    a, b, c, d, e = (tensors[name] for name in NAMES)
-    mask = torch.rand(6, device=device) > 0.5
-    ops = torch.ops.efe
+    tensors = batch(2, 3, device=device)
+    mask = torch.rand(2, 3, device=device) > 0.5
+    forward = torch.ops.efe.policy_gradient_loss_forward.default
+    backward = torch.ops.efe.policy_gradient_loss_backward.default
     scalar, diagnostics = torch.ones((), device=device), torch.ones(4, device=device)
-    for extra in ((tensors["old_log_prob"], mask), (None, None)):
-        torch.library.opcheck(ops.policy_gradient_loss_forward.default, (a, b, c, d, e, *extra, 0.2, 0.5, 0.01))
-        torch.library.opcheck(
-            ops.policy_gradient_loss_backward.default,
-            (scalar, None, scalar, None, a, b, c, d, *extra, diagnostics, 0.2, 0.5, 0.01, [True, False, True]),
-        )
+    inputs = tuple(tensors[name] for name in ("log_prob", "value", "advantage", "value_target"))
+    for optional in ((tensors["old_log_prob"], mask), (None, None)):
+        arguments = (*inputs, *optional, 0.2, 0.5, 0.01)
+        torch.library.opcheck(forward, (tensors["entropy"], *arguments))
+        torch.library.opcheck(backward, (scalar, None, scalar, None, [True, False, True], diagnostics, *arguments))
 
 
 def test_compiles_as_one_graph(device: str) -> None:
@@ -294,7 +293,10 @@ def test_clear_errors(device: str) -> None:
         (ValueError, r"value must have the shape of log_prob = \[6\], it was \[5\]", {"value": tensors["value"][:5]}),
         (ValueError, r"mask must have the shape of log_prob = \[6\]", {"mask": tensors["value"][:5] > 0}),
         (ValueError, "value_target must be on the device of log_prob", {"value_target": tensors["value"].to("meta")}),
+        (ValueError, "advantage must have the shape of log_prob", {"advantage": tensors["value"][:, None]}),
+        (ValueError, "old_log_prob must have the shape of log_prob", {"old_log_prob": tensors["value"][:1]}),
         (ValueError, "clip must be positive, it was 0", {"clip": 0}),
+        (ValueError, "clip must be positive, it was nan", {"clip": math.nan}),
     ]
     for error, message, replaced in wrong:
         with pytest.raises(error, match=message):

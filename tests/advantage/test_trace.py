@@ -146,17 +146,41 @@ def test_long_rows_match_the_loop(
 def test_time_major_buffers_stay_time_major(call: Any, steps: int, device: str) -> None:
     t = trajectories(3, steps, device=device)
     expected = call(t)
-    transposed = changed(t, lambda tensor: tensor.T.contiguous().T)
-    results = call(transposed)
-    for found, wanted in zip(results, expected, strict=True):
+    for found, wanted in zip(call(changed(t, lambda tensor: tensor.T.contiguous().T)), expected, strict=True):
         assert found.stride() == (1, 3)
         # The order of the loop is the same; a scan may be split over lanes in another way.
         torch.testing.assert_close(found, wanted, rtol=2e-6, atol=5e-6)
-    odd = changed(t, lambda tensor: tensor.repeat_interleave(2, 1)[:, ::2])
-    mixed = {**transposed, "value": t["value"], "terminated": odd["terminated"]}
-    for inputs in (odd, mixed):
-        for found, wanted in zip(call(inputs), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=2e-6, atol=5e-6)
+
+
+def everything(call: Any, t: Trajectories) -> list[Tensor]:
+    """Results, and the gradients of their sums."""
+    leaves = {name: t[name].detach().requires_grad_() for name in ("value", "next_value")}
+    results = call({**t, **leaves})
+    return [*results, *torch.autograd.grad([result.sum() for result in results], [*leaves.values()])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [6, 140])
+@BOTH
+def test_every_input_may_have_strides_of_its_own(call: Any, steps: int, dtype: torch.dtype, device: str) -> None:
+    """Views of longer buffers, of every other element, transposed, expanded: with gradients that are expanded, too."""
+    if INTERPRET:
+        steps = min(steps, 40)
+    t = trajectories(70 if not INTERPRET else 5, steps, device=device, dtype=dtype)
+    t["truncated"][:] = t["truncated"][:, :1]
+    views: list[Callable[[Tensor], Tensor]] = [
+        lambda tensor: torch.cat([tensor, tensor[:, :1]], 1)[:, :-1],
+        lambda tensor: tensor.repeat_interleave(2, 1)[:, ::2],
+        lambda tensor: tensor.T.contiguous().T,
+        lambda tensor: tensor.repeat_interleave(3, 0)[::3],
+    ]
+    for shift in range(len(views)):
+        strided = {name: views[(i + shift) % len(views)](tensor) for i, (name, tensor) in enumerate(t.items())}
+        strided["truncated"] = t["truncated"][:, :1].expand(-1, steps)
+        for one, other in zip(everything(call, strided), everything(call, t), strict=True):
+            assert one.dtype == dtype
+            tolerance = 2**-7 if dtype == torch.bfloat16 else 5e-6
+            torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=5e-6)
 
 
 @BOTH
@@ -285,20 +309,53 @@ def test_two_runs_give_the_same_bits(call: Any, steps: int, device: str) -> None
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.skipif(INTERPRET, reason="about the threads of the C++ kernels")
+@BOTH
+def test_the_number_of_threads_does_not_change_the_bits(call: Any) -> None:
+    """Nor do the rows beside a row, with which it may share a tile."""
+    t = trajectories(16, 3000, device="cpu")
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(everything(call, t))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter would take minutes")
+@BOTH
+def test_a_hundred_thousand_steps(call: Any, device: str) -> None:
+    """The end of the row is that of the loop over it alone, and so is the beginning for the gradient."""
+    t = trajectories(2, 100_000, device=device)
+    leaves = [t[name].requires_grad_() for name in ("value", "next_value")]
+    results = call(t)
+    end = exact(changed(t, lambda tensor: tensor.detach()[:, -200:]))
+    for found, wanted in zip(results, call(end), strict=True):
+        torch.testing.assert_close(found[:, -200:].double(), wanted, rtol=2e-6, atol=1e-5)
+    upstream = torch.randn(2, 100_000, device=device)
+    gradients = torch.autograd.grad(results, leaves, [upstream, upstream])
+    begin = exact(changed(t, lambda tensor: tensor.detach()[:, :200].clone()))
+    begin_leaves = [begin[name].requires_grad_() for name in ("value", "next_value")]
+    upstream = upstream[:, :200].double()
+    for found, wanted in zip(gradients, torch.autograd.grad(call(begin), begin_leaves, [upstream] * 2), strict=True):
+        # The last step of the cut row hands nothing on, so that its own gradient is another one.
+        torch.testing.assert_close(found[:, :199].double(), wanted[:, :199], rtol=2e-6, atol=1e-5)
+
+
 def test_opcheck(device: str) -> None:
     t = trajectories(3, 4, device=device)
-    ops = torch.ops.efe
-    rows = (t["reward"], t["value"], t["next_value"], t["terminated"])
+    forward, backward = torch.ops.efe.trace_forward.default, torch.ops.efe.trace_backward.default
+    values = (t["value"], t["next_value"], t["reward"])
+    discounts = (0.9, 0.8, 1.0, 1.0, 1.0)
     for truncated in (t["truncated"], None):
-        torch.library.opcheck(ops.gae_forward.default, (*rows, truncated, 0.9, 0.8, 1.0))
-        torch.library.opcheck(ops.vtrace_forward.default, (t["log_ratio"], *rows, truncated, 0.9, 1.0, 1.0, 1.0))
-        grads = (t["reward"], None)
-        torch.library.opcheck(ops.gae_backward.default, (*grads, rows[3], truncated, 0.9, 0.8, [True, True]))
-        torch.library.opcheck(
-            ops.vtrace_backward.default, (*grads, t["log_ratio"], rows[3], truncated, 0.9, 1.0, 1.0, [False, True])
-        )
-    transposed = [row.T.contiguous().T for row in rows]
-    torch.library.opcheck(ops.gae_forward.default, (*transposed, None, 0.9, 0.8, 1.0))
+        for log_ratio in (t["log_ratio"], None):
+            transitions = (t["terminated"], truncated, log_ratio)
+            torch.library.opcheck(forward, (*values, *transitions, *discounts))
+            for needs in ([True, True], [False, True]):
+                torch.library.opcheck(backward, (t["reward"], None, needs, *transitions, *discounts))
+    transposed = [value.T.contiguous().T for value in values]
+    torch.library.opcheck(forward, (*transposed, t["terminated"].T.contiguous().T, None, None, *discounts))
 
 
 @BOTH
@@ -344,5 +401,11 @@ def test_clear_errors(device: str) -> None:
         call_gae(t, lam=-0.1)
     with pytest.raises(ValueError, match=r"rho_clip must be in \[0, inf\], it was -1"):
         call_vtrace(t, rho_clip=-1)
+    with pytest.raises(ValueError, match=r"c_clip must be in \[0, inf\], it was nan"):
+        call_vtrace(t, c_clip=math.nan)
+    with pytest.raises(ValueError, match=r"log_ratio must have the shape of reward = \[2, 5\], it was \[5\]"):
+        call_vtrace({**t, "log_ratio": t["log_ratio"][0]})
+    with pytest.raises(TypeError, match=r"log_ratio must be float32, .*, it was torch.bool"):
+        call_vtrace({**t, "log_ratio": t["terminated"]})
     with pytest.raises(ValueError, match=r"reward must have the shape \[..., T\], it was \[\]"):
         call_gae(changed(t, lambda tensor: tensor[0, 0]))

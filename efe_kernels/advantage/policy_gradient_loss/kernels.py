@@ -6,12 +6,15 @@ up in a fixed order. The backward pass recomputes from the inputs in one launch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments
+from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
 from efe_kernels.common.triton_math import launch_guard
 
 TILE_LIMIT = 4096
@@ -116,9 +119,9 @@ def store_losses(
 
 @triton.jit
 def policy_gradient_loss_kernel(
+    entropy_ptr,  # [N]
     log_prob_ptr,  # [N]
     value_ptr,  # [N]
-    entropy_ptr,  # [N]
     advantage_ptr,  # [N]
     value_target_ptr,  # [N]
     old_log_prob_ptr,  # [N] or None
@@ -233,16 +236,16 @@ def policy_gradient_loss_backward_kernel(
     grad_policy_ptr,  # [] or None
     grad_value_loss_ptr,  # [] or None
     grad_mean_entropy_ptr,  # [] or None
+    diagnostics_ptr,  # [4]
     log_prob_ptr,  # [N]
     value_ptr,  # [N]
     advantage_ptr,  # [N]
     value_target_ptr,  # [N]
     old_log_prob_ptr,  # [N] or None
     mask_ptr,  # [N] or None
-    diagnostics_ptr,  # [4]
+    grad_entropy_ptr,  # [N] or None
     grad_log_prob_ptr,  # [N] or None
     grad_value_ptr,  # [N] or None
-    grad_entropy_ptr,  # [N] or None
     numel,
     clip,
     value_coef,
@@ -290,67 +293,43 @@ def flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def policy_gradient_loss_forward(
-    log_prob: Tensor,
-    value: Tensor,
-    entropy: Tensor,
-    advantage: Tensor,
-    value_target: Tensor,
-    old_log_prob: Tensor | None,
-    mask: Tensor | None,
-    clip: float,
-    value_coef: float,
-    entropy_coef: float,
+    entropy: Tensor, inputs: Inputs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the reference."""
-    inputs = [flat(tensor) for tensor in (log_prob, value, entropy, advantage, value_target, old_log_prob, mask)]
-    numel = log_prob.numel()
+    numel = entropy.numel()
     tile = min(max(triton.next_power_of_2(numel), 128), TILE_LIMIT)
     parts = max(triton.cdiv(numel, tile), 1)
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=log_prob.device)
+        return torch.empty(shape, dtype=torch.float32, device=entropy.device)
 
     outputs = (new(), new(), new(), new(), new(4))
     sums, parts_moments = (new(parts, NUM_SUMS), new(2, parts, 3)) if parts > 1 else (None, None)
+    weights = (settings.value_coef, settings.entropy_coef)
     warps = 8 if tile == TILE_LIMIT else 4
-    with launch_guard(log_prob):
+    with launch_guard(entropy):
         policy_gradient_loss_kernel[(parts,)](
-            *inputs, sums, parts_moments, *outputs, numel, parts, clip, value_coef, entropy_coef,
+            flat(entropy), *map(flat, inputs), sums, parts_moments, *outputs, numel, parts, settings.clip, *weights,
             TILE=tile, num_warps=warps, **OPTIONS,
         )  # fmt: skip
         if parts > 1:
             policy_gradient_loss_finish_kernel[(1,)](
-                sums, parts_moments, *outputs, parts, value_coef, entropy_coef,
+                sums, parts_moments, *outputs, parts, *weights,
                 PARTS=triton.next_power_of_2(parts), num_warps=4, **OPTIONS,
             )  # fmt: skip
     return outputs
 
 
 def policy_gradient_loss_backward(
-    grad_total: Tensor | None,
-    grad_policy: Tensor | None,
-    grad_value: Tensor | None,
-    grad_entropy: Tensor | None,
-    log_prob: Tensor,
-    value: Tensor,
-    advantage: Tensor,
-    value_target: Tensor,
-    old_log_prob: Tensor | None,
-    mask: Tensor | None,
-    diagnostics: Tensor,
-    clip: float,
-    value_coef: float,
-    entropy_coef: float,
-    needs: list[bool],
+    grads: Sequence[Tensor | None], needs: list[bool], diagnostics: Tensor, inputs: Inputs, settings: Settings
 ) -> list[Tensor]:
     """See the reference."""
-    inputs = [flat(tensor) for tensor in (log_prob, value, advantage, value_target, old_log_prob, mask)]
+    log_prob = inputs.log_prob
     numel = log_prob.numel()
-    found = [torch.empty(numel, dtype=log_prob.dtype, device=log_prob.device) if need else None for need in needs]
+    found = [log_prob.new_empty(log_prob.shape) if need else None for need in needs]
     if numel > 0:
         with launch_guard(log_prob):
             policy_gradient_loss_backward_kernel[(triton.cdiv(numel, 1024),)](
-                grad_total, grad_policy, grad_value, grad_entropy, *inputs, diagnostics, *found, numel,
-                clip, value_coef, entropy_coef, TILE=1024, num_warps=4, **OPTIONS,
-            )  # fmt: skip
+                *grads, diagnostics, *map(flat, inputs), *found, numel, *settings, TILE=1024, num_warps=4, **OPTIONS
+            )
     return [gradient for gradient in found if gradient is not None]

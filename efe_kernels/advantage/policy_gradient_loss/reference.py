@@ -1,9 +1,12 @@
 """The policy-gradient loss in plain PyTorch: the definition, and what serves where no kernel exists.
 
-All tensors are [N] of one floating dtype, and bool for mask.
+All tensors have one shape and one floating dtype; mask is bool.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +15,29 @@ from torch import Tensor
 from efe_kernels.common.library import accumulate_dtype
 
 
+class Inputs(NamedTuple):
+    """What both passes read. The entropy, whose mean is all that counts, is no part of it."""
+
+    log_prob: Tensor
+    value: Tensor
+    advantage: Tensor
+    value_target: Tensor
+    old_log_prob: Tensor | None
+    mask: Tensor | None
+
+
+class Settings(NamedTuple):
+    clip: float
+    value_coef: float
+    entropy_coef: float
+
+
 def policy_gradient_loss_forward(
-    log_prob: Tensor,
-    value: Tensor,
-    entropy: Tensor,
-    advantage: Tensor,
-    value_target: Tensor,
-    old_log_prob: Tensor | None,
-    mask: Tensor | None,
-    clip: float,
-    value_coef: float,
-    entropy_coef: float,
+    entropy: Tensor, inputs: Inputs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total, policy loss, value loss, entropy (0-d), and clip_fraction, approx_kl, explained_variance, count [4]."""
+    log_prob, value, advantage, value_target, old_log_prob, mask = inputs
+    clip, value_coef, entropy_coef = settings
     dtype = accumulate_dtype(log_prob)
     members = torch.ones_like(log_prob, dtype=torch.bool) if mask is None else mask
     log_prob, value, entropy, advantage, value_target = (
@@ -61,38 +74,30 @@ def policy_gradient_loss_forward(
 
 
 def policy_gradient_loss_backward(
-    grad_total: Tensor | None,
-    grad_policy: Tensor | None,
-    grad_value: Tensor | None,
-    grad_entropy: Tensor | None,
-    log_prob: Tensor,
-    value: Tensor,
-    advantage: Tensor,
-    value_target: Tensor,
-    old_log_prob: Tensor | None,
-    mask: Tensor | None,
-    diagnostics: Tensor,
-    clip: float,
-    value_coef: float,
-    entropy_coef: float,
-    needs: list[bool],
+    grads: Sequence[Tensor | None], needs: list[bool], diagnostics: Tensor, inputs: Inputs, settings: Settings
 ) -> list[Tensor]:
-    """Gradients of log_prob, value and entropy, those of them that are needed; the derivation is beside the kernel."""
+    """Gradients of entropy, log_prob and value, those of them that are needed; the derivation is beside the kernel.
+
+    grads: of the total, the policy loss, the value loss and the entropy.
+    """
+    grad_total, grad_policy, grad_value, grad_entropy = grads
+    log_prob, value, advantage, value_target, old_log_prob, mask = inputs
+    clip, value_coef, entropy_coef = settings
     dtype = diagnostics.dtype
     share = 1 / diagnostics[3].clamp(min=1)
     found = []
     if needs[0]:
+        found.append(upstream(grad_total, -entropy_coef, grad_entropy, share).expand_as(log_prob))
+    if needs[1]:
         slope = advantage.to(dtype)
         if old_log_prob is not None:
             ratio = (log_prob.to(dtype) - old_log_prob.to(dtype)).exp()
             clipped = ((slope > 0) & (ratio > 1 + clip)) | ((slope < 0) & (ratio < 1 - clip))
             slope = torch.where(clipped, 0, slope * ratio)
         found.append(-upstream(grad_total, 1.0, grad_policy, share) * slope)
-    if needs[1]:
+    if needs[2]:
         error = value.to(dtype) - value_target.to(dtype)
         found.append(upstream(grad_total, value_coef, grad_value, share) * 2 * error)
-    if needs[2]:
-        found.append(upstream(grad_total, -entropy_coef, grad_entropy, share).expand_as(log_prob))
     if mask is not None:
         found = [torch.where(mask, gradient, 0) for gradient in found]
     return [gradient.to(log_prob.dtype).contiguous() for gradient in found]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments, unit_clamp
+from efe_kernels.advantage.kernels import OPTIONS, as_bytes, join_moments, merge_moments, moments, unit_clamp
 from efe_kernels.advantage.rl_advantage.reference import WHITEN_EPS
 from efe_kernels.common.triton_math import launch_guard
 
@@ -19,6 +19,8 @@ NO_WHITENING = tl.constexpr(0)
 WHOLE_GROUPS = tl.constexpr(1)
 PARTS_OF_GROUPS = tl.constexpr(2)
 TILE_LIMIT = 4096
+# A group of up to so many tiles is gone through twice by one program: cheaper than a second launch.
+MOST_TILES = 8
 
 
 @triton.jit
@@ -59,12 +61,12 @@ def load_advantage(
 
 
 @triton.jit
-def tile_offset(groups, group_size, parts, GROUPS: tl.constexpr, TILE: tl.constexpr):
-    """Groups of this program, its part of them, and the positions and bounds of its tile [GROUPS, TILE]."""
+def tile_offset(groups, group_size, parts, tile, GROUPS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Groups of this program, its part of them, and the positions and bounds of a tile [GROUPS, TILE] of the part."""
     pid = tl.program_id(0).to(tl.int64)
     part = pid % parts
     group = (pid // parts) * GROUPS + tl.arange(0, GROUPS)
-    member = part * TILE + tl.arange(0, TILE)
+    member = (part * TILES + tile) * TILE + tl.arange(0, TILE)
     offset = group[:, None] * group_size + member[None, :]
     ok = (group[:, None] < groups) & (member[None, :] < group_size)
     return group, part, offset, ok
@@ -83,8 +85,9 @@ def rl_advantage_moments_kernel(
     NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, TILES)
     advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
     count, mean, squares = moments(advantage, member)
     base = partial_ptr + (group * parts + part) * 3
@@ -109,13 +112,19 @@ def rl_advantage_kernel(
     MODE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, TILES)
     advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
     if MODE != NO_WHITENING:
         if MODE == WHOLE_GROUPS:
             count, mean, squares = moments(advantage, member)
+            for tile in range(1, TILES):
+                _, _, further, inside = tile_offset(groups, group_size, parts, tile, GROUPS, TILE, TILES)
+                x, counts = load_advantage(reward_ptr, value_ptr, mask_ptr, further, inside, reward_scale, NORMALIZE)
+                more, more_mean, more_squares = moments(x, counts)
+                count, mean, squares = join_moments(count, mean, squares, more, more_mean, more_squares)
         else:
             count, mean, squares = merge_moments(partial_ptr, (tl.program_id(0) // parts).to(tl.int64), parts, PARTS)
         std = tl.sqrt_rn(squares / tl.maximum(count - 1.0, 1.0))
@@ -125,6 +134,12 @@ def rl_advantage_kernel(
         tl.store(statistics_ptr + group * 3 + 1, mean, mask=first)
         tl.store(statistics_ptr + group * 3 + 2, std, mask=first)
     tl.store(out_ptr + offset, advantage.to(out_ptr.dtype.element_ty), mask=ok)
+    if TILES > 1:
+        for tile in range(1, TILES):
+            _, _, offset, ok = tile_offset(groups, group_size, parts, tile, GROUPS, TILE, TILES)
+            advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
+            advantage = whiten(advantage, member, mean, std)
+            tl.store(out_ptr + offset, advantage.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -173,7 +188,7 @@ def rl_advantage_sums_kernel(
     TILE: tl.constexpr,
 ):
     """Sums of the upstream gradient g and of g times the whitened advantage over each part of each group."""
-    group, part, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, 1)
     grad, whitened, _, _, _ = load_whitened_gradient(
         grad_ptr, reward_ptr, value_ptr, mask_ptr, statistics_ptr, group, offset, ok, groups, reward_scale, NORMALIZE
     )
@@ -206,7 +221,7 @@ def rl_advantage_backward_kernel(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    group, _, offset, ok = tile_offset(groups, group_size, parts, GROUPS, TILE)
+    group, _, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, 1)
     if MODE == NO_WHITENING:
         member = ok
         if mask_ptr is not None:
@@ -242,6 +257,15 @@ def rl_advantage_backward_kernel(
     tl.store(out_ptr + offset, (-grad).to(out_ptr.dtype.element_ty), mask=ok)
 
 
+def forward_tiles(numel: int, group_size: int) -> tuple[int, dict[str, Any]]:
+    """advantage_tiles, and the tiles of a program: all of a group where they are few, which saves a launch."""
+    programs, tiles = advantage_tiles(numel, group_size)
+    count = tiles["parts"]
+    if group_size == 0 or count == 1 or count > MOST_TILES:
+        return programs, {**tiles, "TILES": 1}
+    return programs // count, {**tiles, "parts": 1, "TILES": count, "num_warps": 16}
+
+
 def advantage_tiles(numel: int, group_size: int) -> tuple[int, dict[str, Any]]:
     """Programs of a launch, and how they cover the groups: several groups side by side, or one group in parts.
 
@@ -263,14 +287,14 @@ def whitening_mode(group_size: int, parts: int) -> int:
 def rl_advantage_forward(
     reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """See the reference. Two launches where a group is larger than a tile, else one."""
+    """See the reference. Two launches where a group is larger than MOST_TILES tiles, else one."""
     numel = reward.numel()
-    out = torch.empty(numel, dtype=torch.result_type(reward, value), device=reward.device)
+    out = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
     statistics = torch.empty(numel // group_size if group_size else 0, 3, dtype=torch.float32, device=reward.device)
     if numel == 0:
         return out, statistics
     inputs = (reward.contiguous(), value.contiguous(), as_bytes(mask if mask is None else mask.contiguous()))
-    programs, tiles = advantage_tiles(numel, group_size)
+    programs, tiles = forward_tiles(numel, group_size)
     mode = whitening_mode(group_size, tiles["parts"])
     partial = None
     with launch_guard(reward):
@@ -305,7 +329,7 @@ def rl_advantage_backward(
 ) -> Tensor:
     """See the reference. Two launches where a group is larger than a tile, else one."""
     numel = reward.numel()
-    out = torch.empty(numel, dtype=value.dtype, device=value.device)
+    out = value.new_empty(value.shape)
     if numel == 0:
         return out
     inputs = (

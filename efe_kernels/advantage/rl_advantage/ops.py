@@ -31,14 +31,14 @@ def rl_advantage_backward_triton(grad: Tensor, reward: Tensor, value: Tensor, *r
 def rl_advantage_forward_fake(
     reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    groups = reward.shape[0] // group_size if group_size else 0
+    groups = reward.numel() // group_size if group_size else 0
     dtype = torch.float64 if is_double(reward, value) else torch.float32
-    advantage = reward.new_empty(reward.shape[0], dtype=torch.result_type(reward, value))
+    advantage = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
     return advantage, reward.new_empty(groups, 3, dtype=dtype)
 
 
 def rl_advantage_backward_fake(grad: Tensor, reward: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return value.new_empty(value.shape[0])
+    return value.new_empty(value.shape)
 
 
 rl_advantage_forward = define_op(
@@ -58,21 +58,17 @@ rl_advantage_backward = define_op(
 
 
 class RLAdvantageFunction(torch.autograd.Function):
-    """reward, value [N] -> advantage [N], differentiable in value; and the statistics of the groups."""
+    """reward, value -> advantage, differentiable in value, and the statistics of the groups."""
 
+    # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
-    def forward(
-        reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
-    ) -> tuple[Tensor, Tensor]:
-        return rl_advantage_forward(reward, value, mask, reward_scale, normalize, group_size)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        reward, value, mask, *settings = inputs
+    def forward(ctx: Any, reward: Tensor, value: Tensor, mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+        advantage, statistics = rl_advantage_forward(reward, value, mask, *settings)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(reward, value, mask, output[1])
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(reward, value, mask, statistics)
         ctx.settings = settings
+        return advantage, statistics
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -85,3 +81,10 @@ class RLAdvantageFunction(torch.autograd.Function):
 
 def rl_advantage_backward_one(*args: Any) -> tuple[Tensor]:
     return (rl_advantage_backward(*args),)
+
+
+def rl_advantage(reward: Tensor, value: Tensor, *settings: Any) -> Tensor:
+    """The advantage of rl_advantage_forward, differentiable in value."""
+    wanted = torch.is_grad_enabled() and value.requires_grad
+    advantage: Tensor = (RLAdvantageFunction.apply if wanted else rl_advantage_forward)(reward, value, *settings)[0]
+    return advantage

@@ -40,18 +40,21 @@ def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
 def rl_advantage_forward(
     reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """reward, value, mask [N] -> advantage [N] and, with group_size > 0, the statistics [N / group_size, 3].
+    """Advantage in the shape of reward and, with group_size > 0, the statistics [numel / group_size, 3] of the groups.
+
+    A group is group_size consecutive elements in row-major order.
 
     Whitening: (advantage - mean) / (std + WHITEN_EPS) within each group; 0 in a group whose members are equal.
     """
     advantage = plain_advantage(reward, value, mask, reward_scale, normalize)
     statistics = advantage.new_empty(0, 3)
     if group_size > 0:
-        groups = advantage.view(-1, group_size)
-        members = None if mask is None else mask.view(-1, group_size)
+        groups = advantage.reshape(-1, group_size)
+        members = None if mask is None else mask.reshape(-1, group_size)
         statistics = group_statistics(groups, members)
-        advantage = whiten(groups, members, statistics).view(-1)
-    return advantage.to(torch.result_type(reward, value)), statistics
+        advantage = whiten(groups, members, statistics).view(reward.shape)
+    dtype = torch.promote_types(reward.dtype, value.dtype)
+    return advantage.to(dtype).contiguous(), statistics
 
 
 def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor) -> Tensor:
@@ -71,18 +74,18 @@ def rl_advantage_backward(
     normalize: str | None,
     group_size: int,
 ) -> Tensor:
-    """Gradient of value [N]; the derivation stands beside the kernel."""
+    """Gradient of value; the derivation stands beside the kernel."""
     dtype = statistics.dtype
     grad_advantage = grad.to(dtype) if mask is None else torch.where(mask, grad.to(dtype), 0)
     if group_size > 0:
-        advantage = plain_advantage(reward, value, mask, reward_scale, normalize).view(-1, group_size)
-        members = None if mask is None else mask.view(-1, group_size)
+        advantage = plain_advantage(reward, value, mask, reward_scale, normalize).reshape(-1, group_size)
+        members = None if mask is None else mask.reshape(-1, group_size)
         whitened = whiten(advantage, members, statistics)
-        grad_groups = grad_advantage.view(-1, group_size)
+        grad_groups = grad_advantage.reshape(-1, group_size)
         count, _, std = statistics[:, :, None].unbind(1)
         mean_grad = grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
         product = (grad_groups * whitened).sum(1, keepdim=True)
         grad_groups = (grad_groups - mean_grad) / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
         grad_groups = torch.where(std == 0, 0, grad_groups)
-        grad_advantage = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(-1)
-    return (-grad_advantage).to(value.dtype)
+        grad_advantage = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(value.shape)
+    return (-grad_advantage).to(value.dtype).contiguous()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.advantage.kernels import OPTIONS, as_bytes
+from efe_kernels.advantage.trace.reference import Settings, Transitions, given
 from efe_kernels.common.triton_math import launch_guard
 
 SERIAL_STEPS = 32
@@ -73,12 +74,12 @@ def discount(
 
 @triton.jit
 def load_step(
-    log_ratio_ptr,  # [N, T] or None: gae
     reward_ptr,  # [N, T]
     value_ptr,  # [N, T]
     next_value_ptr,  # [N, T]
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     offset,
     ok,
     gamma,
@@ -109,12 +110,12 @@ def finish_step(delta, pull, value, following, x, VTRACE: tl.constexpr):
 
 @triton.jit
 def trace_serial_kernel(
-    log_ratio_ptr,  # [N, T] or None: gae
     reward_ptr,  # [N, T]
     value_ptr,  # [N, T]
     next_value_ptr,  # [N, T]
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     advantage_ptr,  # [N, T]
     target_ptr,  # [N, T]
     rows,
@@ -134,7 +135,7 @@ def trace_serial_kernel(
     for step in tl.static_range(T):
         offset = row * stride_row + tl.cast(T - 1 - step, tl.int64) * stride_time
         delta, coefficient, pull, value = load_step(
-            log_ratio_ptr, reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, offset, ok,
+            reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, log_ratio_ptr, offset, ok,
             gamma, lam, rho_clip, c_clip, reward_scale,
         )  # fmt: skip
         following = x
@@ -161,12 +162,12 @@ def last_of(x, TIME: tl.constexpr):
 
 @triton.jit
 def trace_scan_kernel(
-    log_ratio_ptr,  # [N, T] or None: gae
     reward_ptr,  # [N, T]
     value_ptr,  # [N, T]
     next_value_ptr,  # [N, T]
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     advantage_ptr,  # [N, T]
     target_ptr,  # [N, T]
     rows,
@@ -190,14 +191,14 @@ def trace_scan_kernel(
         ok = row_ok & (t >= 0)
         offset = row_offset + t.to(tl.int64) * stride_time
         delta, coefficient, pull, value = load_step(
-            log_ratio_ptr, reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, offset, ok,
+            reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, log_ratio_ptr, offset, ok,
             gamma, lam, rho_clip, c_clip, reward_scale,
         )  # fmt: skip
         if VTRACE:
             # The state after each step: a scan over the steps t + 1, whose first column hands the state on as it is.
             later = ok & (position > chunk * TIME)
             later_delta, later_coefficient, _, _ = load_step(
-                log_ratio_ptr, reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr,
+                reward_ptr, value_ptr, next_value_ptr, terminated_ptr, truncated_ptr, log_ratio_ptr,
                 offset + stride_time, later, gamma, lam, rho_clip, c_clip, reward_scale,
             )  # fmt: skip
             later_coefficient = tl.where(position > chunk * TIME, later_coefficient, 1.0)
@@ -226,9 +227,9 @@ def trace_scan_kernel(
 def load_arrival(
     grad_advantage_ptr,  # [N, T] or None
     grad_target_ptr,  # [N, T] or None
-    log_ratio_ptr,  # [N, T] or None: gae
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     offset,
     ok,
     previous_offset,
@@ -296,9 +297,9 @@ def store_value_gradients(
 def trace_serial_backward_kernel(
     grad_advantage_ptr,  # [N, T] or None
     grad_target_ptr,  # [N, T] or None
-    log_ratio_ptr,  # [N, T] or None: gae
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     grad_value_ptr,  # [N, T] or None
     grad_next_value_ptr,  # [N, T] or None
     rows,
@@ -317,7 +318,7 @@ def trace_serial_backward_kernel(
     for t in tl.static_range(T):
         offset = row * stride_row + tl.cast(t, tl.int64) * stride_time
         coefficient, arrival = load_arrival(
-            grad_advantage_ptr, grad_target_ptr, log_ratio_ptr, terminated_ptr, truncated_ptr, offset, ok,
+            grad_advantage_ptr, grad_target_ptr, terminated_ptr, truncated_ptr, log_ratio_ptr, offset, ok,
             offset - stride_time, ok & (t > 0), gamma, lam, rho_clip, c_clip,
         )  # fmt: skip
         s = advance(coefficient, arrival, s)
@@ -331,9 +332,9 @@ def trace_serial_backward_kernel(
 def trace_scan_backward_kernel(
     grad_advantage_ptr,  # [N, T] or None
     grad_target_ptr,  # [N, T] or None
-    log_ratio_ptr,  # [N, T] or None: gae
     terminated_ptr,  # [N, T]
     truncated_ptr,  # [N, T] or None
+    log_ratio_ptr,  # [N, T] or None: gae
     grad_value_ptr,  # [N, T] or None
     grad_next_value_ptr,  # [N, T] or None
     rows,
@@ -354,7 +355,7 @@ def trace_scan_backward_kernel(
         ok = row_ok & (t < steps)
         offset = row_offset + t.to(tl.int64) * stride_time
         coefficient, arrival = load_arrival(
-            grad_advantage_ptr, grad_target_ptr, log_ratio_ptr, terminated_ptr, truncated_ptr, offset, ok,
+            grad_advantage_ptr, grad_target_ptr, terminated_ptr, truncated_ptr, log_ratio_ptr, offset, ok,
             offset - stride_time, ok & (t > 0), gamma, lam, rho_clip, c_clip,
         )  # fmt: skip
         factor, term = tl.associative_scan((coefficient, arrival), 1, chain)
@@ -390,103 +391,32 @@ def launch(serial: Any, scan: Any, like: Tensor, tensors: tuple[Tensor | None, .
             scan[grid](*tensors, rows, steps, **strides, **settings, **tile, num_warps=4, **OPTIONS)
 
 
-def forward(
-    log_ratio: Tensor | None,
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    **settings: float,
+def trace_forward(
+    value: Tensor, next_value: Tensor, reward: Tensor, transitions: Transitions, settings: Settings
 ) -> tuple[Tensor, Tensor]:
+    """See the reference."""
     advantage, target = torch.empty_like(reward), torch.empty_like(reward)
     if reward.numel() > 0:
-        inputs = (log_ratio, reward, value, next_value, terminated, truncated)
+        inputs = (reward, value, next_value, *transitions)
         tensors = (*(aligned(tensor, advantage) for tensor in inputs), advantage, target)
-        launch(trace_serial_kernel, trace_scan_kernel, advantage, tensors, **settings)
+        launch(trace_serial_kernel, trace_scan_kernel, advantage, tensors, **settings._asdict())
     return advantage, target
 
 
-def backward(
+def trace_backward(
     grad_advantage: Tensor | None,
     grad_target: Tensor | None,
-    log_ratio: Tensor | None,
-    terminated: Tensor,
-    truncated: Tensor | None,
     needs: list[bool],
-    **settings: float,
+    transitions: Transitions,
+    settings: Settings,
 ) -> list[Tensor]:
-    given = grad_advantage if grad_advantage is not None else grad_target
-    assert given is not None, "an op's backward is called with at least one gradient"
-    found = [torch.empty_like(terminated, dtype=given.dtype) if need else None for need in needs]
+    """See the reference."""
+    dtype = given(grad_advantage, grad_target).dtype
+    found = [torch.empty_like(transitions.terminated, dtype=dtype) if need else None for need in needs]
     gradients = [gradient for gradient in found if gradient is not None]
-    if gradients and terminated.numel() > 0:
-        inputs = (grad_advantage, grad_target, log_ratio, terminated, truncated)
+    if gradients and gradients[0].numel() > 0:
+        inputs = (grad_advantage, grad_target, *transitions)
         tensors = (*(aligned(tensor, gradients[0]) for tensor in inputs), *found)
-        launch(trace_serial_backward_kernel, trace_scan_backward_kernel, gradients[0], tensors, **settings)
+        discounts = {name: value for name, value in settings._asdict().items() if name != "reward_scale"}
+        launch(trace_serial_backward_kernel, trace_scan_backward_kernel, gradients[0], tensors, **discounts)
     return gradients
-
-
-def gae_forward(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    lam: float,
-    reward_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return forward(
-        None, reward, value, next_value, terminated, truncated,
-        gamma=gamma, lam=lam, rho_clip=1.0, c_clip=1.0, reward_scale=reward_scale,
-    )  # fmt: skip
-
-
-def gae_backward(
-    grad_advantage: Tensor | None,
-    grad_target: Tensor | None,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    lam: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    return backward(
-        grad_advantage, grad_target, None, terminated, truncated, needs, gamma=gamma, lam=lam, rho_clip=1.0, c_clip=1.0
-    )
-
-
-def vtrace_forward(
-    log_ratio: Tensor,
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    rho_clip: float,
-    c_clip: float,
-    reward_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return forward(
-        log_ratio, reward, value, next_value, terminated, truncated,
-        gamma=gamma, lam=1.0, rho_clip=rho_clip, c_clip=c_clip, reward_scale=reward_scale,
-    )  # fmt: skip
-
-
-def vtrace_backward(
-    grad_advantage: Tensor | None,
-    grad_target: Tensor | None,
-    log_ratio: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    rho_clip: float,
-    c_clip: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    return backward(
-        grad_advantage, grad_target, log_ratio, terminated, truncated, needs,
-        gamma=gamma, lam=1.0, rho_clip=rho_clip, c_clip=c_clip,
-    )  # fmt: skip

@@ -6,144 +6,139 @@ torch.empty_like gives to reward.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from efe_kernels.common.library import accumulate_dtype
 
 
-def laid_out(result: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """result in the given dtype and with the memory layout of torch.empty_like(like)."""
-    return torch.empty_like(like, dtype=dtype).copy_(result)
+class Transitions(NamedTuple):
+    """What says how far a step looks ahead."""
+
+    terminated: Tensor
+    truncated: Tensor | None
+    log_ratio: Tensor | None  # None: gae, else vtrace
 
 
-def boundaries(terminated: Tensor, truncated: Tensor | None) -> Tensor:
-    """Where the trace stops."""
-    return terminated if truncated is None else terminated | truncated
+class Settings(NamedTuple):
+    gamma: float
+    lam: float  # 1 in vtrace
+    rho_clip: float  # of vtrace
+    c_clip: float  # of vtrace
+    reward_scale: float
 
 
-def td_error(
-    reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: float, reward_scale: float
-) -> Tensor:
-    """reward + gamma · next_value · (1 - terminated) - value in the dtype of the arithmetic."""
+def trace_forward(
+    value: Tensor, next_value: Tensor, reward: Tensor, transitions: Transitions, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Advantage and value target, from the errors reward + gamma · next_value · (1 - terminated) - value."""
     dtype = accumulate_dtype(reward)
-    bootstrap = torch.where(terminated, 0, next_value.to(dtype))
-    return reward.to(dtype) * reward_scale + gamma * bootstrap - value.to(dtype)
-
-
-def gae_forward(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    lam: float,
-    reward_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """advantage_t = delta_t + gamma · lam · advantage_{t+1} within an episode; value_target = advantage + value."""
-    delta = td_error(reward, value, next_value, terminated, gamma, reward_scale)
-    stop = boundaries(terminated, truncated)
-    advantage = torch.empty_like(delta)
-    following = delta.new_zeros(delta.shape[0])
-    for t in reversed(range(delta.shape[1])):
-        following = delta[:, t] + gamma * lam * torch.where(stop[:, t], 0, following)
-        advantage[:, t] = following
-    return laid_out(advantage, reward, reward.dtype), laid_out(advantage + value, reward, reward.dtype)
-
-
-def gae_backward(
-    grad_advantage: Tensor | None,
-    grad_target: Tensor | None,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    lam: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of value and next_value, those of them that are needed; the derivation stands beside the kernel."""
-    upstream, to_target, dtype = upstream_gradients(grad_advantage, grad_target)
-    stop = boundaries(terminated, truncated)
-    grad_delta = torch.empty_like(upstream)
-    carried = upstream.new_zeros(upstream.shape[0])
-    for t in range(upstream.shape[1]):
-        carried = upstream[:, t] + to_target[:, t] + carried
-        grad_delta[:, t] = carried
-        carried = gamma * lam * torch.where(stop[:, t], 0, carried)
-    return value_gradients(grad_delta, to_target, terminated, gamma, dtype, needs)
-
-
-def upstream_gradients(grad_advantage: Tensor | None, grad_target: Tensor | None) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Both in the dtype of the arithmetic, 0 where there is none, and the dtype they came in."""
-    given = grad_advantage if grad_advantage is not None else grad_target
-    assert given is not None, "an op's backward is called with at least one gradient"
-    zero = torch.zeros_like(given, dtype=accumulate_dtype(given))
-    advantage, target = (zero if grad is None else grad.to(zero.dtype) for grad in (grad_advantage, grad_target))
-    return advantage, target, given.dtype
-
-
-def value_gradients(
-    grad_delta: Tensor, grad_target: Tensor, terminated: Tensor, gamma: float, dtype: torch.dtype, needs: list[bool]
-) -> list[Tensor]:
-    """From the gradient of reward + gamma · next_value - value to those of value and next_value."""
-    found = []
-    if needs[0]:
-        found.append(laid_out(grad_target - grad_delta, terminated, dtype))
-    if needs[1]:
-        found.append(laid_out(torch.where(terminated, 0, gamma * grad_delta), terminated, dtype))
-    return found
-
-
-def vtrace_forward(
-    log_ratio: Tensor,
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    rho_clip: float,
-    c_clip: float,
-    reward_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """With x_t = v_target_t - value_t: x_t = rho_t delta_t + gamma c_t x_{t+1} within an episode.
-
-    advantage_t = rho_t (reward_t + gamma · v_target_{t+1} - value_t), where v_target_{t+1} is next_value_t + x_{t+1}.
-    """
-    ratio = log_ratio.to(accumulate_dtype(reward)).exp()
-    rho, c = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)
-    delta = rho * td_error(reward, value, next_value, terminated, gamma, reward_scale)
-    stop = boundaries(terminated, truncated)
-    advantage, excess = torch.empty_like(delta), torch.empty_like(delta)
-    following = delta.new_zeros(delta.shape[0])
-    for t in reversed(range(delta.shape[1])):
-        following = gamma * torch.where(stop[:, t], 0, following)
-        advantage[:, t] = delta[:, t] + rho[:, t] * following
-        following = delta[:, t] + c[:, t] * following
-        excess[:, t] = following
+    bootstrap = torch.where(transitions.terminated, 0, next_value.to(dtype))
+    error = reward.to(dtype) * settings.reward_scale + settings.gamma * bootstrap - value.to(dtype)
+    loop = gae if transitions.log_ratio is None else vtrace
+    advantage, excess = loop(error, transitions, settings)
     return laid_out(advantage, reward, reward.dtype), laid_out(excess + value, reward, reward.dtype)
 
 
-def vtrace_backward(
+def trace_backward(
     grad_advantage: Tensor | None,
     grad_target: Tensor | None,
-    log_ratio: Tensor,
-    terminated: Tensor,
-    truncated: Tensor | None,
-    gamma: float,
-    rho_clip: float,
-    c_clip: float,
     needs: list[bool],
+    transitions: Transitions,
+    settings: Settings,
 ) -> list[Tensor]:
     """Gradients of value and next_value, those of them that are needed; the derivation stands beside the kernel."""
-    upstream, to_target, dtype = upstream_gradients(grad_advantage, grad_target)
-    ratio = log_ratio.to(upstream.dtype).exp()
-    rho, c = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)
-    stop = boundaries(terminated, truncated)
-    grad_delta = torch.empty_like(upstream)
-    carried = upstream.new_zeros(upstream.shape[0])
-    for t in range(upstream.shape[1]):
+    upstream = given(grad_advantage, grad_target)
+    zero = torch.zeros_like(upstream, dtype=accumulate_dtype(upstream))
+    to_advantage, to_target = (zero if grad is None else grad.to(zero.dtype) for grad in (grad_advantage, grad_target))
+    loop = gae_backward if transitions.log_ratio is None else vtrace_backward
+    grad_error = loop(to_advantage, to_target, transitions, settings)
+    terminated, found = transitions.terminated, []
+    if needs[0]:
+        found.append(laid_out(to_target - grad_error, terminated, upstream.dtype))
+    if needs[1]:
+        grad_next_value = torch.where(terminated, 0, settings.gamma * grad_error)
+        found.append(laid_out(grad_next_value, terminated, upstream.dtype))
+    return found
+
+
+def given(grad_advantage: Tensor | None, grad_target: Tensor | None) -> Tensor:
+    """One of the two upstream gradients, which are alike."""
+    found = grad_advantage if grad_advantage is not None else grad_target
+    assert found is not None, "an op's backward is called with at least one gradient"
+    return found
+
+
+def gae(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
+    """advantage_t = error_t + gamma · lam · advantage_{t+1} within an episode, which value_target - value is, too."""
+    stop = boundaries(transitions)
+    advantage = torch.empty_like(error)
+    following = error.new_zeros(error.shape[0])
+    for t in reversed(range(error.shape[1])):
+        following = error[:, t] + settings.gamma * settings.lam * torch.where(stop[:, t], 0, following)
+        advantage[:, t] = following
+    return advantage, advantage
+
+
+def gae_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
+    """Gradient of the error."""
+    stop = boundaries(transitions)
+    grad_error = torch.empty_like(to_advantage)
+    carried = to_advantage.new_zeros(to_advantage.shape[0])
+    for t in range(to_advantage.shape[1]):
+        carried = to_advantage[:, t] + to_target[:, t] + carried
+        grad_error[:, t] = carried
+        carried = settings.gamma * settings.lam * torch.where(stop[:, t], 0, carried)
+    return grad_error
+
+
+def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
+    """With x_t = v_target_t - value_t: x_t = rho_t error_t + gamma c_t x_{t+1} within an episode.
+
+    advantage_t = rho_t (reward_t + gamma · v_target_{t+1} - value_t), where v_target_{t+1} is next_value_t + x_{t+1}.
+    """
+    rho, c = importance(transitions, settings, error.dtype)
+    stop = boundaries(transitions)
+    delta = rho * error
+    advantage, excess = torch.empty_like(delta), torch.empty_like(delta)
+    following = delta.new_zeros(delta.shape[0])
+    for t in reversed(range(delta.shape[1])):
+        following = settings.gamma * torch.where(stop[:, t], 0, following)
+        advantage[:, t] = delta[:, t] + rho[:, t] * following
+        following = delta[:, t] + c[:, t] * following
+        excess[:, t] = following
+    return advantage, excess
+
+
+def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
+    """Gradient of the error."""
+    rho, c = importance(transitions, settings, to_advantage.dtype)
+    stop = boundaries(transitions)
+    grad_error = torch.empty_like(to_advantage)
+    carried = to_advantage.new_zeros(to_advantage.shape[0])
+    for t in range(to_advantage.shape[1]):
         carried = to_target[:, t] + carried
-        grad_delta[:, t] = rho[:, t] * (carried + upstream[:, t])
-        carried = gamma * torch.where(stop[:, t], 0, c[:, t] * carried + rho[:, t] * upstream[:, t])
-    return value_gradients(grad_delta, to_target, terminated, gamma, dtype, needs)
+        grad_error[:, t] = rho[:, t] * (carried + to_advantage[:, t])
+        handed = c[:, t] * carried + rho[:, t] * to_advantage[:, t]
+        carried = settings.gamma * torch.where(stop[:, t], 0, handed)
+    return grad_error
+
+
+def boundaries(transitions: Transitions) -> Tensor:
+    """Where the trace stops."""
+    terminated, truncated, _ = transitions
+    return terminated if truncated is None else terminated | truncated
+
+
+def importance(transitions: Transitions, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The clipped weights rho and c of vtrace."""
+    assert transitions.log_ratio is not None, "gae has no importance weights"
+    ratio = transitions.log_ratio.to(dtype).exp()
+    return ratio.clamp(max=settings.rho_clip), ratio.clamp(max=settings.c_clip)
+
+
+def laid_out(result: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """result in the given dtype and with the memory layout of torch.empty_like(like)."""
+    return torch.empty_like(like, dtype=dtype).copy_(result)
