@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel variant ahead of time and reports what the compiler made of it. Needs no GPU.
+"""Compiles every Triton and CUDA C++ kernel ahead of time and reports what the compiler made of it. Needs no GPU.
 
-The variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
-recorded instead of executed, and each record is compiled for each architecture.
+The Triton variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
+recorded instead of executed, and each record is compiled for each architecture. The CUDA C++ kernels are every
+instance in the sources; they need nvcc and are left out with a sentence where it is missing.
 
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,8 @@ TARGETS = {
 }
 WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CUDA_SOURCES = {str(path.relative_to(CSRC.parent)): path for path in sorted(CSRC.glob("*/*.cu"))}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float64: "*fp64",
@@ -174,6 +178,12 @@ def nvidia_code(compiled: Any) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump told no resource usage: {usage}")
+    operations, loops = operations_of(listing)
+    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
+
+
+def operations_of(listing: str) -> tuple[list[str], bool]:
+    """The operations of NVIDIA's listing of one kernel, and whether there is a loop among them."""
     operations: list[str] = []
     labels: set[str] = set()
     loops = False
@@ -186,7 +196,7 @@ def nvidia_code(compiled: Any) -> Code:
             loops |= operation == "BRA" and condition is not None and any(label in operands for label in labels)
             if operation != "NOP":
                 operations.append(operation)
-    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
+    return operations, loops
 
 
 def amd_code(compiled: Any) -> Code:
@@ -245,6 +255,42 @@ def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
         loads=loads,
         stores=stores,
     )
+
+
+PTXAS = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]* (\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def compile_cuda(variant: str, arch: str) -> list[Report]:
+    """Every kernel of a CUDA C++ source, one report for each instance of its template."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = ["nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-Xptxas", "-v", f"-I{CSRC}", "-cubin", "-o", cubin]
+        told = subprocess.run([*command, CUDA_SOURCES[variant]], capture_output=True, text=True, check=True).stderr
+        listing = tool("nvdisasm", "-c", str(cubin))
+    sections = dict(section.split(",", 1) for section in listing.split("\t.section\t.text.")[1:])
+    reports = []
+    for name, spill_stores, spill_loads, registers, shared in PTXAS.findall(told):
+        operations, loops = operations_of(sections[name])
+        code = Code(operations, loops, int(registers), int(spill_stores) + int(spill_loads))
+        readable = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+        kernel = re.search(r"\w+<[^>]*>(?=\()", readable)
+        report = Report(
+            variant=variant,
+            kernel=kernel[0] if kernel else name,
+            arch=arch,
+            registers=code.registers,
+            spill_bytes=code.spill_bytes,
+            shared_bytes=int(shared or 0),
+            instructions=len(operations),
+            loads=code.accesses(*LOADS["cuda"]),
+            stores=code.accesses(*STORES["cuda"]),
+        )
+        reports.append(report)
+    return reports
 
 
 def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 64, steps: int = 5, side: int = 30) -> Tensor:
@@ -366,6 +412,8 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
 
 def compile_variant(task: tuple[str, str]) -> list[Report]:
     name, arch = task
+    if name in CUDA_SOURCES:
+        return compile_cuda(name, arch)
     lanes = patch.object(efe_loss_kernels, "LANES", TARGETS[arch].warp_size)
     with lanes, patch.dict(efe_loss_kernels.LAYOUTS, clear=True):
         launches = VARIANTS[name]()
@@ -403,6 +451,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args(argv)
     tasks = [(name, arch) for name in VARIANTS if options.only in name for arch in options.arch]
+    if shutil.which("nvcc") is None:
+        print(f"nvcc is not on PATH: {', '.join(CUDA_SOURCES)} left out.", file=sys.stderr)
+    else:
+        cuda = [arch for arch in options.arch if TARGETS[arch].backend == "cuda"]
+        tasks += [(name, arch) for name in CUDA_SOURCES if options.only in name for arch in cuda]
     # The compiler is not safe in one process forked from another that has used it.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         reports = [report for found in pool.map(compile_variant, tasks) for report in found]
