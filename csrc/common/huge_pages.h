@@ -1,7 +1,8 @@
 // Huge pages for large results on the CPU.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstddef>
+#include <cstdint>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -10,18 +11,17 @@
 
 namespace efe {
 
-// For a result that is about to be written for the first time. Blocks of this size malloc maps anew for each call, and
-// the kernel then takes a page fault for every 4 KiB of them, which costs many times what the write does; where huge
-// pages are to be asked for, as is usual (transparent_hugepage=madvise), this asks for them: a fault per 2 MiB.
-inline void prefer_huge_pages(const at::Tensor& fresh) {
+// For a result that is about to be written for the first time. malloc maps blocks of this size anew on each call, and the
+// first write to each 4 KiB of them is a page fault: together these cost many times what the writing does. Where the
+// system gives huge pages on request (transparent_hugepage=madvise, the usual setting), one fault serves 2 MiB.
+inline void prefer_huge_pages(void* fresh, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-    constexpr size_t kMappedAnew = size_t{32} << 20;  // the largest that glibc lets M_MMAP_THRESHOLD grow to
-    const size_t bytes = fresh.nbytes();
+    constexpr size_t kMappedAnew = size_t{32} << 20;  // glibc's upper limit for M_MMAP_THRESHOLD
     if (bytes < kMappedAnew) return;
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr()), end = begin + bytes;
-    const uintptr_t first = (begin + page - 1) / page * page;
-    madvise(reinterpret_cast<void*>(first), end / page * page - first, MADV_HUGEPAGE);  // a hint: may fail
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint: it may fail
 #endif
 }
 

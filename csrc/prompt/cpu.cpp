@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/huge_pages.h"
 #include "common/math.h"
 #include "common/philox.h"
 #include "common/simd.h"
@@ -186,6 +187,7 @@ void pool_forward(const PoolForward& args) {
 template <class T>
 void pool_backward(const PoolBackward& args) {
     using A = Accumulate<T>;
+    prefer_huge_pages(args.grad_hidden, sizeof(T) * static_cast<size_t>(args.rows * args.length * args.width));
     const int64_t chunks = (args.length + kPoolChunk - 1) / kPoolChunk;
     parallel(args.rows * chunks, kPoolChunk * args.width, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
         for (int64_t task = first; task < last; ++task) {

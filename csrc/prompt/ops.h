@@ -12,7 +12,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/huge_pages.h"
 #include "prompt/kernels.h"
 
 namespace efe::prompt {
@@ -89,7 +88,6 @@ struct Ops {
         const c10::DeviceGuard guard(grad.device());
         const int64_t rows = mask.size(0), length = mask.size(1), width = grad.size(1);
         at::Tensor grad_hidden = at::empty({rows, length, width}, grad.options());
-        if (grad.is_cpu()) prefer_huge_pages(grad_hidden);
         Backend::pool_backward(
             {dtype_of(grad), rows, length, width, matrix(grad, grad.scalar_type()), matrix(mask, at::kBool),
              scale.contiguous().const_data_ptr(), grad_hidden.mutable_data_ptr()});
