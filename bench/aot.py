@@ -47,6 +47,7 @@ from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradien
 from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
 from efe_kernels.advantage.trace import kernels as trace_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
+from efe_kernels.efe_loss import launch as efe_loss_launch
 from efe_kernels.efe_loss.reference import Inputs, Settings
 
 TARGETS = {
@@ -55,6 +56,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+if "amd" not in triton.backends.backends:  # not every wheel of Triton has that compiler
+    del TARGETS["gfx942"]
 WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -331,13 +334,13 @@ def efe_loss_launches(
     grad = new(1).expand(batch)
     with recorded_launches() as launches:
         if promised:
-            outputs, gradients = efe_loss_kernels.efe_loss_promised_forward(new(), inputs, settings, needs)
-            upstream = efe_loss_kernels.Upstream(grad, None, *outputs[-2:])
-            efe_loss_kernels.efe_loss_promised_backward(inputs, settings, upstream, new(), gradients)
+            outputs, gradients = efe_loss_launch.efe_loss_promised_forward(new(), inputs, settings, needs)
+            upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
+            efe_loss_launch.efe_loss_promised_backward(inputs, settings, upstream, new(), gradients)
         else:
-            outputs = efe_loss_kernels.efe_loss_forward(inputs, settings)
-            upstream = efe_loss_kernels.Upstream(grad, None, *outputs[-2:])
-            efe_loss_kernels.efe_loss_backward(inputs, settings, upstream, needs)
+            outputs = efe_loss_launch.efe_loss_forward(inputs, settings)
+            upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
+            efe_loss_launch.efe_loss_backward(inputs, settings, upstream, needs)
     return launches
 
 
@@ -414,8 +417,8 @@ def compile_variant(task: tuple[str, str]) -> list[Report]:
     name, arch = task
     if name in CUDA_SOURCES:
         return compile_cuda(name, arch)
-    lanes = patch.object(efe_loss_kernels, "LANES", TARGETS[arch].warp_size)
-    with lanes, patch.dict(efe_loss_kernels.LAYOUTS, clear=True):
+    lanes = patch.object(efe_loss_launch, "LANES", TARGETS[arch].warp_size)
+    with lanes, patch.dict(efe_loss_launch.LAYOUTS, clear=True):
         launches = VARIANTS[name]()
     return [compile_launch(name, launch, arch) for launch in launches]
 

@@ -25,7 +25,7 @@ from bench.cases import Case, Implementation, Inputs, plan
 from bench.measure import DEVICE, copy_bandwidth, device_times, in_parallel, synchronize
 from bench.render import columns
 from bench.test_ops import least_bytes, outcome, prepared
-from efe_kernels.efe_loss import kernels
+from efe_kernels.efe_loss import launch
 
 CELLS_PER_LANE = (1, 2, 4)
 WARPS = (1, 2, 4)
@@ -59,15 +59,15 @@ class Variant:
 def layout_with(cells_per_lane: int, num_warps: int) -> Iterator[None]:
     """Inside, the launchers use this many cells per lane and warps per program."""
 
-    class Chosen(kernels.Layout):
+    class Chosen(launch.Layout):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.tile = min(32 * num_warps * cells_per_lane, triton.next_power_of_2(self.cells))
             self.tiles = triton.cdiv(self.cells, self.tile)
             self.constants |= {"TILE": self.tile, "TILES": self.tiles}
 
-    options = patch.dict(kernels.OPTIONS, num_warps=num_warps)
-    with patch.object(kernels, "Layout", Chosen), options, patch.dict(kernels.LAYOUTS, clear=True):
+    options = patch.dict(launch.OPTIONS, num_warps=num_warps)
+    with patch.object(launch, "Layout", Chosen), options, patch.dict(launch.LAYOUTS, clear=True):
         yield
 
 

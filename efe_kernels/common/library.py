@@ -17,8 +17,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's own switch. With it, the Triton kernels also serve CPU tensors: so they are tested without a GPU."""
 
 
-OPS: dict[str, bool] = {}
-"""Every op of the library, and whether Triton kernels serve it."""
+OPS: dict[str, Callable[..., Any] | None] = {}
+"""Every op of the library, and the launcher of its Triton kernels where there is one."""
 
 
 def triton_module(name: str) -> ModuleType | None:
@@ -48,7 +48,7 @@ def define_op(
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
-    OPS[name] = triton is not None
+    OPS[name] = triton
     if triton is not None:
         LIBRARY.impl(name, triton, "CUDA")
         if INTERPRET:

@@ -1,4 +1,4 @@
-"""Triton kernels of the EFE loss and their launchers.
+"""Triton kernels of the EFE loss.
 
 One lane holds one cell (or two) with its C outcomes in C separate registers, so that a softmax needs no exchange
 between lanes. Logarithms are to base 2 inside; results are in nats.
@@ -8,23 +8,16 @@ y = F_i, and the pair (x, y) serves both steps, so each logit is read once; with
 
 Forward: one program per (episode, tile of cells) writes its sums; a second launch, one program per episode, adds them
 up in a fixed order. Backward: one program per (tile of cells, chunk of episodes), so that the gradient of the shared
-preference is accumulated in registers and written once per chunk. A program is one warp: its sums need no barrier.
+preference is accumulated in registers and written once per chunk; a second launch finishes the gradients that many
+cells share. A program of the large launches is one warp: its sums need no barrier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from efe_kernels.common.launch import PreparedLaunch, signature
-from efe_kernels.common.triton_math import APPROXIMATE, LN_2, LOG2_E, launch_guard, log2, reciprocal
-from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
+from efe_kernels.common.triton_math import LN_2, LOG2_E, log2, reciprocal
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)
@@ -34,12 +27,6 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 NUM_TERMS = tl.constexpr(7)
 # Sums that one forward program writes: the first five terms, wrong cells, cells.
 NUM_SUMS = tl.constexpr(8)
-
-# One multiply-add keeps x log2(e) - top exact for logits of 1e4; Triton 3.10 would round twice by default.
-OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
-LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
-# Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
-MAX_CHUNKS = 128
 
 
 @triton.jit
@@ -712,14 +699,12 @@ def efe_loss_episode_kernel(
     RESIDUAL: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
 ):
     """Terms and total of one episode."""
     episode = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, NUM_SUMS)
-    sums = tl.zeros((NUM_SUMS,), tl.float32)
-    for tile in range(TILES):
-        # The last slot is padding that no program writes.
-        sums += tl.load(sums_ptr + (episode * TILES + tile) * NUM_SUMS + slot, mask=slot < NUM_TERMS, other=0.0)
+    # The last slot is padding that no program writes.
+    sums = sum_over_tiles(sums_ptr + episode * TILES * NUM_SUMS, NUM_TERMS, NUM_SUMS, TILES, NUM_SUMS, TILE_BLOCK)
     residual_ptr += episode * RESIDUAL
     cells = pick(sums, 6)
     share = 1.0 / tl.maximum(cells, 1.0)
@@ -735,7 +720,7 @@ def efe_loss_episode_kernel(
     if HAS_DIRECTION:
         prompt = prompt_term(
             direction_ptr + episode * TILES * T * C, prompt_ptr + episode * PROMPT[0], projection_ptr,
-            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK,
+            residual_ptr, share, PROMPT[1], PROJECTION, T, C, D, TILES, C_BLOCK, D_BLOCK, TILE_BLOCK,
         )  # fmt: skip
     scale = 1.0
     if HARD_CELL:
@@ -755,6 +740,25 @@ def efe_loss_episode_kernel(
     tl.store(terms_ptr + 4, anchor)
     tl.store(terms_ptr + 5, prompt)
     tl.store(terms_ptr + 6, step)
+
+
+@triton.jit
+def sum_over_tiles(
+    ptr,  # [TILES, STRIDE]
+    count,
+    STRIDE: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
+):
+    """Sum of the rows, of which the first `count` columns are read; the other columns are 0."""
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros((TILE_BLOCK, COLUMNS), tl.float32)
+    for first in range(0, TILES, TILE_BLOCK):
+        tile = first + tl.arange(0, TILE_BLOCK)
+        mask = (tile < TILES)[:, None] & (column < count)[None, :]
+        sums += tl.load(ptr + tile[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -784,6 +788,7 @@ def prompt_term(
     TILES: tl.constexpr,
     C_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    TILE_BLOCK: tl.constexpr,
 ):
     """Minus the mean over steps of cos(z, u), u = W e, and its gradient.
 
@@ -803,9 +808,7 @@ def prompt_term(
     total = 0.0
     grad_u = tl.zeros((C_BLOCK,), tl.float32)
     for t in range(T):
-        sums = tl.zeros((C_BLOCK,), tl.float32)
-        for tile in range(TILES):
-            sums += tl.load(direction_ptr + (tile * T + t) * C + outcome, mask=real, other=0.0)
+        sums = sum_over_tiles(direction_ptr + t * C, C, T * C, TILES, C_BLOCK, TILE_BLOCK)
         z = tl.where(real, sums - tl.sum(sums) / C, 0.0) * share
         z_norm = tl.sqrt(tl.sum(z * z))
         defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)
@@ -1061,28 +1064,32 @@ def efe_loss_shared_gradients_kernel(
     RESIDUAL: tl.constexpr,
     PREFERENCE_PROGRAMS: tl.constexpr,
     PROJECTION_PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELL_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
     D_BLOCK: tl.constexpr,
     EPISODE_BLOCK: tl.constexpr,
+    PROMPT_BLOCK: tl.constexpr,
 ):
     """What gathers the gradients of many cells: one launch for preference, projection and prompt.
 
-    The first programs take a block of cells each, the next ones a block of columns of the projection, and the others
-    one prompt each. With u = W e: d / d W = (d / d u) e^T, d / d e = W^T (d / d u), and sigmoid' = s (1 - s).
+    The first programs take an outcome of a block of cells each, the next ones a row of a block of the projection, and
+    the others one prompt each. With u = W e: d / d W = (d / d u) e^T, d / d e = W^T (d / d u), and
+    sigmoid' = s (1 - s).
     """
     program = tl.program_id(0)
     if PREFERENCE_PROGRAMS > 0:
         if program < PREFERENCE_PROGRAMS:
             preference_gradient(
-                partial_ptr, grad_preference_ptr, program, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS, BLOCK
-            )
+                partial_ptr, grad_preference_ptr, program // C, program % C, GRAD_PREFERENCE, CELLS, WIDTH, C, CHUNKS,
+                CELL_BLOCK, CHUNK_BLOCK,
+            )  # fmt: skip
     program -= PREFERENCE_PROGRAMS
     if PROJECTION_PROGRAMS > 0:
         if (program >= 0) & (program < PROJECTION_PROGRAMS):
             projection_gradient(
-                grad_total_ptr, grad_terms_ptr, prompt_ptr, scale_ptr, residual_ptr, grad_projection_ptr, program,
-                weight_prompt, num_episodes, GRAD_TOTAL, PROMPT, GRAD_PROJECTION, HAS_TOTAL, HAS_TERMS, C, D, RESIDUAL,
-                D_BLOCK, EPISODE_BLOCK,
+                grad_total_ptr, grad_terms_ptr, prompt_ptr, scale_ptr, residual_ptr, grad_projection_ptr, program // C,
+                program % C, weight_prompt, num_episodes, GRAD_TOTAL, PROMPT, GRAD_PROJECTION, HAS_TOTAL, HAS_TERMS, C,
+                D, RESIDUAL, D_BLOCK, EPISODE_BLOCK,
             )  # fmt: skip
     program -= PROJECTION_PROGRAMS
     if NEED_PROMPT:
@@ -1090,7 +1097,7 @@ def efe_loss_shared_gradients_kernel(
             prompt_gradient(
                 grad_total_ptr, grad_terms_ptr, prompt_ptr, projection_ptr, scale_ptr, residual_ptr, grad_scales_ptr,
                 grad_prompt_ptr, program.to(tl.int64), weight_prompt, GRAD_TOTAL, PROMPT, PROJECTION, GRAD_PROMPT,
-                HAS_TOTAL, HAS_TERMS, HAS_DIRECTION, C, D, TILES, RESIDUAL, BLOCK,
+                HAS_TOTAL, HAS_TERMS, HAS_DIRECTION, C, D, TILES, RESIDUAL, PROMPT_BLOCK,
             )  # fmt: skip
 
 
@@ -1168,23 +1175,25 @@ def preference_gradient(
     partial_ptr,  # [CHUNKS, C, CELLS] float32
     grad_ptr,  # [H, W, C] own strides, written
     block,
+    outcome,
     STRIDES: tl.constexpr,
     CELLS: tl.constexpr,
     WIDTH: tl.constexpr,
     C: tl.constexpr,
     CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CELL_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
 ):
-    """d loss / d preference logits of a block of cells, from the sums over chunks of episodes."""
-    cell = block * BLOCK + tl.arange(0, BLOCK)
-    mask = cell < CELLS
-    total = tl.zeros((BLOCK,), tl.float32)
-    sums = repeated(total, C)
-    for chunk in range(CHUNKS):
-        sums = add_all(sums, load_outcomes(partial_ptr + chunk * C * CELLS, cell, mask, CELLS, C), C)
-    offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1])
-    for c in tl.static_range(C):
-        tl.store(grad_ptr + offset + c * STRIDES[2], sums[c].to(grad_ptr.dtype.element_ty), mask=mask)
+    """d loss / d preference logits of one outcome of a block of cells, from the sums over chunks of episodes."""
+    cell = block * CELL_BLOCK + tl.arange(0, CELL_BLOCK)
+    inside = cell < CELLS
+    sums = tl.zeros((CHUNK_BLOCK, CELL_BLOCK), tl.float32)
+    for first in range(0, CHUNKS, CHUNK_BLOCK):
+        chunk = first + tl.arange(0, CHUNK_BLOCK)
+        mask = (chunk < CHUNKS)[:, None] & inside[None, :]
+        sums += tl.load(partial_ptr + (chunk[:, None] * C + outcome) * CELLS + cell[None, :], mask=mask, other=0.0)
+    offset = cell_offset(cell, WIDTH, STRIDES[0], STRIDES[1]) + outcome * STRIDES[2]
+    tl.store(grad_ptr + offset, tl.sum(sums, axis=0).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -1196,6 +1205,7 @@ def projection_gradient(
     residual_ptr,  # [B, RESIDUAL] float32
     grad_projection_ptr,  # [C, D] own strides, written
     block,
+    outcome,
     weight,
     num_episodes,
     GRAD_TOTAL: tl.constexpr,
@@ -1209,379 +1219,18 @@ def projection_gradient(
     D_BLOCK: tl.constexpr,
     EPISODE_BLOCK: tl.constexpr,
 ):
-    """A block of columns of d loss / d projection. Episodes are added lane by lane, and the lanes at the end."""
+    """A block of one row of d loss / d projection."""
     d = block * D_BLOCK + tl.arange(0, D_BLOCK)
-    sums = repeated(tl.zeros((EPISODE_BLOCK, D_BLOCK), tl.float32), C)
+    sums = tl.zeros((EPISODE_BLOCK, D_BLOCK), tl.float32)
     for first in range(0, num_episodes, EPISODE_BLOCK):
         episode = (first + tl.arange(0, EPISODE_BLOCK)).to(tl.int64)
         mask = episode < num_episodes
         grad = upstream_of_direction(
             grad_total_ptr, grad_terms_ptr, scale_ptr, episode, mask, weight, GRAD_TOTAL, HAS_TOTAL, HAS_TERMS
         )
+        grad_u = tl.load(residual_ptr + (episode + 1) * RESIDUAL - C + outcome, mask=mask, other=0.0)
         offset = episode[:, None] * PROMPT[0] + d[None, :] * PROMPT[1]
         e = tl.load(prompt_ptr + offset, mask=mask[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        added = ()
-        for c in tl.static_range(C):
-            grad_u = tl.load(residual_ptr + episode * RESIDUAL + (RESIDUAL - C + c), mask=mask, other=0.0)
-            product = tl.where(mask, grad * grad_u, 0.0)[:, None] * e
-            added = added + (sums[c] + product,)
-        sums = added
-    for c in tl.static_range(C):
-        column = tl.sum(sums[c], axis=0).to(grad_projection_ptr.dtype.element_ty)
-        tl.store(grad_projection_ptr + c * GRAD_PROJECTION[0] + d * GRAD_PROJECTION[1], column, mask=d < D)
-
-
-class Layout:
-    """Strides of the inputs, what is present, and the sizes: everything the kernels are specialised on."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        logits, preference_logits = inputs.logits, inputs.preference_logits
-        self.batch, self.steps, height, width, self.outcomes = logits.shape
-        self.cells = height * width
-        separate = inputs.backward_logits is not None
-        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
-        cells_per_lane = 2 if logits.stride(3) == 1 else 1
-        self.tile = min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
-        self.tiles = triton.cdiv(self.cells, self.tile)
-        self.has_direction = inputs.prompt is not None and inputs.projection is not None
-        self.shared_preference = preference_logits.dim() == 3
-        self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
-        self.chunks = triton.cdiv(self.batch, self.episodes)
-        preference = preference_logits.stride()
-        self.constants: dict[str, Any] = {
-            "LOGITS": logits.stride(),
-            "BACKWARD": strides(inputs.backward_logits),
-            "FINAL": one_step(inputs.final_logits),
-            "OBSERVATION": strides(inputs.observation_probs),
-            "PREFERENCE": (0, *preference) if self.shared_preference else preference,
-            "PROMPT": strides(inputs.prompt),
-            "PROJECTION": strides(inputs.projection),
-            "TARGET": inputs.target.stride(),
-            "TARGET_PREFERENCE": strides(inputs.target_preference),
-            "VALID": strides(inputs.valid),
-            "HAS_BACKWARD": separate,
-            "HAS_FINAL": inputs.final_logits is not None,
-            "HAS_OBSERVATION": inputs.observation_probs is not None,
-            "HAS_PROMPT": inputs.prompt is not None,
-            "HAS_DIRECTION": self.has_direction,
-            "HAS_ANCHOR": inputs.target_preference is not None,
-            "HAS_VALID": inputs.valid is not None,
-            "SHARED_PREFERENCE": self.shared_preference,
-            "T": self.steps,
-            "CELLS": self.cells,
-            "WIDTH": width,
-            "C": self.outcomes,
-            "D": 0 if inputs.prompt is None else inputs.prompt.shape[1],
-            "PAIRS": self.steps if separate else (self.steps + 1) // 2,
-            "ALONE": int(not separate and self.steps % 2 == 1),
-            "TILE": self.tile,
-            "TILES": self.tiles,
-            "EPISODES": self.episodes,
-            "CHUNKS": self.chunks,
-            "RESIDUAL": residual_width(inputs),
-            "APPROX": APPROXIMATE,
-        }
-        self.launches: dict[Hashable, PreparedLaunch] = {}
-
-    def launch(
-        self, function: Any, grid: tuple[int, ...], key: Hashable, constants: Callable[[], dict[str, Any]]
-    ) -> PreparedLaunch:
-        """The launch of `function` on this layout. `key` tells its other constants apart."""
-        name = function.__name__  # Triton hashes the function itself by its source
-        found = self.launches.get((name, key))
-        if found is None:
-            known = {name: value for name, value in self.constants.items() if name in function.arg_names}
-            found = PreparedLaunch(function, grid, {**known, **constants(), **OPTIONS})
-            self.launches[name, key] = found
-        return found
-
-
-def strides(tensor: Tensor | None) -> tuple[int, ...]:
-    return (0,) if tensor is None else tensor.stride()
-
-
-def one_step(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of [B, H, W, C] as those of a plan [B, 1, H, W, C]."""
-    if tensor is None:
-        return (0,)
-    batch, *cell = tensor.stride()
-    return (batch, 0, *cell)
-
-
-LAYOUTS: dict[Hashable, Layout] = {}
-MAX_LAYOUTS = 4096
-
-
-def layout_of(inputs: Inputs) -> Layout:
-    """The one of inputs that look the same, so that their launches are prepared once."""
-    key = tuple([signature(tensor) for tensor in inputs])
-    layout = LAYOUTS.get(key)
-    if layout is None:
-        if len(LAYOUTS) == MAX_LAYOUTS:
-            LAYOUTS.clear()
-        layout = LAYOUTS[key] = Layout(inputs)
-    return layout
-
-
-def read_pointers(inputs: Inputs) -> list[Tensor]:
-    """What the kernels read, in their order. For what is absent the logits stand in, which they then do not touch."""
-    valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
-    found = (*inputs[:6], inputs.target, inputs.target_preference, valid)
-    return [inputs.logits if tensor is None else tensor for tensor in found]
-
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
-    """Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual, all float32."""
-    layout = layout_of(inputs)
-    outputs = new_outputs(inputs, layout)
-    sums, direction = new_sums(inputs, layout)
-    if layout.batch > 0:
-        with launch_guard(inputs.logits):
-            launch = layout.launch(
-                efe_loss_forward_kernel,
-                (layout.batch, layout.tiles),
-                settings.ignore_index,
-                lambda: {"IGNORE_INDEX": settings.ignore_index},
-            )
-            launch(*read_pointers(inputs), sums, direction)
-            launch_episodes(layout, inputs, settings, sums, direction, outputs)
-    return outputs
-
-
-def new_outputs(inputs: Inputs, layout: Layout) -> Outputs:
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=inputs.logits.device)
-
-    batch = layout.batch
-    return new(batch), new(batch, NUM_TERMS.value), new(batch), new(batch), new(batch, layout.constants["RESIDUAL"])
-
-
-def new_sums(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Sums [B, TILES, NUM_SUMS] and directions [B, TILES, T, C]; without a prompt term the sums stand in for these."""
-    shape = (layout.batch, layout.tiles, NUM_SUMS.value)
-    sums = torch.empty(shape, dtype=torch.float32, device=inputs.logits.device)
-    if not layout.has_direction:
-        return sums, sums
-    return sums, sums.new_empty(layout.batch, layout.tiles, layout.steps, layout.outcomes)
-
-
-def launch_episodes(
-    layout: Layout, inputs: Inputs, settings: Settings, sums: Tensor, direction: Tensor, outputs: Outputs
-) -> None:
-    """From the sums over the cells to the terms and the total of each episode."""
-    prompt, projection = (inputs.prompt, inputs.projection) if layout.has_direction else (sums, sums)
-    launch = layout.launch(
-        efe_loss_episode_kernel,
-        (layout.batch,),
-        settings.hard_cell,
-        lambda: {
-            "HARD_CELL": settings.hard_cell,
-            "C_BLOCK": triton.next_power_of_2(layout.outcomes),
-            "D_BLOCK": 128,
-        },
-    )
-    launch(
-        sums, direction, prompt, projection, *outputs, *settings.weights, settings.hard_cell_min_ratio,
-        float(settings.max_cells),
-    )  # fmt: skip
-
-
-class Gradients:
-    """The gradients asked for, each in its input's dtype and memory order, and the partial sums of some of them."""
-
-    def __init__(self, layout: Layout, inputs: Inputs, needs: list[bool]) -> None:
-        self.needs = tuple(needs)
-        wanted = zip(inputs[: len(needs)], needs, strict=True)
-        self.each = [torch.empty_like(tensor) if tensor is not None and need else None for tensor, need in wanted]
-        *_, need_preference, need_prompt, _need_projection = needs
-        device = inputs.logits.device
-        # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
-        self.partial = self.scales = None
-        if need_preference and layout.shared_preference:
-            shape = (layout.chunks, layout.outcomes, layout.cells)
-            self.partial = torch.empty(shape, dtype=torch.float32, device=device)
-        if need_prompt:
-            shape = (layout.batch, layout.tiles, layout.outcomes)
-            self.scales = torch.empty(shape, dtype=torch.float32, device=device)
-
-    def found(self) -> list[Tensor]:
-        return [gradient for gradient in self.each if gradient is not None]
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """What backward is given, and what it takes over from forward."""
-
-    grad_total: Tensor | None  # [B]
-    grad_terms: Tensor | None  # [B, NUM_TERMS]
-    hard_cell_scale: Tensor  # [B]
-    residual: Tensor  # [B, RESIDUAL]
-
-    def signature(self) -> Hashable:
-        return signature(self.grad_total), self.grad_terms is None
-
-    def constants(self) -> dict[str, Any]:
-        return {
-            "GRAD_TOTAL": strides(self.grad_total),
-            "HAS_TOTAL": self.grad_total is not None,
-            "HAS_TERMS": self.grad_terms is not None,
-        }
-
-
-def efe_loss_backward(inputs: Inputs, settings: Settings, upstream: Upstream, needs: list[bool]) -> list[Tensor]:
-    """The gradients asked for in `needs`, in the order of the inputs, each in its input's dtype."""
-    layout = layout_of(inputs)
-    gradients = Gradients(layout, inputs, needs)
-    launch_backward(layout, inputs, settings, upstream, gradients)
-    launch_shared_gradients(layout, inputs, settings, upstream, gradients)
-    return gradients.found()
-
-
-def takes_promise(inputs: Inputs) -> bool:
-    """Whether one read of the logits can give loss and gradients.
-
-    Not with the prompt term, whose gradient in any cell depends on the sum over all of them.
-    """
-    return inputs.prompt is None or inputs.projection is None
-
-
-def efe_loss_promised_forward(
-    promise: Tensor, inputs: Inputs, settings: Settings, needs: list[bool]
-) -> tuple[Outputs, Gradients]:
-    """What `efe_loss_forward` gives, and the gradients for the upstream gradient `promise` [] of every episode's total.
-
-    The hard-cell scale must be known before the first gradient is written, so a survey of the final step comes first.
-    """
-    layout = layout_of(inputs)
-    outputs = new_outputs(inputs, layout)
-    gradients = Gradients(layout, inputs, needs)
-    *_, hard_cell_scale, residual = outputs
-    sums, direction = new_sums(inputs, layout)
-    if layout.batch > 0:
-        with launch_guard(inputs.logits):
-            launch_survey(layout, inputs, settings, sums)
-            launch_episodes(layout, inputs, settings, sums, direction, outputs)
-            upstream = Upstream(promise.expand(layout.batch), None, hard_cell_scale, residual)
-            launch_backward(layout, inputs, settings, upstream, gradients, sums=sums)
-            launch_episodes(layout, inputs, settings, sums, direction, outputs)
-    return outputs, gradients
-
-
-def efe_loss_promised_backward(
-    inputs: Inputs, settings: Settings, upstream: Upstream, promise: Tensor, gradients: Gradients
-) -> list[Tensor]:
-    """What `efe_loss_backward` gives, from the gradients that the forward has left where the promise was kept."""
-    layout = layout_of(inputs)
-    launch_backward(layout, inputs, settings, upstream, gradients, promise=promise)
-    launch_shared_gradients(layout, inputs, settings, upstream, gradients)
-    return gradients.found()
-
-
-def launch_survey(layout: Layout, inputs: Inputs, settings: Settings, sums: Tensor) -> None:
-    *_, target, _target_preference, valid = read_pointers(inputs)
-    final = inputs.logits[:, -1] if inputs.final_logits is None else inputs.final_logits
-    launch = layout.launch(
-        efe_loss_survey_kernel,
-        (layout.batch, layout.tiles),
-        (settings.ignore_index, signature(final)),
-        lambda: {"IGNORE_INDEX": settings.ignore_index, "FINAL": one_step(final)},
-    )
-    launch(final, target, valid, sums)
-
-
-def launch_backward(
-    layout: Layout,
-    inputs: Inputs,
-    settings: Settings,
-    upstream: Upstream,
-    gradients: Gradients,
-    *,
-    sums: Tensor | None = None,
-    promise: Tensor | None = None,
-) -> None:
-    """Writes the gradients, and the sums of the loss where they are given. `promise` as in the kernel."""
-    if layout.batch == 0:
-        return
-    *plans, preference, _prompt, _projection = gradients.each
-
-    def constants() -> dict[str, Any]:
-        grad_logits, grad_backward, grad_final, grad_observation = plans
-        names = ("LOGITS", "BACKWARD", "FINAL", "OBSERVATION", "PREFERENCE", "SCALES")
-        needs = zip(names, gradients.needs, strict=False)
-        return {
-            "IGNORE_INDEX": settings.ignore_index,
-            "GRAD_LOGITS": strides(grad_logits),
-            "GRAD_BACKWARD": strides(grad_backward),
-            "GRAD_FINAL": one_step(grad_final),
-            "GRAD_OBSERVATION": strides(grad_observation),
-            "GRAD_PREFERENCE": (0,) if layout.shared_preference else one_step(preference),
-            "LOSS": sums is not None,
-            "PROMISED": promise is not None,
-            **upstream.constants(),
-            **{f"NEED_{name}": need for name, need in needs},
-        }
-
-    key = (settings.ignore_index, upstream.signature(), gradients.needs, sums is None, promise is None)
-    partial = gradients.partial if layout.shared_preference else preference
-    # For an absent tensor the residual stands in, which the kernel then never touches.
-    residual = upstream.residual
-    written = [residual if grad is None else grad for grad in (*plans, partial, gradients.scales, sums)]
-    with launch_guard(inputs.logits):
-        launch = layout.launch(efe_loss_backward_kernel, (layout.tiles, layout.chunks), key, constants)
-        launch(
-            residual if upstream.grad_total is None else upstream.grad_total,
-            residual if promise is None else promise,
-            residual if upstream.grad_terms is None else upstream.grad_terms,
-            *read_pointers(inputs), upstream.hard_cell_scale, residual, *written, *settings.weights[:-1], layout.batch,
-        )  # fmt: skip
-
-
-def launch_shared_gradients(
-    layout: Layout, inputs: Inputs, settings: Settings, upstream: Upstream, gradients: Gradients
-) -> None:
-    """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
-    *_, preference, prompt, projection = gradients.each
-    preference = preference if layout.shared_preference else None
-    if layout.batch == 0:
-        for shared in (preference, projection):
-            if shared is not None:
-                shared.zero_()
-        return
-    if preference is None and prompt is None and projection is None:
-        return
-    block, d_block = 128, 16
-    programs = (
-        0 if preference is None else triton.cdiv(layout.cells, block),
-        0 if projection is None else triton.cdiv(layout.constants["D"], d_block),
-        0 if prompt is None else layout.batch,
-    )
-
-    def constants() -> dict[str, Any]:
-        return {
-            "GRAD_PREFERENCE": strides(preference),
-            "GRAD_PROMPT": strides(prompt),
-            "GRAD_PROJECTION": strides(projection),
-            "NEED_PROMPT": prompt is not None,
-            "PREFERENCE_PROGRAMS": programs[0],
-            "PROJECTION_PROGRAMS": programs[1],
-            "BLOCK": block,
-            "D_BLOCK": d_block,
-            "EPISODE_BLOCK": min(32, triton.next_power_of_2(layout.batch)),
-            **upstream.constants(),
-        }
-
-    residual = upstream.residual
-    absent_or = [
-        residual if tensor is None else tensor
-        for tensor in (
-            upstream.grad_total, upstream.grad_terms, inputs.prompt, inputs.projection, upstream.hard_cell_scale,
-            residual, gradients.partial, gradients.scales, preference, prompt, projection,
-        )
-    ]  # fmt: skip
-    key = (upstream.signature(), gradients.needs)
-    with launch_guard(inputs.logits):
-        launch = layout.launch(efe_loss_shared_gradients_kernel, (sum(programs),), key, constants)
-        launch(*absent_or, settings.weights[5], layout.batch)
+        sums += tl.where(mask, grad * grad_u, 0.0)[:, None] * e
+    row = tl.sum(sums, axis=0).to(grad_projection_ptr.dtype.element_ty)
+    tl.store(grad_projection_ptr + outcome * GRAD_PROJECTION[0] + d * GRAD_PROJECTION[1], row, mask=d < D)

@@ -70,7 +70,7 @@ def backward_fake(grad_total: Tensor | None, grad_terms: Tensor | None, *argumen
     return [torch.empty_like(arguments[i]) for i in range(NUM_DIFFERENTIABLE) if needs[i]]
 
 
-kernels = triton_module("efe_kernels.efe_loss.kernels")
+launch = triton_module("efe_kernels.efe_loss.launch")
 
 
 def has_kernel(logits: Tensor) -> bool:
@@ -80,17 +80,17 @@ def has_kernel(logits: Tensor) -> bool:
 
 def forward_triton(*arguments: Any) -> Forward:
     inputs, settings = grouped(arguments)
-    if kernels is None or not has_kernel(inputs.logits):
+    if launch is None or not has_kernel(inputs.logits):
         return forward_reference(*arguments)
-    return kernels.efe_loss_forward(inputs, settings)
+    return launch.efe_loss_forward(inputs, settings)
 
 
 def backward_triton(grad_total: Tensor | None, grad_terms: Tensor | None, *arguments: Any) -> list[Tensor]:
     inputs, settings = grouped(arguments)
-    if kernels is None or not has_kernel(inputs.logits):
+    if launch is None or not has_kernel(inputs.logits):
         return backward_reference(grad_total, grad_terms, *arguments)
     *saved, needs = arguments[NUM_ARGUMENTS:]
-    return kernels.efe_loss_backward(inputs, settings, kernels.Upstream(grad_total, grad_terms, *saved), needs)
+    return launch.efe_loss_backward(inputs, settings, launch.Upstream(grad_total, grad_terms, *saved), needs)
 
 
 efe_loss_forward = define_op(
@@ -98,26 +98,26 @@ efe_loss_forward = define_op(
     "-> (Tensor total, Tensor terms, Tensor mask_ratio, Tensor hard_cell_scale, Tensor residual)",
     reference=forward_reference,
     fake=forward_fake,
-    triton=forward_triton if kernels else None,
+    triton=forward_triton if launch else None,
 )
 efe_loss_backward = define_op(
     f"efe_loss_backward(Tensor? grad_total, Tensor? grad_terms, {ARGUMENTS}, Tensor hard_cell_scale, Tensor residual, "
     "bool[] needs) -> Tensor[]",
     reference=backward_reference,
     fake=backward_fake,
-    triton=backward_triton if kernels else None,
+    triton=backward_triton if launch else None,
 )
 
 
-def kernels_for_promise(promise: Tensor | None, inputs: Inputs) -> ModuleType | None:
-    """The kernels that make use of a promised upstream gradient, or None where none do.
+def launch_for_promise(promise: Tensor | None, inputs: Inputs) -> ModuleType | None:
+    """The launchers that make use of a promised upstream gradient, or None where none do.
 
-    They write the gradients in forward and hand out the same memory in backward, which a tracer cannot follow.
+    Their kernels write the gradients in forward and hand out the same memory in backward, which a tracer cannot follow.
     """
     logits = inputs.logits
     if promise is None or traced() or type(logits) not in (Tensor, Parameter) or not (INTERPRET or logits.is_cuda):
         return None
-    return kernels if kernels is not None and has_kernel(logits) and kernels.takes_promise(inputs) else None
+    return launch if launch is not None and has_kernel(logits) and launch.takes_promise(inputs) else None
 
 
 class EFELossFunction(torch.autograd.Function):
@@ -132,7 +132,7 @@ class EFELossFunction(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Forward:
         tensors, ctx.settings = grouped(arguments)
         promise = arguments[NUM_ARGUMENTS]
-        single_pass = kernels_for_promise(promise, tensors)
+        single_pass = launch_for_promise(promise, tensors)
         if single_pass is None:
             output: Forward = efe_loss_forward(*arguments[:NUM_ARGUMENTS])
             ctx.gradients = None
@@ -157,9 +157,9 @@ class EFELossFunction(torch.autograd.Function):
             if ctx.gradients is not None:
                 # Handed out once: what the caller holds after this backward must not change in the next one.
                 ahead, ctx.gradients = ctx.gradients, None
-            if kernels is not None and ahead is not None and grad_terms is None and not torch.is_grad_enabled():
-                upstream = kernels.Upstream(grad_total, None, hard_cell_scale, residual)
-                gradients = kernels.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
+            if launch is not None and ahead is not None and grad_terms is None and not torch.is_grad_enabled():
+                upstream = launch.Upstream(grad_total, None, hard_cell_scale, residual)
+                gradients = launch.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
             else:
                 gradients = first_order(
                     "efe_loss", efe_loss_backward, grad_total, grad_terms, *tensors, *ctx.settings, hard_cell_scale,

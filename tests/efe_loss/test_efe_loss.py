@@ -112,9 +112,9 @@ def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch)
 
     One preference per episode is not shared, even where all of them lie in the same memory.
     """
-    kernels = pytest.importorskip("efe_kernels.efe_loss.kernels")
-    monkeypatch.setattr(kernels, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(kernels, "LAYOUTS", {})
+    launch = pytest.importorskip("efe_kernels.efe_loss.launch")
+    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(launch, "LAYOUTS", {})
     inputs = Case(batch=5, steps=2, height=2, width=3).inputs(device=device)
     each = inputs["preference_logits"].detach().expand(5, -1, -1, -1).requires_grad_()
     for preference in (inputs["preference_logits"], each):
