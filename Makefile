@@ -15,7 +15,7 @@ help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
-	@echo "make aot       compile every Triton kernel ahead of time and check registers, spills and instructions"
+	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
 	@echo "make lint      ruff and mypy"
@@ -30,7 +30,7 @@ test: $(VENV)/.built
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
-# own output lets the report of a sanitizer through.
+# own output lets the report of a sanitizer through; an extension that does not load is an error, not a warning.
 sanitize: $(VENV)/.built
 	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	LDFLAGS="-fsanitize=address,undefined" EFE_KERNELS_CUDA=0 \
@@ -39,9 +39,9 @@ sanitize: $(VENV)/.built
 	cp -r tests csrc $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest --capture=sys -m "not slow" tests/efe_loss tests/advantage tests/prompt
+	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/advantage tests/prompt
 
-# What the Triton compiler makes of every kernel for three architectures, against the committed budgets. Needs no GPU.
+# What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
 aot: $(VENV)/.built
 	$(BIN)/python -m bench.aot --check
 

@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel variant ahead of time and reports what the compiler made of it. Needs no GPU.
+"""Compiles every Triton and CUDA C++ kernel ahead of time and reports what the compiler made of it. Needs no GPU.
 
-The variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
-recorded instead of executed, and each record is compiled for each architecture.
+The Triton variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
+recorded instead of executed, and each record is compiled for each architecture. The CUDA C++ kernels are every
+instance in the sources; they need nvcc and are left out with a sentence where it is missing.
 
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,8 @@ if "amd" not in triton.backends.backends:  # not every wheel of Triton has that 
     del TARGETS["gfx942"]
 WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.efe_loss_backward_kernel)
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CUDA_SOURCES = {str(path.relative_to(CSRC.parent)): path for path in sorted(CSRC.glob("*/*.cu"))}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float64: "*fp64",
@@ -151,7 +155,8 @@ def source(launch: Launch) -> ASTSource:
     for index, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
         is_int = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (is_int and value == 1):
+        specialised = is_int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -159,7 +164,7 @@ def source(launch: Launch) -> ASTSource:
             signature[parameter.name] = POINTERS[value.dtype]
         else:
             signature[parameter.name] = "i32" if is_int else "fp32"
-        if isinstance(value, Tensor) or (is_int and value % 16 == 0):
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -181,6 +186,12 @@ def nvidia_code(compiled: Any) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump told no resource usage: {usage}")
+    operations, loops = operations_of(listing)
+    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
+
+
+def operations_of(listing: str) -> tuple[list[str], list[list[str]]]:
+    """The operations of NVIDIA's listing of one kernel, and those of its loops."""
     operations: list[str] = []
     loops: dict[str, list[str]] = {}
     labels: dict[str, int] = {}
@@ -194,7 +205,7 @@ def nvidia_code(compiled: Any) -> Code:
             operations.append(operation)
             if operation.startswith("BRA"):
                 loops |= loop_closed(operations, labels, operands)
-    return Code(operations, [*loops.values()], registers=int(found[1]), spill_bytes=int(found[2]))
+    return operations, [*loops.values()]
 
 
 def loop_closed(operations: list[str], labels: dict[str, int], target: str) -> dict[str, list[str]]:
@@ -272,6 +283,42 @@ def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
         loads=loads,
         stores=stores,
     )
+
+
+PTXAS = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]* (\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def compile_cuda(variant: str, arch: str) -> list[Report]:
+    """Every kernel of a CUDA C++ source, one report for each instance of its template."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        command = ["nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-Xptxas", "-v", f"-I{CSRC}", "-cubin", "-o", cubin]
+        told = subprocess.run([*command, CUDA_SOURCES[variant]], capture_output=True, text=True, check=True).stderr
+        listing = tool("nvdisasm", "-c", str(cubin))
+    sections = dict(section.split(",", 1) for section in listing.split("\t.section\t.text.")[1:])
+    reports = []
+    for name, spill_stores, spill_loads, registers, shared in PTXAS.findall(told):
+        operations, loops = operations_of(sections[name])
+        code = Code(operations, loops, int(registers), int(spill_stores) + int(spill_loads))
+        readable = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+        kernel = re.search(r"\w+<[^>]*>(?=\()", readable)
+        report = Report(
+            variant=variant,
+            kernel=kernel[0] if kernel else name,
+            arch=arch,
+            registers=code.registers,
+            spill_bytes=code.spill_bytes,
+            shared_bytes=int(shared or 0),
+            instructions=len(operations),
+            loads=code.accesses(*LOADS["cuda"]),
+            stores=code.accesses(*STORES["cuda"]),
+        )
+        reports.append(report)
+    return reports
 
 
 def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 4096, steps: int = 5, side: int = 30) -> Tensor:
@@ -411,6 +458,8 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
 
 def compile_variant(task: tuple[str, str]) -> list[Report]:
     name, arch = task
+    if name in CUDA_SOURCES:
+        return compile_cuda(name, arch)
     lanes = patch.object(efe_loss_launch, "LANES", TARGETS[arch].warp_size)
     with lanes, patch.dict(efe_loss_launch.LAYOUTS, clear=True):
         launches = VARIANTS[name]()
@@ -448,6 +497,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args(argv)
     tasks = [(name, arch) for name in VARIANTS if options.only in name for arch in options.arch]
+    if shutil.which("nvcc") is None:
+        print(f"nvcc is not on PATH: {', '.join(CUDA_SOURCES)} left out.", file=sys.stderr)
+    else:
+        cuda = [arch for arch in options.arch if TARGETS[arch].backend == "cuda"]
+        tasks += [(name, arch) for name in CUDA_SOURCES if options.only in name for arch in cuda]
     # The compiler is not safe in one process forked from another that has used it.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         reports = [report for found in pool.map(compile_variant, tasks) for report in found]

@@ -5,9 +5,15 @@
 #include <cstdint>
 #include <string>
 
+namespace {
+
+// efe_kernels/common/extension.py looks for this in the file, which it must not load before it knows the version.
+[[gnu::used]] constexpr char kBuiltWith[] = "efe_kernels was built with torch " TORCH_VERSION;
+
+}  // namespace
+
 PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ and CUDA kernels of efe_kernels, registered with torch's dispatcher on import.";
-    module.attr("torch_version") = TORCH_VERSION;
 #ifdef EFE_WITH_CUDA
     module.attr("with_cuda") = true;
 #else

@@ -33,7 +33,8 @@ def compiled_extension() -> str:
     if extension.PROBLEM is not None:
         return extension.PROBLEM
     module = importlib.import_module("efe_kernels._C")
-    return f"built with torch {module.torch_version}, CUDA sources {'on' if module.with_cuda else 'off'}"
+    release = extension.built_with(str(module.__file__))
+    return f"built with torch {release}, CUDA sources {'on' if module.with_cuda else 'off'}"
 
 
 def backend(op: str, device: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -13,10 +15,18 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 def load() -> str | None:
     """Import `efe_kernels._C`. Returns None where nothing is missing, else a sentence on what is and what to do."""
-    if importlib.util.find_spec("efe_kernels._C") is None:
+    spec = importlib.util.find_spec("efe_kernels._C")
+    if spec is None or spec.origin is None:
         return (
             "the C++ extension was not built, so CPU tensors are served by plain PyTorch. Install a C++ compiler, "
             f"then run in the source folder: {REBUILD}"
+        )
+    release = built_with(spec.origin)
+    if minor_release(release) != minor_release(torch.__version__):
+        return (
+            f"the C++ extension was built with torch {release} and is not loaded with torch {torch.__version__}, whose "
+            f"C++ interface is another one; plain PyTorch serves. Rebuild it with this torch: {REBUILD} in the source "
+            "folder"
         )
     try:
         module = importlib.import_module("efe_kernels._C")
@@ -25,11 +35,6 @@ def load() -> str | None:
             f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors are served by "
             "plain PyTorch. It must be rebuilt with this torch: "
             f"{REBUILD} in the source folder"
-        )
-    if minor_release(module.torch_version) != minor_release(torch.__version__):
-        return (
-            f"the C++ extension was built with torch {module.torch_version} and runs with torch {torch.__version__}, "
-            f"whose C++ interface may be another one. Rebuild it with this torch: {REBUILD} in the source folder"
         )
     if torch.cuda.is_available() and not module.with_cuda:
         return (
@@ -40,6 +45,13 @@ def load() -> str | None:
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         return "Triton is not installed, so CUDA tensors are served by plain PyTorch. Run: pip install triton"
     return None
+
+
+def built_with(path: str) -> str:
+    """The torch that the extension in this file was built with. Importing it to ask would register its kernels, and
+    crash where torch's C++ interface is another one."""
+    found = re.search(rb"efe_kernels was built with torch ([\w.+]+)", Path(path).read_bytes())
+    return found[1].decode() if found else "of an unknown version"
 
 
 def minor_release(version: str) -> list[str]:

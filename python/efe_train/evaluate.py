@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from efe_kernels import refine_prompt
 from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
 from efe_train.data import Grid, Query, by_longer_side, collate, evaluation_queries, load_tasks
 from efe_train.planner import Planner
@@ -57,8 +56,8 @@ class Solver:
         with self.autocast():
             prompt = self.prompter(queries)
             before = self.planner(batch.views, batch.valid, prompt)[:, -1]
-        mean, log_std, _ = self.policy(policy_state(prompt, before, batch.views, batch.valid, batch.features))
-        refined = refine_prompt(prompt, mean, log_std, noise=torch.zeros_like(mean)).prompt
+        state = policy_state(prompt, before, batch.views, batch.valid, batch.features)
+        refined = self.policy.refine_prompt(prompt, state, seed=None).prompt
         with self.autocast():
             logits = self.planner(batch.views, batch.valid, refined)[:, -1].float().cpu()
         return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import policy_gradient_loss, rl_advantage, squashed_log_prob
+from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine_prompt, rl_advantage, squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
 from efe_train.data import NUM_FEATURES
 
@@ -63,6 +63,24 @@ class Policy(nn.Module):
         # A smooth bound: a clamp would stop the gradient at its ends.
         log_std = low + (high - low) * torch.sigmoid(self.log_std(hidden))
         return PolicyOutput(self.mean(hidden), log_std, self.value(hidden)[:, 0])
+
+    def refine_prompt(self, prompt: Tensor, state: Tensor, seed: int | None) -> RefinedPrompt:
+        """The prompt [B, D] refined by an action drawn for the state, or by the mean action where seed is None.
+
+        Gradients reach the prompt and not the policy, which learns from `update` alone.
+        """
+        with torch.no_grad():
+            mean, log_std, _ = self(state)
+        noise = torch.zeros_like(mean) if seed is None else None
+        return refine_prompt(prompt, mean, log_std, noise=noise, seed=seed)
+
+    @staticmethod
+    def compute_reward(before: Tensor, after: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """How much nearer to the target the plan with the refined prompt is, [B] without a graph.
+
+        before, after: logits [B, H, W, C] of the unrefined and the refined plan. target: [B, H, W]. valid: its cells.
+        """
+        return grid_reward(before, after, target, valid=valid).reward
 
     def update(self, rollout: Rollout) -> PolicyUpdate:
         """One step of the score-function gradient on the rollout."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efe_kernels import EFELoss, grid_reward, refine_prompt
+from efe_kernels import EFELoss
 from efe_train.config import (
     TrainConfig,
     UserError,
@@ -91,9 +91,7 @@ class Trainer:
 
         # 3. The policy refines the prompt. The EFE loss trains Qwen through the refined prompt, but not the policy.
         state = policy_state(prompt, before, batch.views, batch.valid, batch.features)
-        with torch.no_grad():
-            mean, log_std, _ = self.policy(state)
-        refined = refine_prompt(prompt, mean, log_std, seed=self.noise_seed())
+        refined = self.policy.refine_prompt(prompt, state, self.noise_seed())
 
         # 4. The plan with the refined prompt. Its logits enter the loss in the dtype that they have.
         with self.autocast():
@@ -102,7 +100,7 @@ class Trainer:
         # 5. The loss. The reward shifts its value and has no gradient.
         weight = torch.full((), EFE_WEIGHT * epoch_weight(epoch), device=self.device)
         efe = self.efe_loss(logits, batch.target, prompt=refined.prompt, valid=batch.valid)
-        reward = grid_reward(before, logits[:, -1], batch.target, valid=batch.valid).reward
+        reward = self.policy.compute_reward(before, logits[:, -1], batch.target, batch.valid)
         loss = weight * efe.total - REWARD_WEIGHT * reward.mean()
 
         # 6. Backward and the step of planner, loss and Qwen.

@@ -4,57 +4,65 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import efe_kernels
 from efe_kernels.common import extension
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, torch_version: str, built_with: str | Exception | None) -> None:
-    """This torch version, and an extension built with another one, one that fails to load, or none."""
+def pretend(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> list[str]:
+    """torch 2.9.1+cu128 and this extension, or none. What is imported is recorded and not loaded."""
+    imported: list[str] = []
 
-    def import_module(_: str) -> Any:
-        if isinstance(built_with, Exception):
-            raise built_with
-        return SimpleNamespace(torch_version=built_with, with_cuda=True)
+    def import_module(name: str) -> Any:
+        imported.append(name)
+        return SimpleNamespace(with_cuda=True)
 
-    monkeypatch.setattr(torch, "__version__", torch_version)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None if built_with is None else SimpleNamespace())
+    spec = None if file is None else SimpleNamespace(origin=str(file))
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "efe_kernels._C" else object())
     monkeypatch.setattr(importlib, "import_module", import_module)
+    return imported
 
 
-@pytest.mark.parametrize("built_with", ["2.8.0", "3.9.1", "2.10.0a0+git"])
-def test_an_extension_of_another_torch_is_named_with_its_remedy(
-    monkeypatch: pytest.MonkeyPatch, built_with: str
+def built_with(release: str, folder: Path) -> Path:
+    file = folder / "_C.so"
+    file.write_bytes(b"\x7fELF\0efe_kernels was built with torch " + release.encode() + b"\0more")
+    return file
+
+
+@pytest.mark.parametrize("release", ["2.8.0", "3.9.1", "2.10.0a0+git"])
+def test_an_extension_of_another_torch_is_named_with_its_remedy_and_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
 ) -> None:
-    pretend(monkeypatch, "2.9.1+cu128", built_with)
+    imported = pretend(monkeypatch, built_with(release, tmp_path))
     problem = extension.load()
     assert problem is not None
-    assert f"built with torch {built_with} and runs with torch 2.9.1+cu128" in problem
+    assert f"built with torch {release} and is not loaded with torch 2.9.1+cu128" in problem
     assert extension.REBUILD in problem
+    assert not imported
 
 
-@pytest.mark.parametrize("built_with", ["2.9.1", "2.9.0", "2.9.1+cpu"])
+@pytest.mark.parametrize("release", ["2.9.1", "2.9.0", "2.9.1+cpu"])
 def test_a_patch_release_or_another_build_of_the_same_torch_is_fine(
-    monkeypatch: pytest.MonkeyPatch, built_with: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
 ) -> None:
-    pretend(monkeypatch, "2.9.1+cu128", built_with)
+    imported = pretend(monkeypatch, built_with(release, tmp_path))
     assert extension.load() is None
-
-
-def test_an_extension_that_does_not_load_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "2.9.1", ImportError("undefined symbol: _ZN3c10"))
-    problem = extension.load()
-    assert problem is not None
-    assert "does not load with torch 2.9.1 (undefined symbol: _ZN3c10)" in problem
-    assert extension.REBUILD in problem
+    assert imported == ["efe_kernels._C"]
 
 
 def test_an_extension_that_was_not_built_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, "2.9.1", None)
+    pretend(monkeypatch, None)
     problem = extension.load()
     assert problem is not None
     assert "was not built" in problem and extension.REBUILD in problem
@@ -62,4 +70,43 @@ def test_an_extension_that_was_not_built_is_named_with_its_remedy(monkeypatch: p
 
 def test_the_extension_knows_the_torch_that_it_was_built_with() -> None:
     module = pytest.importorskip("efe_kernels._C")
-    assert extension.minor_release(module.torch_version) == extension.minor_release(torch.__version__)
+    release = extension.built_with(module.__file__)
+    assert extension.minor_release(release) == extension.minor_release(torch.__version__)
+
+
+USE_IT = """
+import torch, efe_kernels
+pooled = efe_kernels.masked_mean_pool(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
+assert pooled.tolist() == [[1, 1, 1]]
+print(torch._C._dispatch_has_kernel_for_dispatch_key("efe::masked_mean_pool_forward", "CPU"))
+"""
+
+
+@pytest.mark.parametrize("case", ["another torch", "undefined symbol", "as it is"])
+def test_a_package_whose_extension_does_not_fit_works_without_it(tmp_path: Path, case: str) -> None:
+    """A copy of the package, with the version in its extension changed, or a symbol that it needs from torch."""
+    pytest.importorskip("efe_kernels._C")
+    package = Path(efe_kernels.__file__).parent
+    copied = shutil.copytree(package, tmp_path / "efe_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (file,) = copied.glob("_C.*")
+    content = file.read_bytes()
+    release = extension.built_with(str(file)).encode()
+    if case == "another torch":
+        content = content.replace(b"built with torch " + release, b"built with torch " + b"1" + release[1:])
+    elif case == "undefined symbol":
+        content = content.replace(b"get_num_threads", b"get_no_threads_")
+    file.unlink()
+    file.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-c", USE_IT], capture_output=True, text=True, cwd=tmp_path, check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.strip() == str(case == "as it is")
+    remedy = {
+        "another torch": f"is not loaded with torch {torch.__version__}",
+        "undefined symbol": f"does not load with torch {torch.__version__}",
+    }
+    if case in remedy:
+        assert remedy[case] in done.stderr and extension.REBUILD in done.stderr
+    else:
+        assert extension.REBUILD not in done.stderr

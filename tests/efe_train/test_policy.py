@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efe_kernels import refine_prompt, squashed_log_prob
+from efe_kernels import squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
 from efe_train.data import NUM_FEATURES, Example, collate
 from efe_train.policy import NUM_CONTROLS, Policy, Rollout, policy_state
@@ -12,8 +12,7 @@ STATE = PROMPT_DIM + NUM_CONTROLS + NUM_FEATURES
 
 
 def rollout(policy: Policy, state: torch.Tensor, seed: int = 0) -> Rollout:
-    mean, log_std, _ = policy(state)
-    refined = refine_prompt(state[:, :PROMPT_DIM], mean.detach(), log_std.detach(), seed=seed)
+    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed)
     return Rollout(state, refined.action, torch.randn(len(state)))
 
 
@@ -32,8 +31,7 @@ def test_the_policy_comes_to_prefer_what_is_rewarded() -> None:
     state = torch.randn(64, STATE)
     start = policy(state).mean[:, -1].mean().item()
     for seed in range(60):
-        mean, log_std, _ = policy(state)
-        refined = refine_prompt(state[:, :PROMPT_DIM], mean.detach(), log_std.detach(), seed=seed)
+        refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed)
         reward = torch.where(refined.action[:, -1] > 0, 0.2, -0.2)
         policy.update(Rollout(state, refined.action, reward))
     mean, _, value = policy(state)
@@ -55,8 +53,7 @@ def test_the_policy_finds_the_best_refinement_of_a_bandit() -> None:
 
     begun = distance()
     for seed in range(300):
-        mean, log_std, _ = policy(state)
-        action = refine_prompt(state[:, :dimension], mean, log_std, seed=seed).action.detach()
+        action = policy.refine_prompt(state[:, :dimension], state, seed).action
         delta = delta_scale * torch.tanh(action[:, :dimension])
         policy.update(Rollout(state, action, -10 * (delta - target).square().sum(1)))
     # From across the range of Δ, which is [-0.2, 0.2], to a fortieth of it.
@@ -67,11 +64,41 @@ def test_the_policy_finds_the_best_refinement_of_a_bandit() -> None:
 def test_the_stored_action_has_the_probability_with_which_it_was_drawn() -> None:
     policy = Policy(learning_rate=1e-3)
     state = torch.randn(5, STATE)
+    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed=3)
     mean, log_std, _ = policy(state)
-    refined = refine_prompt(state[:, :PROMPT_DIM], mean, log_std, seed=3)
     log_prob, _ = squashed_log_prob(refined.action, mean, log_std)
     # a sum of 257 terms of a few nats each, in float32
     torch.testing.assert_close(log_prob, refined.log_prob, rtol=1e-5, atol=1e-3)
+
+
+def test_a_refinement_passes_gradients_to_the_prompt_and_not_to_the_policy() -> None:
+    policy = Policy(learning_rate=1e-3)
+    state = torch.randn(5, STATE)
+    prompt = torch.randn(5, PROMPT_DIM, requires_grad=True)
+    policy.refine_prompt(prompt, state, seed=3).prompt.sum().backward()
+    assert torch.equal(prompt.grad, torch.ones(5, PROMPT_DIM))
+    assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+def test_without_a_seed_the_mean_refines() -> None:
+    policy = Policy(learning_rate=1e-3)
+    state = torch.randn(5, STATE)
+    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed=None)
+    assert torch.equal(refined.action, policy(state).mean)
+
+
+def test_the_reward_is_the_gain_of_the_refined_plan_over_the_unrefined_one() -> None:
+    target = torch.tensor([[[1, 2], [3, 4]]])
+    valid = torch.tensor([[[True, True], [True, False]]])
+    right = torch.nn.functional.one_hot(target, NUM_COLORS).float()
+    wrong = right.clone()
+    wrong[0, 0, 0] = wrong[0, 1, 1] = torch.nn.functional.one_hot(torch.tensor(7), NUM_COLORS).float()
+    wrong.requires_grad_()
+    gain = Policy.compute_reward(wrong, right, target, valid)
+    # One of three valid cells in accuracy, and half of two thirds of a tenth in the histograms of ten colours.
+    torch.testing.assert_close(gain, torch.tensor([1 / 3 + 0.5 * (2 / 3) / 10]))
+    torch.testing.assert_close(Policy.compute_reward(right, wrong, target, valid), -gain)
+    assert not gain.requires_grad
 
 
 def test_an_update_leaves_no_trace_on_what_it_was_given() -> None:

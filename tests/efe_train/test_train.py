@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import grid_reward, refine_prompt, squashed_log_prob
+from efe_kernels import squashed_log_prob
 from efe_train import train
 from efe_train.config import TrainConfig
 from efe_train.data import Batch, Example, collate
@@ -105,7 +105,8 @@ def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_upda
 
 def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the policy's update happen after the forward pass and before the main backward."""
-    update = trainer.policy.update
+    policy = trainer.policy
+    update, compute_reward = policy.update, policy.compute_reward
     known: dict[str, Any] = {}
 
     def keep(name: str, function: Any) -> Any:
@@ -115,15 +116,15 @@ def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    def update_early(*args: Any, **kwargs: Any) -> Any:
-        reward = grid_reward(*args, **kwargs)
-        known["update"] = update(Rollout(known["state"], known["refined"].action.detach(), reward.reward))
+    def update_early(*args: Any) -> Any:
+        reward = compute_reward(*args)
+        known["update"] = update(Rollout(known["state"], known["refined"].action.detach(), reward))
         return reward
 
     monkeypatch.setattr(train, "policy_state", keep("state", policy_state))
-    monkeypatch.setattr(train, "refine_prompt", keep("refined", refine_prompt))
-    monkeypatch.setattr(train, "grid_reward", update_early)
-    monkeypatch.setattr(trainer.policy, "update", lambda rollout: known["update"])
+    monkeypatch.setattr(policy, "refine_prompt", keep("refined", policy.refine_prompt))
+    monkeypatch.setattr(policy, "compute_reward", update_early)
+    monkeypatch.setattr(policy, "update", lambda rollout: known["update"])
 
 
 def test_qwen_trains_on_refresh_batches_and_only_there(trainer: Trainer, batch: Batch) -> None:
@@ -170,9 +171,10 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
 ) -> None:
     drawn: list[Tensor] = []
     evaluated: list[Tensor] = []
+    refine_prompt = trainer.policy.refine_prompt
 
-    def draw(*args: Any, **kwargs: Any) -> Any:
-        refined = refine_prompt(*args, **kwargs)
+    def draw(*args: Any) -> Any:
+        refined = refine_prompt(*args)
         drawn.append(refined.log_prob.detach())
         return refined
 
@@ -181,7 +183,7 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
         evaluated.append(log_prob.detach())
         return log_prob, entropy
 
-    monkeypatch.setattr(train, "refine_prompt", draw)
+    monkeypatch.setattr(trainer.policy, "refine_prompt", draw)
     monkeypatch.setattr("efe_train.policy.squashed_log_prob", evaluate)
     for _ in range(2):
         trainer.step(batch, 0)
