@@ -355,14 +355,66 @@ def test_gradients_made_ahead_are_handed_out_once(device: str) -> None:
 
 @pytest.mark.skipif(not HONOURED, reason="the kernels of the CPU take no notice of a promise")
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_a_kept_promise_leaves_nothing_to_compute(factor: float, device: str) -> None:
-    """Backward does not look at the logits any more, so other ones in their place go unnoticed."""
-    inputs = Case(steps=3, projection=False).inputs(device=device)
-    (expected,) = torch.autograd.grad(efe_loss(**inputs).total, inputs["logits"])
-    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device)).total
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_kept_promise_leaves_nothing_to_compute(reduction: str, factor: float, device: str) -> None:
+    """Backward does not look at the logits any more, so other ones in their place go unnoticed.
+
+    A third of 0.7 is rounded: the promise of a mean must be divided as autograd divides.
+    """
+    inputs = Case(batch=3, steps=3, projection=False).inputs(device=device)
+    scale = torch.tensor(0.7, device=device)
+    (expected,) = torch.autograd.grad(scale * efe_loss(**inputs, reduction=reduction).total, inputs["logits"])
+    total = efe_loss(**inputs, reduction=reduction, grad_scale=scale).total
     inputs["logits"].data.zero_()
-    (gradient,) = torch.autograd.grad(factor * total, inputs["logits"])
+    (gradient,) = torch.autograd.grad(factor * scale * total, inputs["logits"])
     assert torch.allclose(gradient, factor * expected, rtol=1e-4, atol=1e-7) == (factor == 1)
+
+
+@pytest.mark.parametrize("preference_per_episode", [False, True])
+def test_a_promise_broken_for_one_episode_is_kept_for_the_others(
+    preference_per_episode: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk of episodes looks for itself whether it must compute again."""
+    launch = pytest.importorskip("efe_kernels.efe_loss.launch")
+    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(launch, "LAYOUTS", {})
+    case = Case(batch=5, steps=2, height=2, width=3, projection=False, preference_per_episode=preference_per_episode)
+    inputs = case.inputs(device=device)
+    upstream = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0], device=device)
+
+    def gradients(inputs: dict[str, Any], **promise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = efe_loss(**inputs, weights=WEIGHTS, reduction="none", **promise).total
+        return torch.autograd.grad(total, leaves_of(inputs), upstream.to(total))
+
+    expected = gradients(in_double(inputs))
+    for found, wanted in zip(gradients(inputs, grad_scale=torch.ones((), device=device)), expected, strict=True):
+        assert_close("gradient", found, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_promise_is_what_the_tensor_held_when_it_was_given(reduction: str, device: str) -> None:
+    inputs = Case(steps=2, projection=False).inputs(device=device)
+    scale = torch.ones((), device=device)
+    total = efe_loss(**inputs, reduction=reduction, grad_scale=scale).total
+    scale.fill_(2.0)
+    found = torch.autograd.grad(total, leaves_of(inputs), torch.full_like(total, 2.0))
+    doubles = in_double(inputs)
+    exact = efe_loss(**doubles, reduction=reduction).total
+    expected = torch.autograd.grad(exact, leaves_of(doubles), torch.full_like(exact, 2.0))
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert_close("gradient", gradient, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("promised", [False, True])
+def test_hooks_may_lay_out_saved_tensors_anew(promised: bool, device: str) -> None:
+    """As `torch.autograd.graph.save_on_cpu` does, which keeps no strides. The tiles of the other layout are smaller."""
+    inputs = Case(batch=3, steps=2, height=8, width=10, projection=False).inputs(device=device)
+    _, expected = run(in_double(inputs))
+    promise = {"grad_scale": torch.ones((), device=device)} if promised else {}
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
+        _, gradients = run(inputs, **promise)
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
 
 
 def test_weight_of_zero_removes_a_term(device: str) -> None:

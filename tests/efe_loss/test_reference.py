@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from efe_kernels import efe_loss
+from efe_kernels.efe_loss import reference
+from efe_kernels.efe_loss.reference import Inputs, Settings
 from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 
@@ -93,6 +95,18 @@ def test_reference_equals_the_definition(case: Case) -> None:
             assert output.terms[name][b].item() == pytest.approx(value, rel=1e-12, abs=1e-13), name
         assert output.mask_ratio[b].item() == pytest.approx(ratio, rel=1e-12)
         assert output.total[b].item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 10])
+def test_a_target_out_of_range_makes_the_loss_nan(wrong: int) -> None:
+    """Where nothing can be raised, as on a GPU; -100 too, where another number is ignored."""
+    inputs = Case(valid=False).inputs()
+    inputs["target"] = inputs["target"].clamp_min(0)
+    inputs["target"][1, 2, 3] = wrong
+    inputs["preference_logits"] = inputs["preference_logits"][:4, :5]
+    arguments = Inputs(*(inputs.get(name) for name in Inputs._fields))
+    total, *_ = reference.efe_loss(arguments, Settings([1.0] * 7, True, 0.0, 900, 255))
+    assert total[1].isnan() and total[0].isfinite()
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
