@@ -76,9 +76,8 @@ def extensions() -> list[cpp_extension.CppExtension]:
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
     cuda_only = {*ROOT.glob("csrc/*/cuda.cpp")}
     sources = sorted({*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp")} - cuda_only)
-    # PyTorch is built with the first two -fno flags: without them loops over sqrt or a comparison do not vectorise. The
-    # third undoes what Python builds with, under which a sum of int indices that may wrap becomes a gather.
-    ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-wrapv", *OPENMP]
+    # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
+    ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]
     flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", ""))}
     kind = cpp_extension.CppExtension
     if with_cuda:
