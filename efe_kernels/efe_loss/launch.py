@@ -32,6 +32,8 @@ OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
 # Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
 MAX_CHUNKS = 128
+# Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
+CELL_BLOCK, D_BLOCK = 32, 16
 DIRECTION = TERMS.index("prompt")
 
 
@@ -54,6 +56,8 @@ class Layout:
         self.tiles = triton.cdiv(self.cells, self.tile)
         self.backward_tile = self.tile_of(1 if self.has_direction else cells_per_lane)
         self.backward_tiles = triton.cdiv(self.cells, self.backward_tile)
+        self.preference_programs = triton.cdiv(self.cells, CELL_BLOCK) * self.outcomes
+        self.projection_programs = triton.cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
         self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
         self.chunks = triton.cdiv(self.batch, self.episodes)
         preference = preference_logits.stride()
@@ -367,10 +371,9 @@ def launch_shared_gradients(
         return
     if preference is None and prompt is None and projection is None:
         return
-    cell_block, d_block = 32, 16
     programs = (
-        0 if preference is None else triton.cdiv(layout.cells, cell_block) * layout.outcomes,
-        0 if projection is None else triton.cdiv(layout.prompt_dim, d_block) * layout.outcomes,
+        0 if preference is None else layout.preference_programs,
+        0 if projection is None else layout.projection_programs,
         0 if prompt is None else layout.batch,
     )
 
@@ -382,9 +385,9 @@ def launch_shared_gradients(
             "NEED_PROMPT": prompt is not None,
             "PREFERENCE_PROGRAMS": programs[0],
             "PROJECTION_PROGRAMS": programs[1],
-            "CELL_BLOCK": cell_block,
+            "CELL_BLOCK": CELL_BLOCK,
             "CHUNK_BLOCK": 16,
-            "D_BLOCK": d_block,
+            "D_BLOCK": D_BLOCK,
             "EPISODE_BLOCK": 32 if layout.batch <= 32 else 256,
             "PROMPT_BLOCK": 128,
             "TILES": layout.backward_tiles,
