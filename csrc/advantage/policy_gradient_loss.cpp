@@ -78,7 +78,7 @@ EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
     partial.entropy = total(p.entropy + begin);
     partial.error = moments_of(error, mask, count);
     partial.target = moments_of(target, mask, count);
-    partial.squared_error = partial.error.squares + partial.error.count * partial.error.mean * partial.error.mean;
+    partial.squared_error = sum_members(error, mask, count, [](A x) EFE_SIMD_BODY { return double(x) * x; });
     return partial;
 }
 
@@ -109,7 +109,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gr
     const double count = all.error.count, some = std::max(count, 1.0);
     const double policy = all.policy / some, value_loss = all.squared_error / some, mean_entropy = all.entropy / some;
     const double explained = all.target.squares == 0 ? 0 : 1 - all.error.squares / all.target.squares;
-    const auto scalar = [&](double x) { return at::full({}, x, log_prob.options().dtype(type)); };
+    // at::full refuses a number that the dtype rounds to infinity; a loss may be one.
+    const auto scalar = [&](double x) { return at::full({}, x, log_prob.options().dtype(at::kDouble)).to(type); };
     const at::Tensor diagnostics = at::empty({4}, log_prob.options().dtype(type));
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);

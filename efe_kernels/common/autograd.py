@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -25,6 +26,15 @@ def first_order(name: str, op: Callable[..., Any], *args: Any) -> tuple[Tensor, 
     if torch.is_grad_enabled():
         return tuple(_FirstOrder.apply(name, op, *args))
     return tuple(op(*args))
+
+
+def needs_function(*tensors: Tensor) -> bool:
+    """Whether a call must go through its autograd Function: for a gradient, or to be refused in forward mode.
+
+    An op alone would know nothing of forward mode and give tangents of 0.
+    """
+    in_forward_mode: bool = forward_ad._current_level >= 0
+    return in_forward_mode or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def spread(gradients: Sequence[Tensor], needs: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:

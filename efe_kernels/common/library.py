@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from efe_kernels.common.extension import REBUILD
+
 LIBRARY = torch.library.Library("efe", "DEF")
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -45,7 +47,13 @@ def define_op(
     The C++ kernels register themselves for CPU and CUDA when `efe_kernels._C` is imported.
     """
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    try:
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    except RuntimeError as error:
+        raise ImportError(
+            f"the C++ extension was built from other sources than these: its op {name} takes other arguments. "
+            f"Rebuild it: {REBUILD} in the source folder"
+        ) from error
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
     OPS[name] = triton

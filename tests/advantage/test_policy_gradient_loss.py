@@ -301,3 +301,11 @@ def test_clear_errors(device: str) -> None:
     for error, message, replaced in wrong:
         with pytest.raises(error, match=message):
             policy_gradient_loss(**{**tensors, **replaced})
+
+
+@pytest.mark.parametrize("value", [1e20, float("inf")])
+def test_a_critic_that_diverges_costs_infinity(value: float, device: str) -> None:
+    zeros = torch.zeros(4, device=device)
+    values = torch.tensor([1.0, value, 1.0, 1.0], device=device)
+    output = policy_gradient_loss(zeros, zeros, values, zeros, zeros)
+    assert output.value == float("inf") and output.total == float("inf")

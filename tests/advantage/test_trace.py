@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from efe_kernels import gae, vtrace
+from efe_kernels import gae, policy_gradient_loss, rl_advantage, vtrace
 from efe_kernels.advantage.trace import ops, reference
+from efe_kernels.advantage.trace.reference import Settings, Transitions
 from efe_kernels.common.library import INTERPRET
 
 # Inputs are exact and results rounded once to their dtype: one unit in the last place. In float32 the sums of about
@@ -409,3 +410,26 @@ def test_clear_errors(device: str) -> None:
         call_vtrace({**t, "log_ratio": t["terminated"]})
     with pytest.raises(ValueError, match=r"reward must have the shape \[..., T\], it was \[\]"):
         call_gae(changed(t, lambda tensor: tensor[0, 0]))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.0), (0.0, 0.95)])
+def test_a_factor_of_zero_passes_nothing_on(gamma: float, lam: float, device: str) -> None:
+    """Not even what is not finite. The kernels say so, and the definition."""
+    reward = torch.tensor([[0.0, 1.0, float("nan")]], device=device)
+    zeros, terminated = torch.zeros_like(reward), torch.zeros_like(reward, dtype=torch.bool)
+    transitions, settings = Transitions(terminated, None, None), Settings(gamma, lam, 1.0, 1.0, 1.0)
+    defined = reference.trace_forward(zeros, zeros, reward, transitions, settings)
+    for found in (*gae(reward, zeros, zeros, terminated, gamma=gamma, lam=lam), *defined):
+        assert found[0, :2].tolist() == [0.0, 1.0] and found[0, 2].isnan()
+
+
+def test_forward_mode_is_refused(device: str) -> None:
+    """Rather than answered with tangents of 0."""
+    x, terminated = torch.randn(1, 4, device=device), torch.zeros(1, 4, dtype=torch.bool, device=device)
+    for function in (
+        lambda value: gae(x, value, x, terminated)[0],
+        lambda value: rl_advantage(x, value),
+        lambda value: policy_gradient_loss(x, x, value, x, x).total,
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.func.jvp(function, (x,), (x,))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import efe_kernels
-from efe_kernels.common import extension
+from efe_kernels.common import extension, library
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> list[str]:
@@ -110,3 +110,16 @@ def test_a_package_whose_extension_does_not_fit_works_without_it(tmp_path: Path,
         assert remedy[case] in done.stderr and extension.REBUILD in done.stderr
     else:
         assert extension.REBUILD not in done.stderr
+
+
+def test_an_extension_of_other_sources_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are registered for an op that takes other arguments, and the dispatcher refuses the declaration."""
+
+    class Refusing:
+        def define(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("Inferred operator schema for a C++ kernel function doesn't match")
+
+    monkeypatch.setattr(library, "LIBRARY", Refusing())
+    with pytest.raises(ImportError, match="its op an_op takes other arguments") as caught:
+        library.define_op("an_op(Tensor x) -> Tensor", reference=torch.neg, fake=torch.neg)
+    assert extension.REBUILD in str(caught.value)

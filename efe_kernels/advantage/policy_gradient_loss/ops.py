@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efe_kernels.advantage.policy_gradient_loss import reference
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
-from efe_kernels.common.autograd import first_order, spread
+from efe_kernels.common.autograd import first_order, needs_function, spread
 from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.policy_gradient_loss.kernels")
@@ -110,7 +110,7 @@ class PolicyGradientLossFunction(torch.autograd.Function):
 
 def policy_gradient_loss(entropy: Tensor, log_prob: Tensor, value: Tensor, *constants: Any) -> tuple[Tensor, ...]:
     """policy_gradient_loss_forward, differentiable in entropy, log_prob and value."""
-    wanted = torch.is_grad_enabled() and (entropy.requires_grad or log_prob.requires_grad or value.requires_grad)
+    wanted = needs_function(entropy, log_prob, value)
     call = PolicyGradientLossFunction.apply if wanted else policy_gradient_loss_forward
     output: tuple[Tensor, ...] = call(entropy, log_prob, value, *constants)
     return output

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efe_kernels.advantage.rl_advantage import reference
-from efe_kernels.common.autograd import first_order
+from efe_kernels.common.autograd import first_order, needs_function
 from efe_kernels.common.library import define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.rl_advantage.kernels")
@@ -85,6 +85,6 @@ def rl_advantage_backward_one(*args: Any) -> tuple[Tensor]:
 
 def rl_advantage(reward: Tensor, value: Tensor, *settings: Any) -> Tensor:
     """The advantage of rl_advantage_forward, differentiable in value."""
-    wanted = torch.is_grad_enabled() and value.requires_grad
-    advantage: Tensor = (RLAdvantageFunction.apply if wanted else rl_advantage_forward)(reward, value, *settings)[0]
+    call = RLAdvantageFunction.apply if needs_function(value) else rl_advantage_forward
+    advantage: Tensor = call(reward, value, *settings)[0]
     return advantage

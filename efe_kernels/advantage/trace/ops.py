@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efe_kernels.advantage.trace import reference
 from efe_kernels.advantage.trace.reference import Settings, Transitions
-from efe_kernels.common.autograd import first_order, spread
+from efe_kernels.common.autograd import first_order, needs_function, spread
 from efe_kernels.common.library import define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.trace.kernels")
@@ -101,6 +101,6 @@ class TraceFunction(torch.autograd.Function):
 
 def trace(value: Tensor, next_value: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """trace_forward, differentiable in value and next_value."""
-    wanted = torch.is_grad_enabled() and (value.requires_grad or next_value.requires_grad)
-    output: tuple[Tensor, Tensor] = (TraceFunction.apply if wanted else trace_forward)(value, next_value, *constants)
+    call = TraceFunction.apply if needs_function(value, next_value) else trace_forward
+    output: tuple[Tensor, Tensor] = call(value, next_value, *constants)
     return output

@@ -77,7 +77,7 @@ def gae(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Te
     advantage = torch.empty_like(error)
     following = error.new_zeros(error.shape[0])
     for t in reversed(range(error.shape[1])):
-        following = error[:, t] + settings.gamma * settings.lam * torch.where(stop[:, t], 0, following)
+        following = error[:, t] + passed_on(settings.gamma * settings.lam, stop[:, t], following)
         advantage[:, t] = following
     return advantage, advantage
 
@@ -90,7 +90,7 @@ def gae_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitio
     for t in range(to_advantage.shape[1]):
         carried = to_advantage[:, t] + to_target[:, t] + carried
         grad_error[:, t] = carried
-        carried = settings.gamma * settings.lam * torch.where(stop[:, t], 0, carried)
+        carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
     return grad_error
 
 
@@ -105,9 +105,8 @@ def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple
     advantage, excess = torch.empty_like(delta), torch.empty_like(delta)
     following = delta.new_zeros(delta.shape[0])
     for t in reversed(range(delta.shape[1])):
-        following = settings.gamma * torch.where(stop[:, t], 0, following)
-        advantage[:, t] = delta[:, t] + rho[:, t] * following
-        following = delta[:, t] + c[:, t] * following
+        advantage[:, t] = delta[:, t] + passed_on(settings.gamma * rho[:, t], stop[:, t], following)
+        following = delta[:, t] + passed_on(settings.gamma * c[:, t], stop[:, t], following)
         excess[:, t] = following
     return advantage, excess
 
@@ -121,9 +120,14 @@ def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transi
     for t in range(to_advantage.shape[1]):
         carried = to_target[:, t] + carried
         grad_error[:, t] = rho[:, t] * (carried + to_advantage[:, t])
-        handed = c[:, t] * carried + rho[:, t] * to_advantage[:, t]
-        carried = settings.gamma * torch.where(stop[:, t], 0, handed)
+        carried = passed_on(settings.gamma * c[:, t], stop[:, t], carried)
+        carried = carried + passed_on(settings.gamma * rho[:, t], stop[:, t], to_advantage[:, t])
     return grad_error
+
+
+def passed_on(factor: float | Tensor, stop: Tensor, x: Tensor) -> Tensor:
+    """factor · x, but 0 where the trace stops or the factor is 0, even for an x that is not finite."""
+    return torch.where(stop | (factor == 0), 0, factor * x)
 
 
 def boundaries(transitions: Transitions) -> Tensor:
