@@ -479,10 +479,10 @@ def add_agreement(sums, divergence):
 @triton.jit
 def add_final(sums, xs, ds, l, target, counted, C: tl.constexpr):
     """What compares the final step with the target."""
-    risk, ambiguity, agreement, consistency, missed = sums
+    informations, entropies, agreement, consistency, missed = sums
     consistency += cross_entropy(xs, ds, l, target, counted, C)
     missed += missed_target(xs, target, counted, C)
-    return risk, ambiguity, agreement, consistency, missed
+    return informations, entropies, agreement, consistency, missed
 
 
 @triton.jit

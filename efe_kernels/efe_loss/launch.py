@@ -25,7 +25,7 @@ from efe_kernels.efe_loss.kernels import (
     efe_loss_shared_gradients_kernel,
     efe_loss_survey_kernel,
 )
-from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings, residual_width
+from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, residual_width
 
 # One multiply-add keeps x log2(e) - top exact for logits of 1e4; Triton 3.10 would round twice by default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
@@ -142,9 +142,6 @@ def read_pointers(inputs: Inputs) -> list[Tensor]:
     valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
     found = (*inputs[:6], inputs.target, inputs.target_preference, valid)
     return [inputs.logits if tensor is None else tensor for tensor in found]
-
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from efe_kernels.common.autograd import first_order, spread
 from efe_kernels.common.library import INTERPRET, accumulate_dtype, define_op, triton_module
 from efe_kernels.efe_loss import reference
-from efe_kernels.efe_loss.reference import Inputs, Settings, residual_width
+from efe_kernels.efe_loss.reference import Inputs, Outputs, Settings, residual_width
 
 # The fields of reference.Inputs, then those of reference.Settings.
 ARGUMENTS = (
@@ -26,14 +26,12 @@ NUM_ARGUMENTS = NUM_INPUTS + len(Settings._fields)
 NUM_DIFFERENTIABLE = 7
 MAX_OUTCOMES = 32
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 def grouped(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
     return Inputs(*arguments[:NUM_INPUTS]), Settings(*arguments[NUM_INPUTS:NUM_ARGUMENTS])
 
 
-def forward_reference(*arguments: Any) -> Forward:
+def forward_reference(*arguments: Any) -> Outputs:
     """The reference as an op. Its backward computes everything again, so it leaves the residual at zero."""
     inputs, settings = grouped(arguments)
     if inputs.target.device.type == "cpu":
@@ -54,7 +52,7 @@ def backward_reference(grad_total: Tensor | None, grad_terms: Tensor | None, *ar
     ]
 
 
-def forward_fake(*arguments: Any) -> Forward:
+def forward_fake(*arguments: Any) -> Outputs:
     inputs, _ = grouped(arguments)
     batch = inputs.logits.shape[0]
 
@@ -77,7 +75,7 @@ def has_kernel(logits: Tensor) -> bool:
     return logits.dtype != torch.float64 and logits.shape[-1] <= MAX_OUTCOMES
 
 
-def forward_triton(*arguments: Any) -> Forward:
+def forward_triton(*arguments: Any) -> Outputs:
     inputs, settings = grouped(arguments)
     if not has_kernel(inputs.logits):
         return forward_reference(*arguments)
@@ -131,7 +129,7 @@ class EFELossFunction(torch.autograd.Function):
 
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Forward:
+    def forward(ctx: Any, *arguments: Any) -> Outputs:
         tensors, ctx.settings = grouped(arguments)
         promise = arguments[NUM_ARGUMENTS]
         needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])

@@ -49,6 +49,10 @@ class Settings(NamedTuple):
     ignore_index: int
 
 
+# Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual [B, residual_width]: what the op gives.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def residual_width(inputs: Inputs) -> int:
     """Columns of the residual: the cell count, then what the prompt term needs again (see kernels.py)."""
     steps, outcomes = inputs.logits.shape[1], inputs.logits.shape[-1]
