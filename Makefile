@@ -3,19 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
+# The oldest release of Triton that pyproject.toml admits; OLDEST_TRITON=3.6 compiles with another one.
+OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
+OLDEST := build/triton-$(OLDEST_TRITON)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize aot bench gpu lint clean
+.PHONY: help train test sanitize aot aot-pinned aot-oldest projection bench gpu lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
-	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions"
+	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions, with the"
+	@echo "               pinned Triton (make aot-pinned) and with the oldest that is supported (make aot-oldest)"
+	@echo "make projection  how long the kernels must take at least on an H100 and an H200, without a GPU"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
 	@echo "make lint      ruff and mypy"
@@ -42,8 +47,16 @@ sanitize: $(VENV)/.built
 	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/advantage tests/prompt
 
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
-aot: $(VENV)/.built
+aot: aot-pinned aot-oldest
+
+aot-pinned: $(VENV)/.built
 	$(BIN)/python -m bench.aot --check
+
+aot-oldest: $(VENV)/.built $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m bench.aot --check --no-cuda --arch sm_80 sm_90
+
+projection: $(VENV)/.built
+	$(BIN)/python -m bench.aot --projection
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -68,6 +81,12 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,test,dev]"
 	$(BIN)/python -m efe_kernels.info
+	touch $@
+
+# Beside the environment, not in it: constraints.txt pins another release there.
+$(OLDEST)/.installed: $(VENV)/.torch
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "triton==$(OLDEST_TRITON).*"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built
