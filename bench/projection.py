@@ -121,9 +121,13 @@ def table(found: list[Projection]) -> str:
             launch.which,
             launch.kernel,
             "x".join(map(str, launch.sizes)),
-            f"{launch.least_bytes / 1e6:.2f}",
-            *("" if time is None else f"{time * 1e6:.1f}" for time in times),
+            figure(launch.least_bytes / 1e6),
+            *("" if time is None else figure(time * 1e6) for time in times),
             *(launch.bounds().get(gpu, "") for gpu in BANDWIDTH),
             launch.note,
         ])  # fmt: skip
     return columns(rows, False)
+
+
+def figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
