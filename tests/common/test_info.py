@@ -64,5 +64,6 @@ def test_an_op_without_a_kernel_is_told_as_served_by_the_reference() -> None:
 def test_the_table_has_a_row_for_every_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main() == 0
     table = capsys.readouterr().out
+    rows = [re.split(" {2,}", line) for line in table.splitlines()]
     for op in OPS:
-        assert re.search(rf"^{op} +{re.escape(info.backend(op, 'CPU'))} +{info.backend(op, 'CUDA')}$", table, re.M)
+        assert [op, info.backend(op, "CPU"), info.backend(op, "CUDA")] in rows
