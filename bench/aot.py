@@ -7,9 +7,10 @@ instance in the sources; they need nvcc and are left out with a sentence where i
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
     python -m bench.aot --check         fails when a kernel spills or executes more than aot_budgets.json allows
-    python -m bench.aot --projection    how long the launches must take at least: see bench.projection
+    python -m bench.aot --projection    how long the launches, and those of the suite's large cases, must take at least
 
-Another release of Triton is used from its folder: PYTHONPATH=build/triton-3.5 python -m bench.aot.
+See bench.projection for what is in these times. Another release of Triton is taken from its folder, as make aot-oldest
+does: PYTHONPATH=build/triton-3.5 python -m bench.aot.
 
 Thread-instructions per cell-step count what one lane executes for one of its cells at one step: the machine code of
 one program, its loops as often as they are gone through, over the cells of a lane times the steps and episodes. A
