@@ -44,12 +44,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import projection
-from bench.cases import CASES, Case
-from bench.host import TRITON
-from bench.launches import Launch, least_bytes, loop_trips, recorded_launches, source
+from bench.launches import SUITE, Launch, least_bytes, loop_trips, recorded_launches, source
 from bench.machine_code import LOADS, SPECIAL, STORES, Code, amd_code, nvidia_code, operations_of, tool, width_of
 from bench.render import columns
-from bench.test_ops import upstream_of
 from efe_kernels.advantage.grid_reward import kernels as grid_reward_kernels
 from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradient_loss_kernels
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs as PolicyInputs
@@ -58,10 +55,8 @@ from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
 from efe_kernels.advantage.trace import kernels as trace_kernels
 from efe_kernels.advantage.trace.reference import Settings as Discounts
 from efe_kernels.advantage.trace.reference import Transitions
-from efe_kernels.common.library import LIBRARY, OPS
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 from efe_kernels.efe_loss import launch as efe_loss_launch
-from efe_kernels.efe_loss import ops as efe_loss_ops
 from efe_kernels.efe_loss.reference import Inputs, Settings
 
 TARGETS = {
@@ -344,31 +339,6 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
     "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
     "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
-}
-
-
-def case_launches(case: Case, implementation: str) -> list[Launch]:
-    """Those of a case of the benchmark suite, through the public function."""
-    for name, launcher in OPS.items():
-        if launcher is not None:
-            LIBRARY.impl(name, launcher, "CPU", allow_override=True)
-    problem = case.problem("cpu")
-    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a promise is taken then.
-    served = patch.object(efe_loss_ops, "INTERPRET", True)
-    with served, recorded_launches(*case.sizes) as launches:
-        results = problem.implementations[implementation](problem.inputs)
-        if problem.leaves:
-            launches.begin("backward")
-            torch.autograd.grad(results, list(problem.leaves.values()), upstream_of(results))
-    return launches
-
-
-# The large cases of the suite, by the names that they have there: for the projection, not for the budgets.
-SUITE = {
-    f"{case.name}: {implementation}": partial(case_launches, case, implementation)
-    for case in CASES
-    for implementation in ("kernel", *case.opponents)
-    if case.workload == "throughput" and case.op in TRITON and implementation.startswith("kernel")
 }
 
 

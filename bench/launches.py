@@ -7,13 +7,21 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from bench.cases import CASES, Case
+from bench.host import TRITON
+from bench.test_ops import upstream_of
+from efe_kernels.common.library import LIBRARY, OPS
+from efe_kernels.efe_loss import ops as efe_loss_ops
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -69,6 +77,31 @@ def recorded_launches(*sizes: int) -> Iterator[Recording]:
         yield launches
     finally:
         JITFunction.run = original
+
+
+def case_launches(case: Case, implementation: str) -> list[Launch]:
+    """Those of a case of the benchmark suite, through the public function."""
+    for name, launcher in OPS.items():
+        if launcher is not None:
+            LIBRARY.impl(name, launcher, "CPU", allow_override=True)
+    problem = case.problem("cpu")
+    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a promise is taken then.
+    served = patch.object(efe_loss_ops, "INTERPRET", True)
+    with served, recorded_launches(*case.sizes) as launches:
+        results = problem.implementations[implementation](problem.inputs)
+        if problem.leaves:
+            launches.begin("backward")
+            torch.autograd.grad(results, list(problem.leaves.values()), upstream_of(results))
+    return launches
+
+
+# The large cases of the suite, by the names that they have there: for the projection, not for the budgets.
+SUITE = {
+    f"{case.name}: {implementation}": partial(case_launches, case, implementation)
+    for case in CASES
+    for implementation in ("kernel", *case.opponents)
+    if case.workload == "throughput" and case.op in TRITON and implementation.startswith("kernel")
+}
 
 
 def source(launch: Launch) -> ASTSource:
