@@ -163,7 +163,7 @@ def source(launch: Launch) -> ASTSource:
         if isinstance(value, Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
-            signature[parameter.name] = "i32" if is_int else "fp32"
+            signature[parameter.name] = ("i32" if value < 2**31 else "i64") if is_int else "fp32"
         if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
@@ -382,7 +382,7 @@ def grid_reward_launches() -> list[Launch]:
 
 
 def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
-    reward = torch.zeros(60000 if group_size != 4096 else 4096)
+    reward = torch.zeros(max(60000, group_size) if group_size != 4096 else 4096)
     mask = torch.ones(reward.shape, dtype=torch.bool) if masked else None
     arguments = (reward, reward.bfloat16() if masked else reward, mask)
     with recorded_launches() as launches:
@@ -409,16 +409,18 @@ def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
     return launches
 
 
-def policy_gradient_loss_launches(numel: int, clipped: bool) -> list[Launch]:
-    """clipped: the surrogate with a mask in half precision, else the plain score function."""
-    x, mask, scalar = torch.zeros(numel), torch.ones(numel, dtype=torch.bool), torch.ones(())
+def policy_gradient_loss_launches(numel: int, clipped: bool, device: str = "cpu") -> list[Launch]:
+    """clipped: the surrogate with a mask in half precision, else the plain score function. meta takes no memory."""
+    with torch.device(device):
+        x, mask = torch.empty(numel), torch.empty(numel, dtype=torch.bool)
+        scalar, diagnostics = torch.ones(()), torch.ones(4)
     if clipped:
         x = x.bfloat16()
     problem = (PolicyInputs(x, x, x, x, *((x, mask) if clipped else (None, None))), PolicySettings(0.2, 0.5, 0.01))
     with recorded_launches() as launches:
         policy_gradient_loss_kernels.policy_gradient_loss_forward(x, *problem)
         for grads in ((scalar, None, None, None), (None, scalar, scalar, scalar)):
-            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, torch.ones(4), *problem)
+            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, diagnostics, *problem)
     return launches
 
 
@@ -443,6 +445,7 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
     "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
     "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
+    "rl_advantage many parts": partial(rl_advantage_launches, 2**20, "tanh"),
     "gae and vtrace serial": partial(trace_launches, 8),
     "gae and vtrace serial longest": partial(trace_launches, 32),
     "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
@@ -453,6 +456,9 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
     "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
     "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
+    "policy_gradient_loss 33 M": partial(policy_gradient_loss_launches, 2**25, False, device="meta"),
+    "policy_gradient_loss 134 M": partial(policy_gradient_loss_launches, 2**27, True, device="meta"),
+    "policy_gradient_loss 8.6 G": partial(policy_gradient_loss_launches, 2**33, False, device="meta"),
 }
 
 
