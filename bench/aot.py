@@ -261,7 +261,7 @@ def empties(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> list
 
 
 def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
-    grad, reward, value = empties(3, 4096 if group_size == 4096 else 60000)
+    grad, reward, value = empties(3, 4096 if group_size == 4096 else max(60000, group_size))
     mask = torch.empty(reward.shape, dtype=torch.bool) if masked else None
     arguments = (reward, value.bfloat16() if masked else value, mask)
     with recorded_launches(*reward.shape) as launches:
@@ -294,17 +294,18 @@ def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
     return launches
 
 
-def policy_gradient_loss_launches(numel: int, clipped: bool) -> list[Launch]:
-    """clipped: the surrogate with a mask in half precision, else the plain score function."""
-    entropy, *inputs, old_log_prob = empties(6, numel, dtype=torch.bfloat16 if clipped else torch.float32)
-    options = (old_log_prob, torch.empty(numel, dtype=torch.bool)) if clipped else (None, None)
+def policy_gradient_loss_launches(numel: int, clipped: bool, device: str = "cpu") -> list[Launch]:
+    """clipped: the surrogate with a mask in half precision, else the plain score function. meta takes no memory."""
+    with torch.device(device):
+        entropy, *inputs, old_log_prob = empties(6, numel, dtype=torch.bfloat16 if clipped else torch.float32)
+        options = (old_log_prob, torch.empty(numel, dtype=torch.bool)) if clipped else (None, None)
+        (total, *parts), diagnostics = empties(4), torch.empty(4)
     problem = (PolicyInputs(*inputs, *options), PolicySettings(0.2, 0.5, 0.01))
-    total, *parts = empties(4)
     with recorded_launches(numel) as launches:
         policy_gradient_loss_kernels.policy_gradient_loss_forward(entropy, *problem)
         for which, grads in (("backward", (total, None, None, None)), ("backward of the parts", (None, *parts))):
             launches.begin(which)
-            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, torch.empty(4), *problem)
+            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, diagnostics, *problem)
     return launches
 
 
@@ -329,6 +330,7 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
     "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
     "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
+    "rl_advantage many parts": partial(rl_advantage_launches, 2**20, "tanh"),
     "gae and vtrace serial": partial(trace_launches, 8),
     "gae and vtrace serial longest": partial(trace_launches, 32),
     "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
@@ -339,6 +341,9 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
     "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
     "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
+    "policy_gradient_loss 33 M": partial(policy_gradient_loss_launches, 2**25, False, device="meta"),
+    "policy_gradient_loss 134 M": partial(policy_gradient_loss_launches, 2**27, True, device="meta"),
+    "policy_gradient_loss 8.6 G": partial(policy_gradient_loss_launches, 2**33, False, device="meta"),
 }
 
 

@@ -118,7 +118,7 @@ def source(launch: Launch) -> ASTSource:
         if isinstance(value, Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
-            signature[parameter.name] = "i32" if is_int else "fp32"
+            signature[parameter.name] = ("i32" if value < 2**31 else "i64") if is_int else "fp32"
         if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
@@ -131,10 +131,11 @@ def least_bytes(launch: Launch) -> int:
     for tensor in launch.arguments.values():
         if isinstance(tensor, Tensor):
             memory = tensor.untyped_storage()
+            shared = memory._cdata  # not its address: a meta tensor has none
             elements = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            views[memory.data_ptr()][place] = elements * tensor.element_size()
-            whole[memory.data_ptr()] = memory.nbytes()
+            place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+            views[shared][place] = elements * tensor.element_size()
+            whole[shared] = memory.nbytes()
     return sum(min(whole[memory], sum(found.values())) for memory, found in views.items())
 
 

@@ -35,7 +35,7 @@ def compiled_extension() -> str:
         return extension.PROBLEM
     module = importlib.import_module("efe_kernels._C")
     release = extension.built_with(str(module.__file__))
-    return f"built with torch {release}, CUDA sources {'on' if module.with_cuda else 'off'}"
+    return f"built with torch {release}, CUDA sources {'on' if extension.has_cuda_sources() else 'off'}"
 
 
 def registered_at(op: str, key: str) -> str | None:
@@ -70,8 +70,8 @@ def main() -> int:
     print(f"\n{'op':<32}{'CPU':<22}CUDA")
     for op in sorted(OPS):
         print(f"{op:<32}{backend(op, 'CPU'):<22}{backend(op, 'CUDA')}")
-    if version("triton") == "not installed":
-        print("\nWithout Triton the reference serves CUDA tensors. On Linux: pip install triton")
+    for problem in extension.missing_on_cuda():
+        print(f"\nOn CUDA: {problem}")
     return 0
 
 

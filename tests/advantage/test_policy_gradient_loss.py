@@ -98,6 +98,19 @@ def test_value_and_gradient(
         torch.testing.assert_close(gradient.double(), wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("numel", [1024, 1025, 2900])
+def test_partial_sums_of_very_many_parts(numel: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8, 9 and 23 parts, of which the second launch takes 4 at a time."""
+    kernels = pytest.importorskip("efe_kernels.advantage.policy_gradient_loss.kernels")
+    monkeypatch.setattr(kernels, "TILE_LIMIT", 128)
+    monkeypatch.setattr(kernels, "PARTS_LIMIT", 4)
+    tensors = batch(numel, device=device)
+    mask = torch.rand(numel, device=device) > 0.3
+    mask[256:512] = False  # whole parts without an element
+    found, expected = policy_gradient_loss(**tensors, mask=mask), definition(**exact(tensors), mask=mask)
+    assert_close(found, expected, **LOSS_TOLERANCE)
+
+
 @pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("numel", [50, 5000])
 def test_every_output_has_its_gradient(numel: int, device: str) -> None:

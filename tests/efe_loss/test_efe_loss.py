@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
 from efe_kernels.efe_loss import reference
 from efe_kernels.efe_loss.reference import Inputs, Settings
+from tests.common.forms import FORMS, as_memory
 from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 # Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
@@ -389,6 +391,44 @@ def test_a_promise_broken_for_one_episode_is_kept_for_the_others(
     expected = gradients(in_double(inputs))
     for found, wanted in zip(gradients(inputs, grad_scale=torch.ones((), device=device)), expected, strict=True):
         assert_close("gradient", found, wanted, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_promise_and_its_upstream_gradient_are_taken_by_their_values(
+    form: Callable[[torch.Tensor], torch.Tensor], reduction: str, device: str
+) -> None:
+    """The kernels that keep a promise are launched beside the dispatcher, which knows of lazy negation and the like."""
+    inputs = Case(steps=2, projection=False).inputs(device=device)
+    leaves = leaves_of(inputs)
+
+    def plain(tensor: torch.Tensor) -> torch.Tensor:
+        return as_memory(form(tensor))
+
+    def step(of_promise: Callable[..., torch.Tensor], of_upstream: Callable[..., torch.Tensor]) -> Any:
+        promise = of_promise(torch.tensor(0.5, device=device))
+        total = efe_loss(**inputs, reduction=reduction, grad_scale=promise).total
+        return torch.autograd.grad(total, leaves, of_upstream(torch.full_like(total, 0.5)))
+
+    expected = step(plain, plain)
+    for found in (step(form, plain), step(plain, form), step(form, form)):
+        for gradient, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_promise_takes_inputs_by_their_values(form: Callable[[torch.Tensor], torch.Tensor], device: str) -> None:
+    inputs = Case(steps=2, projection=False).inputs(device=device)
+    formed = form(inputs["logits"])
+    plain = as_memory(formed).requires_grad_(formed.requires_grad)
+    promise = torch.ones((), device=device)
+
+    def gradients(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = efe_loss(**{**inputs, "logits": logits}, grad_scale=promise).total
+        return torch.autograd.grad(total, leaves_of({**inputs, "logits": logits}))
+
+    for gradient, wanted in zip(gradients(formed), gradients(plain), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

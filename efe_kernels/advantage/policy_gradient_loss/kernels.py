@@ -13,12 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments
+from efe_kernels.advantage.kernels import (
+    OPTIONS,
+    as_bytes,
+    join_moments,
+    load_moments,
+    merge_moments,
+    moments,
+    store_moments,
+)
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
 from efe_kernels.common.triton_math import launch_guard
 
 TILE_LIMIT = 4096
 NUM_SUMS = 5
+# Of so many parts at a time the second launch adds up the sums; its registers hold no more.
+PARTS_LIMIT = 1024
 
 
 @triton.jit
@@ -167,17 +177,25 @@ def policy_gradient_loss_kernel(
 
 
 @triton.jit
-def store_moments(
-    ptr,  # [3]
-    count,
-    mean,
-    squares,
+def load_sums(
+    sums_ptr,  # [parts, 5]
+    part,
+    parts,
 ):
-    tl.store(ptr, tl.sum(count, axis=0))
-    tl.store(ptr + 1, tl.sum(mean, axis=0))
-    tl.store(ptr + 2, tl.sum(squares, axis=0))
+    """The five sums of some parts; 0 past the last one."""
+    base = sums_ptr + part.to(tl.int64) * 5
+    there = part < parts
+    return (
+        tl.load(base, mask=there, other=0.0),
+        tl.load(base + 1, mask=there, other=0.0),
+        tl.load(base + 2, mask=there, other=0.0),
+        tl.load(base + 3, mask=there, other=0.0),
+        tl.load(base + 4, mask=there, other=0.0),
+    )
 
 
+# One program: each lane adds up every PARTS-th part, then the lanes are added up. A round of the loop stands for
+# PARTS * TILE_LIMIT elements, which the first launch has read: beside that it is short, and saves launches of a tree.
 @triton.jit
 def policy_gradient_loss_finish_kernel(
     sums_ptr,  # [parts, 5]
@@ -193,18 +211,29 @@ def policy_gradient_loss_finish_kernel(
     PARTS: tl.constexpr,
 ):
     part = tl.arange(0, PARTS)[None, :]
-    there = part < parts
-    base = sums_ptr + part * 5
-    count, _, unexplained = merge_moments(moments_ptr, 0, parts, PARTS)
-    _, _, variance = merge_moments(moments_ptr, 1, parts, PARTS)
+    target_ptr = moments_ptr + parts.to(tl.int64) * 3
+    loss, square, entropy, outside, divergence = load_sums(sums_ptr, part, parts)
+    count, error_mean, unexplained = load_moments(moments_ptr, part, parts)
+    target_count, target_mean, variance = load_moments(target_ptr, part, parts)
+    for first in range(PARTS, parts, PARTS):
+        sums = load_sums(sums_ptr, first + part, parts)
+        loss += sums[0]
+        square += sums[1]
+        entropy += sums[2]
+        outside += sums[3]
+        divergence += sums[4]
+        more, more_mean, more_squares = load_moments(moments_ptr, first + part, parts)
+        count, error_mean, unexplained = join_moments(count, error_mean, unexplained, more, more_mean, more_squares)
+        more, more_mean, more_squares = load_moments(target_ptr, first + part, parts)
+        target_count, target_mean, variance = join_moments(
+            target_count, target_mean, variance, more, more_mean, more_squares
+        )
+    total_count, _, unexplained_sum = merge_moments(count, error_mean, unexplained)
+    _, _, variance_sum = merge_moments(target_count, target_mean, variance)
     store_losses(
-        total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr,
-        total_of(tl.load(base, mask=there, other=0.0)),
-        total_of(tl.load(base + 1, mask=there, other=0.0)),
-        total_of(tl.load(base + 2, mask=there, other=0.0)),
-        total_of(tl.load(base + 3, mask=there, other=0.0)),
-        total_of(tl.load(base + 4, mask=there, other=0.0)),
-        tl.sum(count, axis=0), tl.sum(unexplained, axis=0), tl.sum(variance, axis=0), value_coef, entropy_coef,
+        total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr, total_of(loss), total_of(square),
+        total_of(entropy), total_of(outside), total_of(divergence), tl.sum(total_count, axis=0),
+        tl.sum(unexplained_sum, axis=0), tl.sum(variance_sum, axis=0), value_coef, entropy_coef,
     )  # fmt: skip
 
 
@@ -315,7 +344,7 @@ def policy_gradient_loss_forward(
         if parts > 1:
             policy_gradient_loss_finish_kernel[(1,)](
                 sums, parts_moments, *outputs, parts, *weights,
-                PARTS=triton.next_power_of_2(parts), num_warps=4, **OPTIONS,
+                PARTS=min(triton.next_power_of_2(parts), PARTS_LIMIT), num_warps=4, **OPTIONS,
             )  # fmt: skip
     return outputs
 
