@@ -160,6 +160,23 @@ def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
     return config_from({**{field.name: getattr(saved, field.name) for field in fields(saved)}, **given})
 
 
+def config_from_saved(values: object) -> TrainConfig:
+    """The settings of config.json, which is a file that anything can happen to: each is read as its flag would be.
+
+    Raises:
+        UserError: they are not the settings of a run.
+    """
+    if not isinstance(values, dict):
+        raise UserError("it should hold an object.")
+    given = {field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
+    spelled = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in given.items()
+        if value is not None and value is not False
+    ]
+    return config_from(parse_train_arguments(spelled))
+
+
 def config_from(values: dict[str, object]) -> TrainConfig:
     known = {field.name for field in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in values.items() if name in known})  # type: ignore[arg-type]

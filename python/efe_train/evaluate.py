@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
 from efe_train.data import Grid, Query, by_longer_side, collate, evaluation_queries, load_tasks
+from efe_train.files import replaced
 from efe_train.planner import Planner
 from efe_train.policy import Policy, policy_state
 from efe_train.qwen import Prompter, load_architecture
@@ -37,12 +38,12 @@ class Solver:
 
     @classmethod
     def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
-        weights = folder.read_checkpoint()["modules"]
-        config = folder.read_config()
+        state, config = folder.read_checkpoint(), folder.read_config()
         prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
         planner, policy = Planner(), Policy(learning_rate=0.0)
         for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
-            module.load_state_dict(weights[name])
+            with folder.fitting():
+                module.load_state_dict(state["modules"][name])
             module.to(device).eval()
         return cls(prompter, planner, policy, device, dtype)
 
@@ -150,10 +151,12 @@ def main(argv: Sequence[str]) -> int:
     attempts = solve(Solver.load(folder, device, dtype), queries, given["batch_size"])
     result = score(answers, attempts)
     out = make_folder(given["out"]) if given["out"] else folder.path
-    (out / "submission.json").write_text(json.dumps(submission(owners, attempts)), encoding="utf-8")
-    (out / "evaluation.json").write_text(
-        json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n"
-    )
+    with replaced(out / "submission.json") as file:
+        file.write(json.dumps(submission(owners, attempts)).encode())
+    with replaced(out / "evaluation.json") as file:
+        file.write(
+            (json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n").encode()
+        )
     print(
         f"{len(tasks)} {given['split']} tasks of {dataset}, {result.test_inputs} test inputs with a known answer\n"
         f"Pixel accuracy  {result.pixel_accuracy:.4f}  (0 where the size is wrong)\n"

@@ -195,6 +195,7 @@ class Run:
         self.trainer = trainer
         self.examples = examples
         self.folder = folder
+        self.qwen_digests = folder.qwen_digests()
         self.tracker: Any | None = None
         self.batches_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = min(config.epochs * self.batches_per_epoch, config.max_batches or sys.maxsize)
@@ -300,7 +301,8 @@ class Run:
         self.folder.accept_candidate()
 
     def save(self) -> None:
-        self.folder.write_candidate({**self.trainer.state_dict(), "data": fingerprint(self.examples)})
+        about = {"data": fingerprint(self.examples), "qwen": self.qwen_digests}
+        self.folder.write_candidate({**self.trainer.state_dict(), **about})
 
 
 def bar_text(row: Mapping[str, float]) -> str:
@@ -333,19 +335,22 @@ def prepare(argv: Sequence[str]) -> Run:
     torch.manual_seed(config.seed)
     if folder is None:
         prompter, about_qwen = build_prompter(config.qwen_model, config.lora_rank)
-        folder = RunFolder.create(config.out)
+        folder, state = RunFolder.create(config.out), None
         prompter.save_architecture(folder.qwen)
     else:
+        state = folder.read_checkpoint()
         prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
         about_qwen = "as the run began with it"
     if config.gradient_checkpointing:
         prompter.recompute_activations()
     trainer = Trainer(config, prompter, device, dtype)
-    if config.resume:
-        state = folder.read_checkpoint()
-        if state["data"] != fingerprint(examples):
-            raise UserError(f"--dataset {config.dataset!r} has changed since {folder.path} was begun: begin a new run.")
-        trainer.load_state_dict(state)
+    if state is not None:
+        with folder.fitting():
+            if state["data"] != fingerprint(examples):
+                raise UserError(
+                    f"--dataset {config.dataset!r} has changed since {folder.path} was begun: begin a new run."
+                )
+            trainer.load_state_dict(state)
     run = Run(trainer, examples, folder)
     if trainer.batches_done >= run.total:
         raise UserError(
