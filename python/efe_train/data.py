@@ -8,7 +8,6 @@ once, with the other pairs as its demonstrations (leave one out).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from efe_train.config import MAX_GRID_SIZE, NUM_COLORS, UserError
+from efe_train.files import read_json
 
 Grid = npt.NDArray[np.int64]
 
@@ -157,17 +157,15 @@ def load_tasks(dataset: str, split: str = "train") -> list[Task]:
 
 def load_folder(folder: Path, split: str) -> list[Task]:
     named = folder / {"train": "training", "eval": "evaluation"}[split]
-    files = sorted((named if named.is_dir() else folder).glob("*.json"))
+    files = task_files(named if named.is_dir() else folder)
     if not files:
         raise UserError(f"--dataset {str(folder)!r} holds no ARC task: it should hold *.json files, one per task.")
-    tasks = []
-    for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as JSON ({error}).") from None
-        tasks.append(parse_task(file.stem, content, str(file)))
-    return tasks
+    return [parse_task(file.stem, read_json(file), str(file)) for file in files]
+
+
+def task_files(folder: Path) -> list[Path]:
+    """Hidden files are left out: macOS, among others, puts one beside each file that it copies."""
+    return sorted(file for file in folder.glob("*.json") if not file.name.startswith(".") and not file.is_dir())
 
 
 def parse_task(name: str, content: Any, where: str) -> Task:

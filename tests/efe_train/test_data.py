@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,13 @@ GOOD = {"input": [[1, 2]], "output": [[3]]}
     [
         ([1, 2], 'should hold "train" and "test"'),
         ({"train": [GOOD]}, 'should hold "train" and "test"'),
+        ("text", 'should hold "train" and "test"'),
+        ({"train": 5, "test": []}, 'should hold "train" and "test"'),
+        ({"train": {"a": GOOD}, "test": []}, 'should hold "train" and "test"'),
+        ({"train": [], "test": [[1]]}, 'should hold "train" and "test"'),
+        ({"train": [], "test": [5]}, 'should hold "train" and "test"'),
+        ({"train": [{"input": [[10**400]], "output": [[1]]}], "test": []}, "train input 0: .* colours 0 to 9"),
+        ({"train": [{"input": {"0": [1]}, "output": [[1]]}], "test": []}, "train input 0: it is not a list of rows"),
         ({"train": [{"input": [[1]]}], "test": []}, 'should hold "train" and "test"'),
         ({"train": [{"input": 5, "output": [[1]]}], "test": []}, "train input 0: it is not a list of rows"),
         ({"train": [{"input": [], "output": [[1]]}], "test": []}, "train input 0: it is not a list of rows"),
@@ -257,6 +265,49 @@ def test_folders_and_names_that_hold_nothing_are_refused(tmp_path: Path) -> None
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "broken.json")) + " cannot be read as JSON"):
         data.load_tasks(str(tmp_path))
+
+
+def test_what_is_no_task_beside_the_tasks_is_left_alone(arc_folder: Path) -> None:
+    (arc_folder / "._task0.json").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    (arc_folder / ".cache.json").write_text("{}")
+    (arc_folder / "more.json").mkdir()
+    assert [task.id for task in data.load_tasks(str(arc_folder))] == ["task0", "task1", "task2", "task3"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path: Path) -> None:
+    text = json.dumps(recolouring_task(0))
+    (tmp_path / "plain.json").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.json").write_text(text, encoding="utf-8-sig")
+    marked, plain = data.load_tasks(str(tmp_path))
+    assert marked.id == "marked"
+    for one, other in zip(marked.demonstrations, plain.demonstrations, strict=True):
+        assert np.array_equal(one.input, other.input) and np.array_equal(one.output, other.output)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"train": [], "test": "\xff"}', "can't decode byte 0xff"),
+        (b"9" * 5000, "limit"),
+        (b'{"train": [], "test": [], "train": []}', "'train' stands twice"),
+        (bytes(300), "Expecting value"),
+    ],
+    ids=["empty", "nested", "not UTF-8", "large number", "twice", "zeros"],
+)
+def test_a_file_that_is_no_json_is_named_with_its_fault(content: bytes, reason: str, arc_folder: Path) -> None:
+    file = arc_folder / "task9.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{file} cannot be read as JSON (") + f".*{reason}") as caught:
+        data.load_tasks(str(arc_folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(arc_folder: Path) -> None:
+    (arc_folder / "gone.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone\.json cannot be read as JSON \(No such file or directory\)"):
+        data.load_tasks(str(arc_folder))
 
 
 def test_a_batch_moves_as_a_whole(examples: list[Example]) -> None:
