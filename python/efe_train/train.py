@@ -24,7 +24,16 @@ from efe_train.config import (
     parse_train_arguments,
     resumed,
 )
-from efe_train.data import Batch, Example, collate, epoch_batches, fingerprint, load_tasks, training_examples
+from efe_train.data import (
+    Batch,
+    Example,
+    collate,
+    epoch_batches,
+    evaluates_on_training_tasks,
+    fingerprint,
+    load_tasks,
+    training_examples,
+)
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.planner import Planner
 from efe_train.policy import Policy, Rollout, policy_state
@@ -360,8 +369,9 @@ def prepare(argv: Sequence[str]) -> Run:
     folder.write_config(config)
     run.tracker = start_tracker(config, folder)
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
+    shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     folder.say(
-        f"Data: {len(tasks)} tasks of {config.dataset}, {len(examples)} training queries, "
+        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(examples)} training queries, "
         f"{run.batches_per_epoch} batches per epoch, batches {trainer.batches_done + 1} to {run.total}\n"
         f"Device: {device}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
         f"Qwen: {about_qwen}\n"
@@ -390,5 +400,8 @@ def main(argv: Sequence[str]) -> int:
         if run.tracker is not None:
             run.tracker.end_training()
     run.folder.say(closing_table(run.folder.read_metrics(), time.perf_counter() - begun))
-    run.folder.say(f"Score it on the held-out tasks: efe-train evaluate --checkpoint {run.folder.path}")
+    scored = (
+        "tasks that it was trained on" if evaluates_on_training_tasks(run.trainer.config.dataset) else "held-out tasks"
+    )
+    run.folder.say(f"Score it on the {scored}: efe-train evaluate --checkpoint {run.folder.path}")
     return 0
