@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from efe_train.config import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 130 interrupted."""
+    """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 128 + N signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = evaluate.main if arguments[:1] == ["evaluate"] else train.main
     try:
@@ -24,10 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("efe-train: The GPU ran out of memory: try a smaller --batch_size.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "efe-train: Interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr
-        )
-        return 130
+        print("efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

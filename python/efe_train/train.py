@@ -34,6 +34,7 @@ from efe_train.data import (
     load_tasks,
     training_examples,
 )
+from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.planner import Planner
 from efe_train.policy import Policy, Rollout, policy_state
@@ -218,6 +219,7 @@ class Run:
 
         Raises:
             NotFinite: training met NaN or Inf; checkpoint.pt holds the last state that is known to be good.
+            Interrupted: SIGINT or SIGTERM came; checkpoint.pt holds the state after the batch that it came in.
         """
         trainer, done = self.trainer, self.trainer.batches_done
         for row in self.folder.cut_metrics(done):
@@ -227,19 +229,25 @@ class Run:
             self.folder.accept_candidate()
         self.clock = time.perf_counter()
         often = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True)
+        with SignalWatch() as signals, bar:
             for epoch, examples in self.upcoming():
                 self.train_batch(epoch, examples)
                 done = trainer.batches_done
-                if done == 1 or done % LOG_EVERY == 0 or done == self.total:
+                last = done == self.total or signals.received is not None
+                if done == 1 or done % LOG_EVERY == 0 or last:
                     row = self.read_metrics()
                     self.folder.say(log_line(row))
                     bar.set_postfix_str(bar_text(row), refresh=False)
-                if done % SAVE_EVERY == 0 and done < self.total:
+                bar.update()
+                if last:
+                    break
+                if done % SAVE_EVERY == 0:
                     self.save()
                     self.candidate = done
-                bar.update()
-        self.finish()
+            self.finish()
+        if done < self.total and signals.received is not None:
+            raise Interrupted(signals.received)
 
     def upcoming(self) -> Iterator[tuple[int, list[Example]]]:
         """Epoch and examples of each batch that is still to come."""
@@ -382,7 +390,7 @@ def prepare(argv: Sequence[str]) -> Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the flags say. Returns the exit code: 1 where training met NaN or Inf.
+    """Train as the flags say. Returns the exit code: 1 where training met NaN or Inf, 128 + N where signal N ended it.
 
     Raises:
         UserError: a mistake in the flags or the data.
@@ -396,6 +404,13 @@ def main(argv: Sequence[str]) -> int:
             f"Training stopped. {run.folder.path / 'checkpoint.pt'} holds the last state that is known to be good."
         )
         return 1
+    except Interrupted as stop:
+        done, path = run.trainer.batches_done, run.folder.path
+        run.folder.say(
+            f"Stopped by {stop.received.name} after batch {done} of {run.total}, which is saved: "
+            f"efe-train --resume --out {path} goes on from it."
+        )
+        return 128 + stop.received
     finally:
         if run.tracker is not None:
             run.tracker.end_training()
