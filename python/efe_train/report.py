@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,6 +93,7 @@ class RunFolder:
     def say(self, text: str) -> None:
         """Print above the progress bar, and keep in training.log."""
         tqdm.write(text)
+        sys.stdout.flush()  # a pipe would hold it back
         with written(self.path / "training.log", "ab") as file:
             file.write((text + "\n").encode())
 
@@ -191,8 +193,11 @@ def digest(file: Path) -> str:
 
 
 def check_tracker(name: str | None) -> None:
-    if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"--log_with {name} needs the package {name}, which is not installed: pip install {name}")
+    for package in ("accelerate", name) if name is not None else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--log_with {name} needs the package {package}, which is not installed: pip install {package}"
+            )
 
 
 def start_tracker(config: TrainConfig, folder: RunFolder) -> Any | None:
