@@ -161,11 +161,14 @@ class RunFolder:
                 # torch does not look at the checksums: weights that a power cut left as zeros would be taken.
                 broken = archive.testzip()
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            qwen = state.get("qwen", {})
+        except (OSError, MemoryError) as error:
+            raise UserError(f"{self.checkpoint} cannot be read ({error}).") from None
         except Exception as error:  # zipfile and torch raise what the broken file happens to break
             raise UserError(f"{self.checkpoint} is damaged ({type(error).__name__}): {REMEDY}.") from None
         if broken is not None:
             raise UserError(f"{self.checkpoint} is damaged (in {broken}): {REMEDY}.")
-        for name, expected in state.get("qwen", {}).items():
+        for name, expected in qwen.items():
             file = self.qwen / name
             if not file.is_file() or digest(file) != expected:
                 raise UserError(f"{file} is {'damaged' if file.exists() else 'missing'}: {REMEDY}.")

@@ -114,12 +114,13 @@ def test_settings_of_another_kind_are_named(settings: str, folder: Path, capsys:
 def test_the_checkpoint_of_another_model_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     del state["modules"]["planner"]["head.bias"]
-    torch.save(state, folder / "checkpoint.pt")
-    capsys.readouterr()
-    for command in (resume, evaluate):
-        assert command(folder) == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1 and f"{folder / 'checkpoint.pt'} does not fit" in message
+    for content, word in ((state, "does not fit"), ({"weights": 1}, "does not fit"), ([1], "is damaged")):
+        torch.save(content, folder / "checkpoint.pt")
+        capsys.readouterr()
+        for command in (resume, evaluate):
+            assert command(folder) == 2
+            message = capsys.readouterr().err
+            assert message.count("\n") == 1 and f"{folder / 'checkpoint.pt'} {word}" in message
 
 
 def test_a_run_whose_settings_are_lost_is_not_overwritten(
