@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import platform
 import re
+import signal
 import sys
 
 import torch
@@ -76,4 +77,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        # As every Unix tool: where the reader has gone, as with `| head`, there is nothing left to do.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
