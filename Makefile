@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
+EMULATED := build/emulated
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize aot bench gpu lint clean
+.PHONY: help train test sanitize emulate aot bench gpu lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
+	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
 	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
@@ -40,6 +42,16 @@ sanitize: $(VENV)/.built
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/advantage tests/prompt
+
+# csrc/prompt/cuda.cu without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
+# tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.
+emulate: $(VENV)/.built
+	$(BIN)/python -m tests.emulated.extension --quiet build --build-temp $(EMULATED)/objects --build-lib $(EMULATED)
+	rm -rf $(EMULATED)/tests $(EMULATED)/csrc
+	cp -r tests csrc $(EMULATED)
+	cd $(EMULATED) && $(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -p tests.emulated.served \
+	-m "not slow" tests/prompt
+	$(BIN)/python -m pytest tests/emulated
 
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
 aot: $(VENV)/.built
