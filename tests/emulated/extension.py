@@ -8,7 +8,6 @@ Runs in the root of the repository with the arguments of setup.py:
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -49,4 +48,4 @@ def write_if_new(file: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

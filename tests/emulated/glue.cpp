@@ -3,4 +3,4 @@
 #include "prompt/ops.h"
 
 #define CUDA CPU
-#include "prompt/cuda.cpp"
+#include "prompt/cuda_ops.cpp"

@@ -38,7 +38,8 @@ BARRIERS = [
         "block_sum without the barrier after its writes", PLAIN, "__syncthreads();", "", before="\n    A total = 0;"
     ),
     Mutation(
-        "pool_forward without the barrier after its writes", PLAIN, "__syncthreads();", "", before="\n\n        int total"
+        "pool_forward without the barrier after its writes",
+        PLAIN, "__syncthreads();", "", before="\n\n        int total",
     ),
     Mutation(
         "pool_forward without the barrier before its next block",
@@ -60,9 +61,13 @@ ALIGNMENT = [
     Mutation("pool_forward forgets that of columns", PLAIN, "args.column == 1 && ", ""),
     Mutation("pool_forward is wide at any width", ADDRESS, "args.width % kVector == 0 &&", ""),
     Mutation("pool_backward is always wide", ADDRESS, "aligned(args.grad_hidden, args.width, sizeof(T));", "true;"),
-    Mutation("load4 forgets the address", ADDRESS, " && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0;", ";"),
+    Mutation(
+        "load4 forgets the address", ADDRESS, " && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0;", ";"
+    ),
     Mutation("load4 forgets the stride", PLAIN, "row.column == 1 && ", ""),
-    Mutation("store4 forgets the address", ADDRESS, " && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0)", ")"),
+    Mutation(
+        "store4 forgets the address", ADDRESS, " && reinterpret_cast<uintptr_t>(data) % alignof(Pack<T, 4>) == 0)", ")"
+    ),
 ]  # fmt: skip
 
 BOUNDS = [
@@ -75,7 +80,10 @@ BOUNDS = [
         ADDRESS, "at < elements", "at <= elements", before="; at += stride) {\n        const int64_t row",
     ),
     Mutation("pool_backward writes one column too many", PLAIN, "column >= args.width", "column > args.width"),
-    Mutation("pool_backward writes one token too many", PLAIN, "l < place.end", "l <= place.end", before="; l += kPoolWarps)"),
+    Mutation(
+        "pool_backward writes one token too many",
+        PLAIN, "l < place.end", "l <= place.end", before="; l += kPoolWarps)",
+    ),
     Mutation("load4 is wide past the end", ADDRESS, "vector && begin + 4 <= count", "vector"),
     Mutation("load4 reads past the end", ADDRESS, " && begin + i < count ?", " ?"),
     Mutation("store4 is wide past the end", PLAIN, "begin + 4 <= count && ", "", before="reinterpret_cast"),
@@ -114,7 +122,8 @@ GRIDS = [
         PLAIN, "b += gridDim.x", "b = args.batch", before=") {\n        const Row<A> action",
     ),
     Mutation(
-        "log_prob_backward does not stride", PLAIN, "at += stride", "at = elements", before=") {\n        const int64_t b"
+        "log_prob_backward does not stride",
+        PLAIN, "at += stride", "at = elements", before=") {\n        const int64_t b",
     ),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p tests.emulated.served`): the emulated CUDA kernels serve what runs under it, every one of them."""
+"""A pytest plugin (`-p tests.emulated.served`): every emulated CUDA kernel serves what runs under it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_sessionstart() -> None:
     for op in (f"efe::{op}_{direction}" for op in OPS for direction in ("forward", "backward")):
         lines = torch._C._dispatch_dump(op).splitlines()
         serving = next((line for line in lines if line.startswith("CPU:")), "CPU: nothing")
-        if "csrc/prompt/cuda.cpp" not in serving:
+        if "csrc/prompt/cuda_ops.cpp" not in serving:
             pytest.exit(f"{op} is not served by the emulated CUDA kernels here, but by {serving!r}.", returncode=1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.emulated.build import KERNELS, MODES, Mode, Workshop, missing, workers
+from tests.emulated.build import KERNELS, MODES, PLAIN, Mode, Workshop, missing, workers
 from tests.emulated.mutations import ALL, Mutation
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,9 @@ def test_a_mistake_is_caught(mutation: Mutation, caught: dict[Mutation, str]) ->
 
 
 def test_a_mutation_whose_place_is_gone_or_ambiguous_is_refused() -> None:
+    mutation = Mutation("some mistake", PLAIN, "a < b", "a <= b", before=";")
+    assert mutation.apply("a < b) a < b;") == "a < b) a <= b;"
     with pytest.raises(ValueError, match="exactly once, it found 0"):
-        ALL[0].apply("")
+        mutation.apply("a < b)")
     with pytest.raises(ValueError, match="exactly once, it found 2"):
-        ALL[0].apply(2 * ALL[0].old)
+        mutation.apply("a < b; a < b;")

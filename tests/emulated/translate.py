@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 
-# What device.h and the headers in include/ define as CUDA has it.
+# What device.h and the headers in include/ define as CUDA has it, and the emulator's own namespace.
 KNOWN = {
     "__CUDACC__", "__global__", "__device__", "__forceinline__", "__syncthreads", "__shfl_xor_sync",
     "__half", "__half2float", "__float2half_rn", "__nv_bfloat16", "__bfloat162float", "__float2bfloat16_rn",
-    "cudaStream_t",
+    "cudaStream_t", "cuda_emulator",
 }  # fmt: skip
 REWRITTEN = {"__shared__", "__launch_bounds__"}
 # The namespace of our own launchers is called `cuda`; an index stands with the component that is asked for.
