@@ -6,17 +6,23 @@ SANITIZED := build/sanitized
 EMULATED := build/emulated
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
+# A CUDA build of torch, of another minor release than the one in constraints.txt: so two releases are tested.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV := .venv-cuda
+CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(CUDA_VENV)/constraints.txt
+CUDA_ARCH ?= 9.0
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize emulate aot bench gpu lint clean
+.PHONY: help train test sanitize emulate cuda-build aot bench gpu lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
 	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
+	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU"
 	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
@@ -53,6 +59,17 @@ emulate: $(VENV)/.built
 	-m "not slow" tests/prompt
 	$(BIN)/python -m pytest tests/emulated
 
+# Nothing of the source tree must serve the tests in place of what was installed: pytest appends it to the path.
+ifeq ($(shell command -v nvcc),)
+cuda-build:
+	@echo "make cuda-build is left out: nvcc is not on the PATH."
+else
+cuda-build: $(CUDA_VENV)/.torch
+	TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) EFE_KERNELS_CUDA=1 $(CUDA_PIP) --no-build-isolation ".[test]"
+	cd $(CUDA_VENV) && bin/python -W error:efe_kernels -m efe_kernels.info
+	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto
+endif
+
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
 aot: $(VENV)/.built
 	$(BIN)/python -m bench.aot --check
@@ -70,11 +87,18 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info efe_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info efe_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch "setuptools>=77" wheel ninja "pybind11>=2.13"
+	touch $@
+
+# The torch at hand brings its own Triton.
+$(CUDA_VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -v -e ^torch= -e ^triton= constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_PIP) $(CUDA_TORCH) "setuptools>=77" wheel ninja "pybind11>=2.13"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)

@@ -14,6 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 from setuptools import setup
@@ -34,15 +36,27 @@ ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
 
 
+def nvcc(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the toolkit's compiler; where there is none, exit code 127 and no output."""
+    found = shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
+    if found is None:
+        return subprocess.CompletedProcess(arguments, 127, "", "")
+    return subprocess.run([found, *arguments], capture_output=True, text=True)
+
+
 def nvcc_version() -> tuple[int, int] | None:
     """(major, minor) of the toolkit's compiler, None where there is none."""
-    nvcc = Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
-    if cpp_extension.CUDA_HOME is None or not nvcc.exists():
-        return None
-    found = re.search(
-        r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    found = re.search(r"release (\d+)\.(\d+)", nvcc("--version").stdout)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def toolkit() -> str | None:
+    """The folder that nvcc takes its headers from, or what torch found where there is no nvcc to ask.
+
+    torch finds the one above the nvcc on the PATH, which may be a link or a script that stands for that of the toolkit.
+    """
+    found = re.search(r"TOP=(.*)", nvcc("--dryrun", "-x", "cu", os.devnull).stderr)
+    return str(Path(found[1]).resolve()) if found else cpp_extension.CUDA_HOME
 
 
 def choose_cuda() -> tuple[bool, str]:
@@ -55,11 +69,11 @@ def choose_cuda() -> tuple[bool, str]:
     missing = []
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} was built without CUDA")
-    nvcc = nvcc_version()
-    if nvcc is None:
+    release = nvcc_version()
+    if release is None:
         missing.append("nvcc was not found (set CUDA_HOME)")
-    elif torch.version.cuda is not None and nvcc[0] != int(torch.version.cuda.split(".")[0]):
-        missing.append(f"nvcc is {nvcc[0]}.{nvcc[1]} where torch was built with CUDA {torch.version.cuda}")
+    elif torch.version.cuda is not None and release[0] != int(torch.version.cuda.split(".")[0]):
+        missing.append(f"nvcc is {release[0]}.{release[1]} where torch was built with CUDA {torch.version.cuda}")
     if missing and wish == "1":
         sys.exit(f"EFE_KERNELS_CUDA=1 asks for the CUDA sources, but {' and '.join(missing)}.")
     if missing:
@@ -67,15 +81,25 @@ def choose_cuda() -> tuple[bool, str]:
     return True, f"torch was built with CUDA {torch.version.cuda} and nvcc is in {cpp_extension.CUDA_HOME}"
 
 
+def sources(with_cuda: bool) -> list[str]:
+    """The sources of the extension, relative to the root. An object is named after its source without the ending, so no
+    two sources of a folder differ in the ending alone."""
+    found = {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp"), *ROOT.glob("csrc/*/*.cu")}
+    cuda_only = {*ROOT.glob("csrc/*/cuda_ops.cpp"), *ROOT.glob("csrc/*/*.cu")}
+    return sorted(str(source.relative_to(ROOT)) for source in (found if with_cuda else found - cuda_only))
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
 def extensions() -> list[cpp_extension.CppExtension]:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        print(f"efe-kernels: no C++ compiler ({compiler}) found: built without the extension, plain PyTorch serves.")
+    if shutil.which(compiler().split()[0]) is None:
+        print(f"efe-kernels: no C++ compiler ({compiler()}) found: built without the extension, plain PyTorch serves.")
         return []
+    cpp_extension.CUDA_HOME = toolkit()
     with_cuda, reason = choose_cuda()
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
-    cuda_only = {*ROOT.glob("csrc/*/cuda.cpp")}
-    sources = sorted({*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp")} - cuda_only)
     # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
     ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]
     flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", ""))}
@@ -83,14 +107,13 @@ def extensions() -> list[cpp_extension.CppExtension]:
     if with_cuda:
         known = ARCHITECTURES if (nvcc_version() or (0, 0)) >= (12, 8) else ARCHITECTURES_BEFORE_12_8
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known)
-        sources += sorted({*cuda_only, *ROOT.glob("csrc/*/*.cu")})
         flags["cxx"].append("-DEFE_WITH_CUDA")
         flags["nvcc"] = ["-O3"]
         kind = cpp_extension.CUDAExtension
     return [
         kind(
             "efe_kernels._C",
-            [str(source.relative_to(ROOT)) for source in sources],
+            sources(with_cuda),
             depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/*/*.h")),
             include_dirs=[str(ROOT / "csrc")],
             extra_compile_args=flags,
@@ -99,4 +122,38 @@ def extensions() -> list[cpp_extension.CppExtension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": cpp_extension.BuildExtension})
+class BuildExtension(cpp_extension.BuildExtension):
+    """Where the CUDA sources do not build, the last line says in a sentence what to do."""
+
+    def build_extensions(self) -> None:
+        try:
+            super().build_extensions()
+        except Exception as error:
+            if not any(source.endswith(".cu") for extension in self.extensions for source in extension.sources):
+                raise
+            traceback.print_exception(error)
+            sys.exit(
+                f"efe-kernels: the CUDA sources do not build with nvcc {'.'.join(map(str, nvcc_version() or ()))}, "
+                f"{compiler()} and torch {torch.__version__} for the architectures "
+                f"{os.environ['TORCH_CUDA_ARCH_LIST']}: {refusal_of_nvcc() or 'what the compiler says stands above'}. "
+                "Name a C++ compiler that this nvcc takes (for example CC=gcc-12 CXX=g++-12), a toolkit that fits "
+                "torch (CUDA_HOME) or other architectures (TORCH_CUDA_ARCH_LIST), or set EFE_KERNELS_CUDA=0 to build "
+                "without the CUDA sources: plain PyTorch then serves the prompt ops on a GPU, Triton the others."
+            )
+
+
+def refusal_of_nvcc() -> str | None:
+    """What nvcc has against a source that only includes its own header, or None where it compiles that."""
+    host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "header.cu")
+        source.write_text("#include <cuda_runtime.h>\n")
+        done = nvcc(*host, "-c", str(source), "-o", f"{source}.o")
+    if done.returncode == 0:
+        return None
+    told = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return next((line for line in told if re.search("error|fatal", line)), "nvcc fails").rstrip(".")
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,11 +1,15 @@
-"""`make gpu`: everything that only a GPU can tell, in one command, from a source tree and without a network.
+"""`make gpu`: what only a GPU can tell, from a source tree and without a network, in two runs of ten minutes.
 
-    python -m bench.gpu [--out DIR] [--minutes 9] [--only NAME ...]
+    python -m bench.gpu --stage check     builds, then asks whether everything is right, the quickest answers first
+    python -m bench.gpu --stage time      builds, then measures
+    python -m bench.gpu                   both, in 18 minutes
+                        [--out DIR] [--minutes M] [--only NAME ...]
 
 Needs torch, triton, a C++ compiler, nvcc, pytest and pytest-benchmark; transformers for the parts that train. Whatever
 else is missing (compute-sanitizer, the peers, matplotlib) is named and left out. A part that fails does not stop the
-next one; the exit code says whether any failed. Without a GPU the same parts run as far as the first launch (the Triton
-kernels under the interpreter and through the compiler), and what is left out is named.
+next one; the exit code says whether any failed. A part whose time is over is interrupted and keeps what it has; so does
+the whole run, whose summary is written after every part. Without a GPU the same parts run as far as the first launch
+(the Triton kernels under the interpreter and through the compiler), and what is left out is named.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
@@ -32,7 +37,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.cuda.is_available()
 CORES = os.cpu_count() or 1
-FAMILIES = ("efe_loss", "advantage", "prompt", "arc_efe")
+JOBS = min(CORES, 12) if GPU else 1
+MINUTES = 8.7  # of a stage
 # CUDA's own programs need not be on the PATH.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *([f"{CUDA_HOME}/bin"] if CUDA_HOME else [])])
 GRACE = 20  # seconds for a part to write down what it has when its time is over
@@ -40,20 +46,21 @@ GRACE = 20  # seconds for a part to write down what it has when its time is over
 
 @dataclass(frozen=True)
 class Part:
-    """command: on a GPU. dry: without one; None leaves the part out. limit: seconds. needs: modules and programs.
+    """command: on a GPU. dry: without one; None leaves the part out. needs: modules and programs.
 
-    together: runs at the same time as its neighbours that do; what is timed runs alone. least: seconds that the parts
-    before it leave to it. In a command {minutes} stands for the time that the part has.
+    limit: seconds that it may take; least: of them, those that the parts before it leave to it. In a command {minutes}
+    stands for the time that the part has. together: runs at the same time as its neighbours that do; what needs the
+    whole GPU, to fill its memory or to be timed, runs alone.
     """
 
     name: str
     command: list[str]
     limit: int
+    least: int
     dry: list[str] | None = None
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     together: bool = False
-    least: int = 0
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if not importlib.util.find_spec(name) and not shutil.which(name, path=PATH)]
@@ -73,8 +80,8 @@ def python(module: str, *arguments: str) -> list[str]:
 
 def tests(*arguments: str) -> list[str]:
     """Compiling the kernels is most of the time of their tests, so they run in parallel where pytest-xdist is there."""
-    workers = ["-n", str(min(CORES, 12))] if importlib.util.find_spec("xdist") and GPU else []
-    return python("pytest", "-p", "no:cacheprovider", "--durations=5", *workers, *arguments)
+    workers = ["-n", str(JOBS)] if importlib.util.find_spec("xdist") and GPU else []
+    return python("pytest", "-p", "no:cacheprovider", "--durations=5", *workers, "-m", "not slow", *arguments)
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -83,54 +90,79 @@ def sanitizer(tool: str) -> list[str]:
 
 
 def training_run(precision: str, out: Path) -> list[str]:
-    tasks, run_folder = str(out / "tasks"), str(out / f"train-{precision}")
+    tasks, run_folder = str(out / f"tasks-{precision}"), str(out / f"train-{precision}")
     train = python("efe_train", "--device", "cuda", "--precision", precision, "--max_batches", "40")
     write = shlex.join(python("bench.training", "tasks", "--out", tasks))
     return ["sh", "-c", f"{write} && {shlex.join([*train, '--dataset', tasks, '--out', run_folder])}"]
 
 
-def parts(out: Path) -> list[Part]:
-    jobs = ["--jobs", str(min(CORES, 12) if GPU else 1)]
-    families = [path for name in FAMILIES if (path := f"tests/{name}") and (ROOT / path).is_dir()]
+def parts(stages: Sequence[str], out: Path) -> list[Part]:
+    """Each stage begins with a build, because it may be the first on its machine."""
+    of_stage = {"check": checks, "time": timings}
+    return [*preparation(), *(part for stage in stages for part in of_stage[stage](out))]
+
+
+def preparation() -> list[Part]:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    info, copy, smoke = python("efe_kernels.info"), python("bench.measure"), python("bench.smoke", *jobs)
-    variants = python("bench.variants", *jobs, "--json", str(out / "variants.json"))
-    compiler = python("bench.aot", "--arch", "sm_90", "--json", str(out / "aot.json"))
-    record = str(out / "latest.json")
-    suite = python("bench", "--out", str(out), "--only", "suite", "--minutes", "{minutes}")
-    sweep = python("bench.sweep", *jobs, "--into", record, "--minutes", "{minutes}")
-    parity = python("bench.training", "parity")
-    system = python("bench.training", "--into", record)
-    report = python("bench.render", record, "--out", str(out))
+    serves = python("pytest", "-p", "no:cacheprovider", "tests/common/test_info.py")
+    demanded = {"EFE_KERNELS_CUDA": "1"} if GPU else {}
+    info = python("efe_kernels.info")
+    return [
+        Part("build", build, 200, 120, None, ("nvcc",), build_environment()),
+        Part("versions", info, 60, 10, info),
+        Part("who serves what", serves, 60, 10, serves, ("pytest",), demanded),
+    ]
+
+
+def checks(out: Path) -> list[Part]:
+    """From the quickest answer to the slowest."""
+    smoke, parity = python("bench.smoke", "--jobs", str(JOBS)), python("bench.training", "parity")
     interpreter = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # Each tensor an allocation of its own, so that memcheck sees an access past its end.
     plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    train = ("transformers",)
+    pytest, train, memory = ("pytest",), ("transformers",), ("compute-sanitizer",)
+    large = python("pytest", "-p", "no:cacheprovider", "tests/gpu/test_large.py")
+    others = ("tests/efe_loss", "tests/advantage", "tests/arc_efe", "tests/common")
 
-    def beside(*settings: Any) -> Part:
-        return replace(Part(*settings), together=True)
+    def tested(name: str, limit: int, least: int, *paths: str) -> Part:
+        return Part(name, tests(*paths), limit, least, tests(*paths, "--collect-only"), pytest)
 
-    def assured(least: int, *settings: Any) -> Part:
-        return replace(Part(*settings), least=least)
+    def beside(name: str, command: list[str], dry: list[str] | None) -> Part:
+        return Part(name, command, 90, 15, dry, train, together=True)
 
     return [
-        Part("build", build, 240, None, ("nvcc",), build_environment()),
-        Part("what serves what", info, 60, info),
-        Part("copy roofline", copy, 60, copy),
-        Part("every kernel once", smoke, 150, smoke, (), {} if GPU else interpreter),
-        Part("kernel variants", variants, 120, compiler),
-        beside("GPU tests", tests("tests/gpu"), 150, tests("tests/gpu"), ("pytest",)),
-        beside("kernel tests", tests(*families), 200, tests(*families, "--collect-only"), ("pytest",)),
-        beside("memcheck", sanitizer("memcheck"), 150, None, ("compute-sanitizer",), plain_memory),
-        beside("racecheck", sanitizer("racecheck"), 150, None, ("compute-sanitizer",)),
-        beside("parity of training", parity, 90, [*parity, "--devices", "cpu", "cpu"], train),
-        beside("fp16 training", training_run("fp16", out), 90, None, train),
-        beside("bf16 training", training_run("bf16", out), 90, None, train),
-        beside("compile for benchmarks", [*smoke, "--full"], 150),
-        assured(100, "benchmarks", suite, 200, [*suite, "-k", "seed and not compile"], ("pytest_benchmark",)),
-        assured(70, "sweep over T and B", sweep, 90, [*sweep, "--small"]),
-        assured(80, "training benchmark", [*system, "--precision", "bf16"], 100, [*system, "--batch", "1"], train),
-        assured(50, "tables and plots", report, 60, report),
+        Part("every op once", smoke, 120, 40, smoke, (), {} if GPU else interpreter),
+        tested("GPU tests", 120, 50, "tests/gpu"),
+        tested("prompt tests", 60, 25, "tests/prompt"),
+        tested("tests of the other families", 150, 50, *others),
+        Part("memcheck", sanitizer("memcheck"), 120, 40, None, memory, plain_memory),
+        Part("racecheck", sanitizer("racecheck"), 90, 30, None, memory),
+        beside("parity of training", parity, [*parity, "--devices", "cpu", "cpu"]),
+        beside("bf16 training", training_run("bf16", out), None),
+        beside("fp16 training", training_run("fp16", out), None),
+        Part("large tensors", large, 90, 40, [*large, "--collect-only"], pytest),
+    ]
+
+
+def timings(out: Path) -> list[Part]:
+    jobs = ["--jobs", str(JOBS)]
+    record = str(out / "latest.json")
+    copy, compiled = python("bench.measure"), python("bench.smoke", *jobs, "--full")
+    variants = python("bench.variants", *jobs, "--json", str(out / "variants.json"))
+    compiler = python("bench.aot", "--arch", "sm_90", "--json", str(out / "aot.json"))
+    suite = python("bench", "--out", str(out), "--only", "suite", "--minutes", "{minutes}")
+    sweep = python("bench.sweep", *jobs, "--into", record, "--minutes", "{minutes}")
+    system = python("bench.training", "--into", record)
+    report = python("bench.render", record, "--out", str(out))
+    one_batch = [*system, "--batch", "1"]
+    return [
+        Part("copy roofline", copy, 60, 20, copy),
+        Part("compile for benchmarks", compiled, 120, 40),
+        Part("benchmarks", suite, 200, 100, [*suite, "-k", "seed and not compile"], ("pytest_benchmark",)),
+        Part("kernel variants", variants, 100, 40, compiler),
+        Part("training benchmark", [*system, "--precision", "bf16"], 90, 40, one_batch, ("transformers",)),
+        Part("sweep over T and B", sweep, 80, 40, [*sweep, "--small"]),
+        Part("tables and plots", report, 60, 20, report),
     ]
 
 
@@ -172,16 +204,12 @@ def run(part: Part, out: Path, end: float) -> Outcome:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the part and all that it started, so that it can write down what it has; then end it."""
+    """Interrupt the part and all that it started, so that it can write down what it has; then end what is left."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
 
 
 def last_line(log: Path) -> str:
@@ -195,21 +223,32 @@ def summary(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def write_summary(outcomes: list[Outcome], out: Path) -> None:
+    results = [
+        {"part": found.part.name, "status": found.status, "seconds": round(found.seconds, 1), "note": found.note}
+        for found in outcomes
+    ]
+    (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "summary.txt").write_text(summary(outcomes) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--stage", choices=("check", "time"), help="only this one")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.7, help="for all parts together")
+    parser.add_argument("--minutes", type=float, help=f"for all parts together, by default {MINUTES} for a stage")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these parts")
     options = parser.parse_args()
+    stages = [options.stage] if options.stage else ["check", "time"]
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if GPU else "no GPU: a dry run, as far as the first launch"
     print(f"torch {torch.__version__}, {name}. Logs and results: {options.out}", flush=True)
-    end = time.monotonic() + 60 * options.minutes
+    end = time.monotonic() + 60 * (options.minutes or MINUTES * len(stages))
     outcomes: list[Outcome] = []
-    wanted = [part for part in parts(out) if not options.only or part.name in options.only]
+    wanted = [part for part in parts(stages, out) if not options.only or part.name in options.only]
     ends = {part.name: end - sum(later.least for later in wanted[i + 1 :]) for i, part in enumerate(wanted)}
     for together, group in itertools.groupby(wanted, key=lambda part: part.together):
         members = list(group)
@@ -217,14 +256,8 @@ def main() -> int:
             for found in pool.map(lambda part: run(part, out, ends[part.name]), members):
                 outcomes.append(found)
                 print(f"{found.status:<11}{found.seconds:>7.1f} s  {found.part.name}", flush=True)
-    results = [
-        {"part": found.part.name, "status": found.status, "seconds": round(found.seconds, 1), "note": found.note}
-        for found in outcomes
-    ]
-    (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = summary(outcomes)
-    (out / "summary.txt").write_text(text + "\n")
-    print(f"\n{text}")
+                write_summary(outcomes, out)
+    print(f"\n{summary(outcomes)}")
     return 1 if any(found.status in ("FAILED", "TIME OVER") for found in outcomes) else 0
 
 

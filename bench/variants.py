@@ -136,14 +136,16 @@ def main() -> int:
     chosen = variants(SMALL if options.small else plan(4096))
     if options.jobs > 1:
         in_parallel(compile_variant, chosen, options.jobs)
-    rows = []
-    for variant in chosen:
-        rows.append(measure(variant))
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        for variant in chosen:
+            rows.append(measure(variant))
+            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    finally:  # what was measured before an interruption is kept
+        if options.json is not None:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
     print("\n" + columns([names, *([str(row.get(name, "")) for name in names] for row in rows)], False))
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if any(row.get("right") is False for row in rows) else 0
 
 

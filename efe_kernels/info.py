@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import re
 import sys
 
 import torch
 
 import efe_kernels  # noqa: F401  (declares the ops)
 from efe_kernels.common import extension
-from efe_kernels.common.library import INTERPRET, OPS
+from efe_kernels.common.library import OPS
 
 
 def version(package: str) -> str:
@@ -37,11 +38,19 @@ def compiled_extension() -> str:
     return f"built with torch {release}, CUDA sources {'on' if module.with_cuda else 'off'}"
 
 
+def registered_at(op: str, key: str) -> str | None:
+    """The source file of the kernel that torch's dispatcher has for an op under a key ("CPU", "CUDA"), None where it
+    falls back to the reference."""
+    found = re.search(rf"^{key}: registered at (.*):\d+ ::", torch._C._dispatch_dump(f"efe::{op}"), re.MULTILINE)
+    return found[1] if found else None
+
+
 def backend(op: str, device: str) -> str:
-    """Who serves an op on a device: the kernels registered for it, else the reference."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"efe::{op}", device):
+    """Who serves an op on a device."""
+    source = registered_at(op, device)
+    if source is None:
         return "reference"
-    if OPS[op] and (device == "CUDA" or INTERPRET):
+    if source.endswith(".py"):
         return "Triton" if device == "CUDA" else "Triton (interpreter)"
     return "C++" if device == "CPU" else "CUDA C++"
 

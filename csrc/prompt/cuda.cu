@@ -1,5 +1,5 @@
 // The CUDA kernels of prompt refinement. Sums run in a fixed order (lanes, then warps, then chunks), without atomics:
-// every run gives the same bits. No torch header: cuda.cpp is the glue.
+// every run gives the same bits. No torch header: cuda_ops.cpp is the glue.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from efe_kernels import info
+from efe_kernels.common import library
 from tests.gpu.ops import OPS, Op, in_double, step, upstream_of
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
@@ -22,6 +24,12 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("op", "triton"), library.OPS.items(), ids=library.OPS)
+def test_no_op_is_left_to_the_reference(op: str, triton: object) -> None:
+    """Equal results alone would not show it."""
+    assert info.backend(op, "CUDA") == ("Triton" if triton else "CUDA C++")
 
 
 @every_op

@@ -51,7 +51,7 @@ def test_glue_compiles() -> None:
     includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
     command = [
         compiler, "-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DEFE_WITH_CUDA",
-        *includes, *cuda_includes(), str(CSRC / "prompt" / "cuda.cpp"),
+        *includes, *cuda_includes(), str(CSRC / "prompt" / "cuda_ops.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""What setup.py hands to the compilers, and what it says where they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from setuptools import Distribution
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("efe_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("with_cuda", [False, True])
+def test_no_two_sources_share_an_object(setup: ModuleType, with_cuda: bool) -> None:
+    objects = [Path(source).with_suffix(".o") for source in setup.sources(with_cuda)]
+    assert len(objects) == len(set(objects))
+
+
+def test_every_source_is_built_and_only_cuda_needs_cuda(setup: ModuleType) -> None:
+    everything = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
+    assert set(setup.sources(True)) == everything
+    for source in everything:
+        needs_cuda = source.endswith(".cu") or "c10/cuda" in (ROOT / source).read_text()
+        assert (source not in setup.sources(False)) == needs_cuda, source
+
+
+def put_nvcc(folder: Path, script: str) -> None:
+    """A stand-in for nvcc, a shell script, where a toolkit in this folder has it."""
+    file = folder / "bin" / "nvcc"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+
+
+def test_the_toolkit_is_where_nvcc_says_that_it_is(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nvcc on the PATH may be a script in a folder that has no CUDA headers beside it."""
+    put_nvcc(tmp_path / "local", f"echo '#$ TOP={tmp_path}/toolkit/bin/..' >&2")
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path / "local"))
+    assert setup.toolkit() == str(tmp_path / "toolkit")
+
+
+def test_without_nvcc_there_is_no_compiler_to_tell_its_version(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert setup.nvcc_version() is None
+
+
+REFUSES = """
+case "$*" in
+    --version) echo 'Cuda compilation tools, release 13.0, V13.0.88';;
+    *) echo 'host_config.h:128: error: unsupported GNU version! gcc later than 15 is not supported.' >&2; exit 1
+esac
+"""
+TAKES = "case \"$*\" in --version) echo 'Cuda compilation tools, release 13.0, V13.0.88';; esac"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "cause"),
+    [(REFUSES, "unsupported GNU version"), (TAKES, "what the compiler says stands above")],
+    ids=["nvcc refuses the host's compiler", "another reason"],
+)
+def test_where_the_cuda_sources_do_not_build_the_last_line_says_what_to_do(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvcc: str, cause: str
+) -> None:
+    put_nvcc(tmp_path, nvcc)
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    build = failing_build(setup, monkeypatch, ["csrc/prompt/cuda.cu"])
+    with pytest.raises(SystemExit) as caught:
+        build.build_extensions()
+    told = str(caught.value.code)
+    for needed in (cause, "nvcc 13.0", f"torch {torch.__version__}", "CXX=", "CUDA_HOME", "EFE_KERNELS_CUDA=0"):
+        assert needed in told
+
+
+def test_a_failure_of_the_cpp_sources_is_not_blamed_on_cuda(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = failing_build(setup, monkeypatch, ["csrc/bindings.cpp"])
+    with pytest.raises(RuntimeError, match="compiling objects"):
+        build.build_extensions()
+
+
+def failing_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, sources: list[str]) -> Any:
+    def fail(_: object) -> None:
+        raise RuntimeError("Error compiling objects for extension")
+
+    monkeypatch.setattr(setup.cpp_extension.BuildExtension, "build_extensions", fail)
+    build = setup.BuildExtension(Distribution())
+    build.extensions = [SimpleNamespace(sources=sources)]
+    return build
