@@ -22,26 +22,19 @@ def test_the_kernels_are_sound(mode: Mode, workshop: Workshop) -> None:
     assert workshop.drive(mode, KERNELS.read_text()) == ""
 
 
-@pytest.fixture(scope="module")
-def caught(workshop: Workshop) -> dict[Mutation, str]:
-    """What the mode that is to catch a mutation says to it."""
+def test_every_mistake_is_caught(workshop: Workshop) -> None:
     source = KERNELS.read_text()
+    tried = [mutation for mutation in ALL if missing(mutation.caught_by) is None]
 
     def drive(index: int) -> str:
-        mutation = ALL[index]
-        wrong = missing(mutation.caught_by)
-        return wrong or workshop.drive(mutation.caught_by, mutation.apply(source), f"mutation{index}")
+        return workshop.drive(tried[index].caught_by, tried[index].apply(source), f"mutation{index}")
 
     with workers() as pool:
-        return dict(zip(ALL, pool.map(drive, range(len(ALL))), strict=True))
-
-
-@pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: f"{mutation.name} [{mutation.caught_by.name}]")
-def test_a_mistake_is_caught(mutation: Mutation, caught: dict[Mutation, str]) -> None:
-    wrong = missing(mutation.caught_by)
-    if wrong is not None:
-        pytest.skip(wrong)
-    assert caught[mutation] != ""
+        complaints = list(pool.map(drive, range(len(tried))))
+    missed = [f"{m.name} [{m.caught_by.name}]" for m, said in zip(tried, complaints, strict=True) if not said]
+    assert not missed
+    if len(tried) < len(ALL):
+        pytest.skip(f"{len(ALL) - len(tried)} mutations are not tried, a sanitizer is missing here")
 
 
 def test_a_mutation_whose_place_is_gone_or_ambiguous_is_refused() -> None:
