@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
+EMULATED := build/emulated
 # The oldest release of Triton that pyproject.toml admits; OLDEST_TRITON=3.6 compiles with another one.
 OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST := build/triton-$(OLDEST_TRITON)
@@ -17,12 +18,13 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize cuda-build aot aot-pinned aot-oldest projection bench gpu lint clean
+.PHONY: help train test sanitize emulate cuda-build aot aot-pinned aot-oldest projection bench gpu lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
+	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
 	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU"
 	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions, with the"
 	@echo "               pinned Triton (make aot-pinned) and with the oldest that is supported (make aot-oldest)"
@@ -35,10 +37,12 @@ help:
 train: $(VENV)/.built
 	$(BIN)/efe-train $(TRAIN_ARGS)
 
-# The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter.
+# The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter; `emulate` does
+# so with the CUDA C++ kernels.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/emulated
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
+	$(MAKE) emulate
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
 # own output lets the report of a sanitizer through; an extension that does not load is an error, not a warning.
@@ -52,6 +56,16 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/advantage tests/prompt
 
+# csrc/prompt/cuda.cu without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
+# tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.
+emulate: $(VENV)/.built
+	$(BIN)/python -m tests.emulated.extension --quiet build --build-temp $(EMULATED)/objects --build-lib $(EMULATED)
+	rm -rf $(EMULATED)/tests $(EMULATED)/csrc
+	cp -r tests csrc $(EMULATED)
+	cd $(EMULATED) && $(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -p tests.emulated.served \
+	-m "not slow" tests/prompt
+	$(BIN)/python -m pytest tests/emulated
+
 # Nothing of the source tree must serve the tests in place of what was installed: pytest appends it to the path.
 ifeq ($(shell command -v nvcc),)
 cuda-build:
@@ -60,7 +74,7 @@ else
 cuda-build: $(CUDA_VENV)/.torch
 	TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) EFE_KERNELS_CUDA=1 $(CUDA_PIP) --no-build-isolation ".[test]"
 	cd $(CUDA_VENV) && bin/python -W error:efe_kernels -m efe_kernels.info
-	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto
+	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto --ignore tests/emulated
 endif
 
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
