@@ -22,6 +22,7 @@ from efe_kernels.advantage.policy_gradient_loss.ops import policy_gradient_loss 
 from efe_kernels.advantage.rl_advantage.ops import rl_advantage as rl_advantage_op
 from efe_kernels.advantage.trace.ops import trace
 from efe_kernels.common import checks
+from efe_kernels.common.autograd import apply
 from efe_kernels.efe_loss.ops import EFELossFunction
 from efe_kernels.efe_loss.reference import TERMS as EFE_TERMS
 from efe_kernels.prompt.ops import MaskedMeanPoolFunction, RefinePromptFunction, SquashedLogProbFunction
@@ -158,8 +159,8 @@ def efe_loss(
             promise = grad_scale.detach().to(torch.float32, copy=True)
             if reduction == "mean":
                 promise = promise / logits.shape[0]  # the very operation with which autograd differentiates the mean
-    total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
-        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
+    total, terms, mask_ratio, scale, _ = apply(
+        EFELossFunction, logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,
         [float(getattr(weights, name)) for name in EFE_TERMS], hard_cell, float(hard_cell_min_ratio), max_cells,
         ignore_index, promise,
@@ -269,7 +270,7 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
         if mask.is_complex():
             raise TypeError(f"mask must be bool, integer or floating, it was {mask.dtype}.")
         mask = mask != 0
-    pooled = MaskedMeanPoolFunction.apply(hidden, mask)
+    pooled = apply(MaskedMeanPoolFunction, hidden, mask)
     return pooled if batched else pooled[0]
 
 
@@ -338,8 +339,8 @@ def refine_prompt(
         raise ValueError(f"seed must be None where noise is given, it was {seed!r}.")
     key = seed_tensor(seed) if noise is None else None
     dtype = common_dtype(prompt, mean, log_std, noise)
-    refined, action, log_prob, entropy = RefinePromptFunction.apply(
-        prompt.double() if dtype == torch.float64 else prompt, mean.to(dtype), log_std.to(dtype),
+    refined, action, log_prob, entropy = apply(
+        RefinePromptFunction, prompt.double() if dtype == torch.float64 else prompt, mean.to(dtype), log_std.to(dtype),
         None if noise is None else noise.detach().to(dtype), key, float(delta_scale),
     )  # fmt: skip
     refined = refined.to(prompt.dtype)
@@ -378,8 +379,8 @@ def squashed_log_prob(
         action, mean = action[None], add_batch("mean", mean, "[D+1]")
     check_policy(tuple(action.shape), delta_scale, "action", action, mean=mean, log_std=log_std)
     dtype = common_dtype(action, mean, log_std)
-    log_prob, entropy = SquashedLogProbFunction.apply(
-        action.to(dtype), mean.to(dtype), log_std.to(dtype), float(delta_scale)
+    log_prob, entropy = apply(
+        SquashedLogProbFunction, action.to(dtype), mean.to(dtype), log_std.to(dtype), float(delta_scale)
     )
     return (log_prob, entropy) if batched else (log_prob[0], entropy[0])
 
