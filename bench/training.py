@@ -167,7 +167,7 @@ def parity(first: str, second: str, side: int) -> int:
     """Train on two devices from the same state with the same noise; compare every step's loss."""
     import torch
 
-    # By default cuDNN may round the operands of a convolution to the 10 bits of TF32, which alone exceeds the tolerance.
+    # cuDNN may round the operands of a convolution to the 10 bits of TF32, which alone exceeds the tolerance.
     torch.backends.cudnn.allow_tf32 = False
     losses = []
     for device in (first, second):

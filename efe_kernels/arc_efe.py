@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -481,6 +482,14 @@ class EFELoss(nn.Module):
 
     def _preference(self, height: int, width: int, prompt: Tensor | None, outside: Tensor | None) -> Tensor:
         """clamp P, [C, H, W]."""
+        key = f"{height}x{width}"
+        if key not in self.preference_embeddings and self.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"efe_kernels.arc_efe.EFELoss: this call made the preference of {key} cells, which an optimizer or a "
+                f"DistributedDataParallel made before does not know and so never trains; call ensure_preference("
+                f"{height}, {width}), and so for every other size, before they are made.",
+                stacklevel=4,
+            )
         logits = self.ensure_preference(height, width).movedim(-1, 0)
         logits = logits.to(wide_dtype(logits.device))
         if prompt is not None:

@@ -295,8 +295,8 @@ def test_clear_errors(device: str) -> None:
         (ValueError, "value_target must be on the device of log_prob", {"value_target": tensors["value"].to("meta")}),
         (ValueError, "advantage must have the shape of log_prob", {"advantage": tensors["value"][:, None]}),
         (ValueError, "old_log_prob must have the shape of log_prob", {"old_log_prob": tensors["value"][:1]}),
-        (ValueError, "clip must be positive, it was 0", {"clip": 0}),
-        (ValueError, "clip must be positive, it was nan", {"clip": math.nan}),
+        (ValueError, "clip must be positive and not NaN, it was 0", {"clip": 0}),
+        (ValueError, "clip must be positive and not NaN, it was nan", {"clip": math.nan}),
     ]
     for error, message, replaced in wrong:
         with pytest.raises(error, match=message):

@@ -248,7 +248,7 @@ def test_clear_errors(device: str) -> None:
          {"normalize": "relu"}),
         (ValueError, "group_size must divide the 6 elements of reward, it was 4", (reward, value),
          {"whiten": True, "group_size": 4}),
-        (ValueError, "group_size must divide the 6 elements of reward, it was 0", (reward, value),
+        (ValueError, "group_size must be at least 1, it was 0", (reward, value),
          {"whiten": True, "group_size": 0}),
         (ValueError, "group_size must be None unless whiten is True, it was 3", (reward, value), {"group_size": 3}),
     ]  # fmt: skip
