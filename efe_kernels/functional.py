@@ -871,6 +871,7 @@ def check_trajectories(terminated: Tensor, truncated: Tensor | None, **tensors: 
     first_name, first = next(iter(tensors.items()))
     if first.dim() == 0:
         raise ValueError(f"{first_name} must have the shape [..., T], it was [].")
+    checks.check_tensor("terminated", terminated)
     check_mask(terminated, first_name, first, "terminated")
     check_mask(truncated, first_name, first, "truncated")
 
