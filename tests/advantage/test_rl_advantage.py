@@ -288,6 +288,17 @@ def test_compiles_as_one_graph(device: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [8, 5000, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_equal_rewards_that_overflow_when_scaled_are_equal(dtype: torch.dtype, size: int, device: str) -> None:
+    reward = torch.full((size,), 6e4, dtype=dtype, device=device)
+    value = torch.zeros_like(reward).requires_grad_()
+    advantage = rl_advantage(reward, value, reward_scale=1e36, normalize=None, whiten=True)
+    assert not advantage.any()
+    (gradient,) = torch.autograd.grad(advantage.sum(), value)
+    assert not gradient.any()
+
+
 def test_clear_errors(device: str) -> None:
     reward, value, mask = torch.randn(6, device=device), torch.randn(6, device=device), torch.ones(6, device=device)
     wrong: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
@@ -301,7 +312,7 @@ def test_clear_errors(device: str) -> None:
          {"normalize": "relu"}),
         (ValueError, "group_size must divide the 6 elements of reward, it was 4", (reward, value),
          {"whiten": True, "group_size": 4}),
-        (ValueError, "group_size must divide the 6 elements of reward, it was 0", (reward, value),
+        (ValueError, "group_size must be at least 1, it was 0", (reward, value),
          {"whiten": True, "group_size": 0}),
         (ValueError, "group_size must be None unless whiten is True, it was 3", (reward, value), {"group_size": 3}),
     ]  # fmt: skip

@@ -517,7 +517,7 @@ WRONG = {
     "logits of 3 dimensions": (
         lambda i: {"logits": i["logits"][0, 0]},
         ValueError,
-        r"logits must have the shape \[T, H, W, C\]",
+        r"logits must have the shape \[B, T, H, W, C\] or \[T, H, W, C\]",
     ),
     "NaN target": (
         lambda i: {"target": i["target"] * float("nan")},
@@ -546,7 +546,7 @@ WRONG = {
         "backward_logits must have the shape",
     ),
     "final of a plan": (lambda i: {"final_logits": i["logits"]}, ValueError, "final_logits must have the shape"),
-    "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have the shape"),
+    "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have D >= C = 10 dimensions"),
     "projection transposed": (
         lambda i: {"projection": i["projection"].T},
         ValueError,
