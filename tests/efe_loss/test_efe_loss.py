@@ -63,10 +63,20 @@ def test_matches_reference_in_double(case: Case, dtype: torch.dtype, device: str
         assert_close(name, gradient, expected_gradients[name], TOLERANCE[gradient.dtype])
 
 
+@pytest.mark.parametrize("outcomes", [10, 300, 3200])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No further from float64 than plain PyTorch is that computes in the inputs' own dtype, up to a rounding."""
-    case = Case(backward=True, observation=True, anchor=False)
+    side = 4 if outcomes == 10 else 2
+    case = Case(
+        backward=True,
+        observation=True,
+        anchor=False,
+        outcomes=outcomes,
+        prompt_dim=outcomes + 6,
+        height=side,
+        width=side,
+    )
     inputs = case.inputs(dtype, device)
     preference = inputs["preference_logits"].detach()[: case.height, : case.width]
     inputs["preference_logits"] = preference.clone().requires_grad_()
@@ -96,6 +106,22 @@ def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.Monke
         # The interpreter has no fused multiply-add: it rounds twice where the GPU rounds once.
         rounding = (2 if INTERPRET else 1) * torch.finfo(ours.dtype).eps * exact.abs().max().item()
         assert error <= allowed + rounding, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    inputs = Case(batch=70, prompt_dim=200).inputs()
+    leaves = [value for value in inputs.values() if value.requires_grad]
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            total = efe_loss(**inputs, weights=WEIGHTS).total
+            found.append((total.detach(), *torch.autograd.grad(total, leaves)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_half_precision_gradients_survive_a_large_mean(device: str) -> None:
