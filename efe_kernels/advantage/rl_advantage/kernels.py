@@ -61,16 +61,19 @@ def load_advantage(
     reward_scale,
     NORMALIZE: tl.constexpr,
 ):
-    """Normalised reward minus value, and which elements count."""
+    """Normalised reward minus value, and which elements count.
+
+    Those that do not count are loaded and dropped: loads under the bounds alone are 16 bytes wide.
+    """
     member = ok
     if mask_ptr is not None:
         member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
-    scaled = tl.load(reward_ptr + offset, mask=member, other=0.0).to(tl.float32) * reward_scale
+    scaled = tl.load(reward_ptr + offset, mask=ok, other=0.0).to(tl.float32) * reward_scale
     if NORMALIZE == "tanh":
         scaled = tanh(scaled)
     if NORMALIZE == "clamp":
         scaled = unit_clamp(scaled)
-    return tl.where(member, scaled - tl.load(value_ptr + offset, mask=member, other=0.0).to(tl.float32), 0.0), member
+    return tl.where(member, scaled - tl.load(value_ptr + offset, mask=ok, other=0.0).to(tl.float32), 0.0), member
 
 
 @triton.jit
@@ -202,7 +205,7 @@ def load_whitened_gradient(
     count = tl.load(statistics_ptr + group * 3, mask=group < groups, other=0.0)
     mean = tl.load(statistics_ptr + group * 3 + 1, mask=group < groups, other=0.0)
     std = tl.load(statistics_ptr + group * 3 + 2, mask=group < groups, other=0.0)
-    grad = tl.load(grad_ptr + offset, mask=member, other=0.0).to(tl.float32)
+    grad = tl.where(member, tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32), 0.0)
     return grad, whiten(advantage, member, mean, std), member, count, std
 
 
