@@ -16,6 +16,7 @@ from torch import Tensor
 from efe_kernels.advantage.kernels import (
     OPTIONS,
     as_bytes,
+    difference,
     join_moments,
     load_moments,
     merge_moments,
@@ -70,6 +71,12 @@ def excess_exponential(x):
 
 
 @triton.jit
+def times(x, weight):
+    """x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing."""
+    return tl.where(weight == 0.0, difference(x, x), x * weight)
+
+
+@triton.jit
 def surrogate(
     log_prob_ptr,  # [N]
     old_log_prob_ptr,  # [N] or None
@@ -81,16 +88,16 @@ def surrogate(
     """Loss, clipped or not and KL estimate of each element; 0 where it does not count."""
     log_prob = load(log_prob_ptr, offset, member)
     if old_log_prob_ptr is None:
-        loss = -log_prob * advantage
+        loss = -times(log_prob, advantage)
         outside = tl.zeros_like(loss)
         divergence = tl.zeros_like(loss)
     else:
         log_ratio = log_prob - load(old_log_prob_ptr, offset, member)
         ratio = tl.exp(log_ratio)
         limited = tl.where(ratio > 1.0 + clip, 1.0 + clip, tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio))
-        loss = -tl.minimum(ratio * advantage, limited * advantage)
+        loss = -tl.minimum(times(ratio, advantage), times(limited, advantage))
         outside = (tl.abs(ratio - 1.0) > clip).to(tl.float32)
-        divergence = excess_exponential(log_ratio)
+        divergence = tl.where(ratio == float("inf"), ratio, excess_exponential(log_ratio))
     return tl.where(member, loss, 0.0), tl.where(member, outside, 0.0), tl.where(member, divergence, 0.0)
 
 
@@ -116,7 +123,7 @@ def store_losses(
     policy = policy_sum / some
     value_loss = square_sum / some
     mean_entropy = entropy_sum / some
-    tl.store(total_ptr, policy + value_coef * value_loss - entropy_coef * mean_entropy)
+    tl.store(total_ptr, policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef))
     tl.store(policy_ptr, policy)
     tl.store(value_loss_ptr, value_loss)
     tl.store(mean_entropy_ptr, mean_entropy)
@@ -290,12 +297,12 @@ def policy_gradient_loss_backward_kernel(
         if old_log_prob_ptr is not None:
             ratio = tl.exp(load(log_prob_ptr, offset, member) - load(old_log_prob_ptr, offset, member))
             clipped = ((slope > 0) & (ratio > 1.0 + clip)) | ((slope < 0) & (ratio < 1.0 - clip))
-            slope = tl.where(clipped, 0.0, slope * ratio)
-        gradient = -upstream(grad_total_ptr, grad_policy_ptr, 1.0, count) * slope
+            slope = tl.where(clipped, 0.0, times(ratio, slope))
+        gradient = -times(slope, upstream(grad_total_ptr, grad_policy_ptr, 1.0, count))
         store_gradient(grad_log_prob_ptr, offset, inside, member, gradient)
     if grad_value_ptr is not None:
         error = load(value_ptr, offset, member) - load(value_target_ptr, offset, member)
-        gradient = 2.0 * upstream(grad_total_ptr, grad_value_loss_ptr, value_coef, count) * error
+        gradient = times(2.0 * error, upstream(grad_total_ptr, grad_value_loss_ptr, value_coef, count))
         store_gradient(grad_value_ptr, offset, inside, member, gradient)
     if grad_entropy_ptr is not None:
         gradient = upstream(grad_total_ptr, grad_mean_entropy_ptr, -entropy_coef, count)
