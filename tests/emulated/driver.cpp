@@ -315,7 +315,7 @@ void pool_backward(Dtype dtype, const Sizes& size, const Mask& mask) {
 }
 
 void pool(Dtype dtype, Layout layout) {
-    const Sizes size{draw({0, 1, 2, 3, 3}), draw({0, 1, 7, 65, 200, 200}),
+    const Sizes size{draw({0, 1, 2, 3, 3}), draw({0, 1, 20, 65, 151, 200}),
                      draw({1, 3, 8, 63, 64, 129, 264, 264})};
     const Mask mask(size[0], size[1]);
     pool_forward(dtype, size, layout, mask);
