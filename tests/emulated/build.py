@@ -44,7 +44,7 @@ class Mode:
 
 
 # The cheapest first.
-PLAIN, THREAD, ADDRESS = Mode("plain", "", 3), Mode("thread", "thread", 1), Mode("address", "address,undefined", 4)
+PLAIN, THREAD, ADDRESS = Mode("plain", "", 4), Mode("thread", "thread", 1), Mode("address", "address,undefined", 4)
 MODES = (PLAIN, THREAD, ADDRESS)
 
 

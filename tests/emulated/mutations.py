@@ -86,8 +86,8 @@ BOUNDS = [
     ),
     Mutation("load4 is wide past the end", ADDRESS, "vector && begin + 4 <= count", "vector"),
     Mutation("load4 reads past the end", ADDRESS, " && begin + i < count ?", " ?"),
-    Mutation("store4 is wide past the end", PLAIN, "begin + 4 <= count && ", "", before="reinterpret_cast"),
-    Mutation("store4 writes past the end", PLAIN, "if (begin + i < count) data", "data"),
+    Mutation("store4 is wide past the end", ADDRESS, "begin + 4 <= count && ", "", before="reinterpret_cast"),
+    Mutation("store4 writes past the end", ADDRESS, "if (begin + i < count) data", "data"),
     Mutation("refine_forward sums up past the end", PLAIN, "if (begin + i < dimension) {", "{"),
     Mutation("log_prob_forward leaves the last component out", PLAIN, "d <= args.dimension;", "d < args.dimension;"),
     Mutation(
