@@ -235,6 +235,9 @@ class EFELoss(nn.Module):
     the loss does not use.
     """
 
+    target_preferences_initialized: Tensor
+    ema_success_rate: Tensor
+
     def __init__(
         self,
         lambda_risk: float = 1.0,

@@ -148,7 +148,8 @@ class EFELoss(nn.Module):
             checks.check_shape("valid", valid, "of target", target.shape)
             checks.check_same_device("valid", valid, "target", target)
         rate = self._rate(success_rate)
-        target, valid = (None if grid is None else grid.view(-1, height, width) for grid in (target, valid))
+        target = target.reshape(-1, height, width)
+        valid = None if valid is None else valid.reshape(target.shape)
         counted = counted_cells(target, valid, self.ignore_index)
         if target.device.type == "cpu":
             check_target_range(target, counted, self.num_colors)

@@ -99,11 +99,12 @@ def integer(name: str, value: Any, low: int | None = None, high: int | None = No
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, it was {described(value)}.")
+    found = int(value)
     least, most = INT64.min if low is None else low, INT64.max if high is None else high
-    if not least <= value <= most:
-        bound = f"at least {low}" if low is not None and value < low else "below 2^63" if high is None else ""
+    if not least <= found <= most:
+        bound = f"at least {low}" if low is not None and found < low else "below 2^63" if high is None else ""
         raise ValueError(f"{name} must be {bound or f'in [{low}, {high}]'}, it was {value}.")
-    return int(value)
+    return found
 
 
 def flag(name: str, value: Any) -> bool:
