@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
 EMULATED := build/emulated
+# The oldest release of Triton that pyproject.toml admits; OLDEST_TRITON=3.6 compiles with another one.
+OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
+OLDEST := build/triton-$(OLDEST_TRITON)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py
 # A CUDA build of torch, of another minor release than the one in constraints.txt: so two releases are tested.
@@ -15,7 +18,7 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize emulate cuda-build aot bench gpu lint clean
+.PHONY: help train test sanitize emulate cuda-build aot aot-pinned aot-oldest projection bench gpu lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
@@ -23,7 +26,9 @@ help:
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
 	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
 	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU"
-	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions"
+	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions, with the"
+	@echo "               pinned Triton (make aot-pinned) and with the oldest that is supported (make aot-oldest)"
+	@echo "make projection  how long the kernels must take at least on an H100 and an H200, without a GPU"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
 	@echo "make lint      ruff and mypy"
@@ -32,10 +37,12 @@ help:
 train: $(VENV)/.built
 	$(BIN)/efe-train $(TRAIN_ARGS)
 
-# The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter.
+# The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter; `emulate` does
+# so with the CUDA C++ kernels.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/emulated
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
+	$(MAKE) emulate
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
 # own output lets the report of a sanitizer through; an extension that does not load is an error, not a warning.
@@ -67,12 +74,21 @@ else
 cuda-build: $(CUDA_VENV)/.torch
 	TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) EFE_KERNELS_CUDA=1 $(CUDA_PIP) --no-build-isolation ".[test]"
 	cd $(CUDA_VENV) && bin/python -W error:efe_kernels -m efe_kernels.info
-	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto
+	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto --ignore tests/emulated
 endif
 
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.
-aot: $(VENV)/.built
+aot: aot-pinned aot-oldest
+
+aot-pinned: $(VENV)/.built
 	$(BIN)/python -m bench.aot --check
+
+# One architecture, the one that has budgets: each takes minutes.
+aot-oldest: $(VENV)/.built $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m bench.aot --check --no-cuda --arch sm_90
+
+projection: $(VENV)/.built
+	$(BIN)/python -m bench.aot --projection
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -104,6 +120,12 @@ $(CUDA_VENV)/.torch: constraints.txt
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[train,test,dev]"
 	$(BIN)/python -m efe_kernels.info
+	touch $@
+
+# Beside the environment, not in it: constraints.txt pins another release there.
+$(OLDEST)/.installed: $(VENV)/.torch
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "triton==$(OLDEST_TRITON).*"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built

@@ -7,17 +7,22 @@ instance in the sources; they need nvcc and are left out with a sentence where i
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
     python -m bench.aot --check         fails when a kernel spills or executes more than aot_budgets.json allows
+    python -m bench.aot --projection    how long the launches, and those of the suite's large cases, must take at least
+
+See bench.projection for what is in these times. Another release of Triton is taken from its folder, as make aot-oldest
+does: PYTHONPATH=build/triton-3.5 python -m bench.aot.
 
 Thread-instructions per cell-step count what one lane executes for one of its cells at one step: the machine code of
-one program over the cells of a lane times the steps, where the only loop is the one over episodes; what lies outside of
-it is shared out among them. A branch counts as taken. Bytes per cell-step are those that a lane asks for, also where
-all lanes ask for the same ones or where they come from a cache; the least is every tensor read or written once.
+one program, its loops as often as they are gone through, over the cells of a lane times the steps and episodes. A
+branch counts as taken. Bytes per cell-step are those that a lane asks for, also where all lanes ask for the same ones
+or where they come from a cache; the least is every tensor read or written once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -25,10 +30,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +42,11 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
+from bench import projection
+from bench.launches import SUITE, Launch, least_bytes, loop_trips, recorded_launches, source
+from bench.machine_code import LOADS, SPECIAL, STORES, Code, amd_code, nvidia_code, operations_of, tool, width_of
+from bench.render import columns
 from efe_kernels.advantage.grid_reward import kernels as grid_reward_kernels
 from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradient_loss_kernels
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs as PolicyInputs
@@ -66,27 +71,6 @@ WALKS_OVER_CELLS = (efe_loss_kernels.efe_loss_forward_kernel, efe_loss_kernels.e
 BUDGETS = Path(__file__).with_name("aot_budgets.json")
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 CUDA_SOURCES = {str(path.relative_to(CSRC.parent)): path for path in sorted(CSRC.glob("*/*.cu"))}
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One recorded kernel launch."""
-
-    function: JITFunction
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,165 +87,46 @@ class Report:
     per_cell_step: float | None = None
     bytes_per_cell_step: float | None = None
     least_bytes: float | None = None
+    # Of the whole launch; see bench.projection.
+    which: str = ""
+    sizes: tuple[int, ...] = ()
+    launch_bytes: int = 0
+    lane_instructions: int | None = None
+    special_functions: int | None = None
+    not_projected: str = ""
 
 
-@dataclass(frozen=True)
-class Code:
-    """The machine code of one kernel, and the parts of it that are loops."""
-
-    operations: list[str]
-    loops: list[list[str]]
-    registers: int
-    spill_bytes: int
-
-    def accesses(self, *kinds: str) -> dict[int, int]:
-        """Bytes of one access of one lane -> how many there are among the operations of these kinds."""
-        tokens = [re.split(r"[._]", operation) for operation in self.operations if operation.startswith(kinds)]
-        return dict(sorted(Counter(sum(WIDTHS.get(part, 0) for part in parts) or 4 for parts in tokens).items()))
-
-
-# Access widths in bytes, by the part of an operation's name that tells them; 4 where NVIDIA's says nothing.
-WIDTHS = {
-    "U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16,
-    "ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2,
-    "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
-}  # fmt: skip
-LOADS = {"cuda": ("LDG",), "hip": ("global_load", "buffer_load")}
-STORES = {"cuda": ("STG",), "hip": ("global_store", "buffer_store")}
-
-
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, kernel launches are recorded and not executed."""
-    launches: list[Launch] = []
-
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        arguments = dict(zip(self.arg_names, args, strict=False))
-        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
-        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
-        launches.append(Launch(self, tuple(grid), arguments, options))
-
-    original = JITFunction.run
-    JITFunction.run = record
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
-
-
-def source(launch: Launch) -> ASTSource:
-    """The launch as Triton would compile it: 1 and None as constants, pointers and multiples of 16 aligned."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.function.params):
-        value = launch.arguments[parameter.name]
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        specialised = is_int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if is_int else "fp32"
-        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(BINARIES / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9._]+)(.*)")
-LABEL = re.compile(r"\s*(\.L_x_\d+):")
-
-
-def nvidia_code(compiled: Any) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        listing = tool("nvdisasm", "-c", file.name)
-        usage = tool("cuobjdump", "-res-usage", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump told no resource usage: {usage}")
-    operations, loops = operations_of(listing)
-    return Code(operations, loops, registers=int(found[1]), spill_bytes=int(found[2]))
-
-
-def operations_of(listing: str) -> tuple[list[str], list[list[str]]]:
-    """The operations of NVIDIA's listing of one kernel, and those of its loops."""
-    operations: list[str] = []
-    loops: dict[str, list[str]] = {}
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(operations)
-        elif instruction := INSTRUCTION.search(line):
-            operation, operands = instruction.groups()
-            if operation == "NOP":
-                continue
-            operations.append(operation)
-            if operation.startswith("BRA"):
-                loops |= loop_closed(operations, labels, operands)
-    return operations, [*loops.values()]
-
-
-def loop_closed(operations: list[str], labels: dict[str, int], target: str) -> dict[str, list[str]]:
-    """Label and operations of the loop that the last operation, a branch to `target`, closes, if it does."""
-    for label, place in labels.items():
-        # Padding behind the end is a branch to itself.
-        if re.search(rf"{re.escape(label)}\b", target) and place < len(operations) - 1:
-            return {label: operations[place:]}
-    return {}
-
-
-def amd_code(compiled: Any) -> Code:
-    listing = compiled.asm["amdgcn"]
-
-    def told(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s*(\d+)", listing)[0])
-
-    operations: list[str] = []
-    loops: dict[str, list[str]] = {}
-    labels: dict[str, int] = {}
-    for line in listing.splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(operations)
-        elif instruction := re.match(r"\t([a-z]\w+)\s*(.*)", line):
-            operation, operands = instruction.groups()
-            operations.append(operation)
-            if operation.startswith(("s_cbranch", "s_branch")):
-                loops |= loop_closed(operations, labels, operands)
-    return Code(operations, [*loops.values()], told("vgpr_count"), told("private_segment_fixed_size"))
-
-
-def per_cell_step(launch: Launch, code: Code, target: GPUTarget) -> dict[str, float]:
+def per_cell_step(launch: Launch, code: Code, executions: list[int] | None, target: GPUTarget) -> dict[str, float]:
     """Instructions and bytes of one cell at one step, and the bytes of all tensors, each read or written once."""
     arguments = launch.arguments
-    episodes = arguments.get("EPISODES", 1)
-    if launch.function not in WALKS_OVER_CELLS or len(code.loops) != (episodes > 1):
+    if launch.function not in WALKS_OVER_CELLS or executions is None:
         return {}
-    cells = arguments["TILE"] / (target.warp_size * launch.options["num_warps"]) * arguments["T"]
-    body = replace(code, operations=code.loops[0]) if code.loops else code
-    outside = 1 / episodes if code.loops else 0.0
-
-    def shared_out(count: Callable[[Code], float]) -> float:
-        return (count(body) + outside * (count(code) - count(body))) / cells
-
-    def moved(part: Code) -> float:
-        accesses = [part.accesses(*kinds[target.backend]) for kinds in (LOADS, STORES)]
-        return sum(width * count for kind in accesses for width, count in kind.items())
-
-    memory = [value.untyped_storage() for value in arguments.values() if isinstance(value, Tensor)]
-    least = sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
+    cells = arguments["TILE"] / (target.warp_size * launch.options["num_warps"])
+    cell_steps = cells * arguments["T"] * arguments.get("EPISODES", 1)
+    accesses = LOADS[target.backend] + STORES[target.backend]
+    executed = zip(code.operations, executions, strict=True)
+    moved = sum(width_of(operation) * times for operation, times in executed if operation.startswith(accesses))
     found = {
-        "per_cell_step": shared_out(lambda part: len(part.operations)),
-        "bytes_per_cell_step": shared_out(moved),
-        "least_bytes": least / (arguments["logits_ptr"].shape[0] * arguments["CELLS"] * arguments["T"]),
+        "per_cell_step": sum(executions) / cell_steps,
+        "bytes_per_cell_step": moved / cell_steps,
+        "least_bytes": least_bytes(launch) / (arguments["logits_ptr"].shape[0] * arguments["CELLS"] * arguments["T"]),
     }
     return {name: round(value, 1) for name, value in found.items()}
+
+
+def whole_launch(launch: Launch, code: Code, executions: list[int] | None, lanes: int, backend: str) -> dict[str, Any]:
+    """What all programs of a launch, of so many lanes each, move at least and execute."""
+    if launch.arguments.get("PROMISED"):
+        compared = {name: launch.arguments[name] for name in ("grad_total_ptr", "promise_ptr")}
+        least = least_bytes(replace(launch, arguments=compared))
+        return {"launch_bytes": least, "not_projected": "returns at once where the promise is kept"}
+    least = least_bytes(launch)
+    if executions is None:
+        return {"launch_bytes": least, "not_projected": "loops: not projected"}
+    lanes *= math.prod(launch.grid)
+    executed = zip(code.operations, executions, strict=True)
+    special = sum(times for operation, times in executed if operation.startswith(SPECIAL[backend]))
+    return {"launch_bytes": least, "lane_instructions": sum(executions) * lanes, "special_functions": special * lanes}
 
 
 def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
@@ -270,7 +135,8 @@ def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
         launch = replace(launch, arguments={**launch.arguments, "APPROX": False})
     compiled = triton.compile(source(launch), target=target, options=launch.options)
     code = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
-    loads, stores = code.accesses(*LOADS[target.backend]), code.accesses(*STORES[target.backend])
+    executions = code.executions(loop_trips(launch))
+    lanes = compiled.metadata.num_warps * target.warp_size
     return Report(
         variant=variant,
         kernel=launch.function.__name__,
@@ -279,9 +145,12 @@ def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
         spill_bytes=code.spill_bytes,
         shared_bytes=compiled.metadata.shared,
         instructions=len(code.operations),
-        **per_cell_step(launch, code, target),
-        loads=loads,
-        stores=stores,
+        loads=code.accesses(LOADS[target.backend]),
+        stores=code.accesses(STORES[target.backend]),
+        **per_cell_step(launch, code, executions, target),
+        which=launch.which,
+        sizes=launch.sizes,
+        **whole_launch(launch, code, executions, lanes, target.backend),
     )
 
 
@@ -314,8 +183,8 @@ def compile_cuda(variant: str, arch: str) -> list[Report]:
             spill_bytes=code.spill_bytes,
             shared_bytes=int(shared or 0),
             instructions=len(operations),
-            loads=code.accesses(*LOADS["cuda"]),
-            stores=code.accesses(*STORES["cuda"]),
+            loads=code.accesses(LOADS["cuda"]),
+            stores=code.accesses(STORES["cuda"]),
         )
         reports.append(report)
     return reports
@@ -357,68 +226,86 @@ def efe_loss_launches(
     settings = Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     needs = [tensor is not None for tensor in inputs[:7]]
     grad = new(1).expand(batch)
-    with recorded_launches() as launches:
+    with recorded_launches(*logits.shape) as launches:
         if promised:
             outputs, gradients = efe_loss_launch.efe_loss_promised_forward(new(), inputs, settings, needs)
             upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
+            launches.begin("backward")
             efe_loss_launch.efe_loss_promised_backward(inputs, settings, upstream, new(), gradients)
         else:
             outputs = efe_loss_launch.efe_loss_forward(inputs, settings)
             upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
+            launches.begin("backward")
             efe_loss_launch.efe_loss_backward(inputs, settings, upstream, needs)
     return launches
 
 
-def grid_reward_launches() -> list[Launch]:
-    target = torch.zeros(2, 30, 30, dtype=torch.int64)
-    channel_last = torch.zeros(2, 30, 30, 10)
-    channel_first = torch.zeros(2, 10, 30, 30, dtype=torch.bfloat16).permute(0, 2, 3, 1)
-    small, valid = target[:, :7, :13].to(torch.uint8), torch.ones(2, 30, 30, dtype=torch.bool)
+def grid_reward_launches(batch: int = 4096) -> list[Launch]:
+    target = torch.empty(batch, 30, 30, dtype=torch.int64)
+    channel_last = torch.empty(batch, 30, 30, 10)
+    channel_first = torch.empty(batch, 10, 30, 30, dtype=torch.bfloat16).permute(0, 2, 3, 1)
+    double = torch.empty(batch, 30, 30, 10, dtype=torch.float64)
+    small = torch.empty(batch, 7, 13, dtype=torch.uint8)
+    valid = torch.empty(batch, 30, 30, dtype=torch.bool)
     weights = [1.0, 0.5, 0.5, 0.5]
-    with recorded_launches() as launches:
+    with recorded_launches(*channel_last.shape) as launches:
         grid_reward_kernels.grid_reward(channel_last, channel_first, target, None, None, weights, 10)
-        grid_reward_kernels.grid_reward(channel_last.double(), small, target, valid, torch.zeros(2, 2), weights, 10)
+        launches.begin("forward of colours")
+        grid_reward_kernels.grid_reward(double, small, target, valid, torch.empty(2, batch), weights, 10)
     return launches
 
 
+def empties(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Tensors of their own memory, because what two arguments share is counted once."""
+    return [torch.empty(shape, dtype=dtype) for _ in range(count)]
+
+
 def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
-    reward = torch.zeros(60000 if group_size != 4096 else 4096)
-    mask = torch.ones(reward.shape, dtype=torch.bool) if masked else None
-    arguments = (reward, reward.bfloat16() if masked else reward, mask)
-    with recorded_launches() as launches:
+    grad, reward, value = empties(3, 4096 if group_size == 4096 else max(60000, group_size))
+    mask = torch.empty(reward.shape, dtype=torch.bool) if masked else None
+    arguments = (reward, value.bfloat16() if masked else value, mask)
+    with recorded_launches(*reward.shape) as launches:
         _, statistics = rl_advantage_kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
-        rl_advantage_kernels.rl_advantage_backward(reward, *arguments, statistics, 5.0, normalize, group_size)
+        launches.begin("backward")
+        rl_advantage_kernels.rl_advantage_backward(grad, *arguments, statistics, 5.0, normalize, group_size)
     return launches
 
 
 def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
-    flags = torch.zeros(4096, steps, dtype=torch.bool)
-    if time_major:
-        flags = flags.T.contiguous().T
-    with recorded_launches() as launches:
-        x, gae = (
-            torch.zeros_like(flags, dtype=torch.float32),
-            (Transitions(flags, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0)),
-        )
-        trace_kernels.trace_forward(x, x, x, *gae)
-        trace_kernels.trace_backward(x, None, [True, False], *gae)
-        x = x.bfloat16()
-        vtrace = (Transitions(flags, flags, x), Discounts(0.99, 1.0, 1.0, 1.0, 1.0))
-        trace_kernels.trace_forward(x, x, x, *vtrace)
-        trace_kernels.trace_backward(x, x, [True, True], *vtrace)
+    def new(count: int, dtype: torch.dtype) -> list[Tensor]:
+        if time_major:
+            return [tensor.T for tensor in empties(count, steps, 4096, dtype=dtype)]
+        return empties(count, 4096, steps, dtype=dtype)
+
+    terminated, truncated = new(2, torch.bool)
+    gae = (Transitions(terminated, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0))
+    value, next_value, reward, grad = new(4, torch.float32)
+    with recorded_launches(4096, steps) as launches:
+        launches.begin("gae forward")
+        trace_kernels.trace_forward(value, next_value, reward, *gae)
+        launches.begin("gae backward")
+        trace_kernels.trace_backward(grad, None, [True, False], *gae)
+        value, next_value, reward, grad, grad_target, log_ratio = new(6, torch.bfloat16)
+        vtrace = (Transitions(terminated, truncated, log_ratio), Discounts(0.99, 1.0, 1.0, 1.0, 1.0))
+        launches.begin("vtrace forward")
+        trace_kernels.trace_forward(value, next_value, reward, *vtrace)
+        launches.begin("vtrace backward")
+        trace_kernels.trace_backward(grad, grad_target, [True, True], *vtrace)
     return launches
 
 
-def policy_gradient_loss_launches(numel: int, clipped: bool) -> list[Launch]:
-    """clipped: the surrogate with a mask in half precision, else the plain score function."""
-    x, mask, scalar = torch.zeros(numel), torch.ones(numel, dtype=torch.bool), torch.ones(())
-    if clipped:
-        x = x.bfloat16()
-    problem = (PolicyInputs(x, x, x, x, *((x, mask) if clipped else (None, None))), PolicySettings(0.2, 0.5, 0.01))
-    with recorded_launches() as launches:
-        policy_gradient_loss_kernels.policy_gradient_loss_forward(x, *problem)
-        for grads in ((scalar, None, None, None), (None, scalar, scalar, scalar)):
-            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, torch.ones(4), *problem)
+def policy_gradient_loss_launches(numel: int, clipped: bool, device: str = "cpu") -> list[Launch]:
+    """clipped: the surrogate with a mask in half precision, else the plain score function. meta takes no memory."""
+    with torch.device(device):
+        entropy, *inputs, old_log_prob = empties(6, numel, dtype=torch.bfloat16 if clipped else torch.float32)
+        options = (old_log_prob, torch.empty(numel, dtype=torch.bool)) if clipped else (None, None)
+        (total, *parts), diagnostics = empties(4), torch.empty(4)
+    problem = (PolicyInputs(*inputs, *options), PolicySettings(0.2, 0.5, 0.01))
+    with recorded_launches(numel) as launches:
+        policy_gradient_loss_kernels.policy_gradient_loss_forward(entropy, *problem)
+        for which, grads in (("backward", (total, None, None, None)), ("backward of the parts", (None, *parts))):
+            launches.begin(which)
+            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, diagnostics, *problem)
     return launches
 
 
@@ -443,6 +330,7 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
     "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
     "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
+    "rl_advantage many parts": partial(rl_advantage_launches, 2**20, "tanh"),
     "gae and vtrace serial": partial(trace_launches, 8),
     "gae and vtrace serial longest": partial(trace_launches, 32),
     "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
@@ -453,6 +341,9 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
     "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
     "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
+    "policy_gradient_loss 33 M": partial(policy_gradient_loss_launches, 2**25, False, device="meta"),
+    "policy_gradient_loss 134 M": partial(policy_gradient_loss_launches, 2**27, True, device="meta"),
+    "policy_gradient_loss 8.6 G": partial(policy_gradient_loss_launches, 2**33, False, device="meta"),
 }
 
 
@@ -462,15 +353,15 @@ def compile_variant(task: tuple[str, str]) -> list[Report]:
         return compile_cuda(name, arch)
     lanes = patch.object(efe_loss_launch, "LANES", TARGETS[arch].warp_size)
     with lanes, patch.dict(efe_loss_launch.LAYOUTS, clear=True):
-        launches = VARIANTS[name]()
+        launches = (VARIANTS | SUITE)[name]()
     return [compile_launch(name, launch, arch) for launch in launches]
 
 
 def table(reports: list[Report]) -> str:
-    rows = [(
+    rows = [[
         "variant", "kernel", "arch", "regs", "spill B", "shared B", "instr", "per cell-step", "bytes", "least",
         "loads", "stores",
-    )]  # fmt: skip
+    ]]  # fmt: skip
     for report in reports:
         figures = (
             report.registers, report.spill_bytes, report.shared_bytes, report.instructions, report.per_cell_step,
@@ -480,34 +371,51 @@ def table(reports: list[Report]) -> str:
             " ".join(f"{count}x{width}B" for width, count in kind.items()) for kind in (report.loads, report.stores)
         )
         told = ("" if figure is None else str(figure) for figure in figures)
-        rows.append((report.variant, report.kernel, report.arch, *told, *widths))
-    columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(size) for cell, size in zip(row, columns, strict=True)).rstrip() for row in rows
-    )
+        rows.append([report.variant, report.kernel, report.arch, *told, *widths])
+    return columns(rows, False)
+
+
+def tasks_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """What is to be compiled, and for which architecture."""
+    variants = VARIANTS | SUITE if options.projection else VARIANTS
+    tasks = [(name, arch) for name in variants if options.only in name for arch in options.arch]
+    if options.no_cuda:
+        return tasks
+    if shutil.which("nvcc") is None:
+        print(f"nvcc is not on PATH: {', '.join(CUDA_SOURCES)} left out.", file=sys.stderr)
+        return tasks
+    cuda = [arch for arch in options.arch if TARGETS[arch].backend == "cuda"]
+    return tasks + [(name, arch) for name in CUDA_SOURCES if options.only in name for arch in cuda]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.aot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports and the projection as JSON")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a budget is exceeded")
+    parser.add_argument(
+        "--projection", action="store_true", help=f"the times to expect instead of the table, for {projection.ARCH}"
+    )
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="only these architectures")
     parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA C++ kernels out")
     options = parser.parse_args(argv)
-    tasks = [(name, arch) for name in VARIANTS if options.only in name for arch in options.arch]
-    if shutil.which("nvcc") is None:
-        print(f"nvcc is not on PATH: {', '.join(CUDA_SOURCES)} left out.", file=sys.stderr)
-    else:
-        cuda = [arch for arch in options.arch if TARGETS[arch].backend == "cuda"]
-        tasks += [(name, arch) for name in CUDA_SOURCES if options.only in name for arch in cuda]
+    if options.projection:
+        options.arch, options.no_cuda = [projection.ARCH], True
     # The compiler is not safe in one process forked from another that has used it.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        reports = [report for found in pool.map(compile_variant, tasks) for report in found]
-    print(table(reports))
+        reports = [report for found in pool.map(compile_variant, tasks_of(options)) for report in found]
+    expected = projection.projections(reports)
+    print(f"Triton {triton.__version__}")
+    print(projection.table(expected) if options.projection else table(reports))
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+        found = {
+            "triton": triton.__version__,
+            "reports": [asdict(report) for report in reports],
+            "projection": [asdict(launch) | {"bound": launch.bounds()} for launch in expected],
+        }
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     excesses = [excess for report in reports for excess in over_budget(report)]
     for excess in excesses:
         print(excess, file=sys.stderr)

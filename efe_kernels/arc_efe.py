@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efe_kernels.common.autograd import first_order, spread
-from efe_kernels.common.checks import check_dim, check_floating, check_integer, check_same_device, check_shape
+from efe_kernels.common import checks
+from efe_kernels.common.autograd import apply, first_order, spread
 from efe_kernels.common.library import accumulate_dtype
 
 EPS = 1e-8
 # What masked cells are filled with: their logits, and their preference *probabilities*.
 FILL = -1e9
-# A cell whose confidence, averaged over the steps, is not above this counts in inference_risk.
-CONFIDENT = 0.7
 IGNORE_INDEX = -100
 INITIAL_PREFERENCE_STD = 0.01
+MAPPER_WIDTH = 128
 TOTAL = (
     "efe",
     "step_penalty",
@@ -220,12 +220,23 @@ class EFELoss(nn.Module):
     Attributes:
         preference_embeddings: ParameterDict "HxW" -> preference logits [H, W, C]. An entry is drawn from N(0, 0.01²)
             when its size is first met, by a call or by `ensure_preference`, or created by `load_state_dict`. An
-            optimizer trains only what exists when it is made: call `ensure_preference` for every size before.
+            optimizer trains only what exists when it is made: call `ensure_preference` for every size before. A
+            training call that makes one warns.
         prompt_projector: Linear D -> C.
+        inference_first_threshold: a cell whose largest probability, averaged over the steps, is not above it counts in
+            inference_risk.
         target_preferences_dict: dict "HxW" -> running preference [H, W, C], see `update_target_preference`. It follows
             the module's device and dtype. It is not in `state_dict`, whose keys are those of an ARC-EFE project; to
             resume with it, save it beside.
+        ema_success_rate: buffer, the running mean of the success rates with the decay ema_decay.
+
+    For the keys and the order of an ARC-EFE project's checkpoints, and for the random numbers that are drawn after the
+    constructor, there are also target_preferences_initialized, prompt_preference_mapper and grid_match_history, which
+    the loss does not use.
     """
+
+    target_preferences_initialized: Tensor
+    ema_success_rate: Tensor
 
     def __init__(
         self,
@@ -255,7 +266,15 @@ class EFELoss(nn.Module):
         self.prompt_dim = prompt_dim
         self.preference_embeddings = nn.ParameterDict()
         self.prompt_projector = nn.Linear(prompt_dim, num_colors)
+        self.prompt_preference_mapper = nn.Sequential(
+            nn.Linear(prompt_dim, MAPPER_WIDTH), nn.ReLU(), nn.Linear(MAPPER_WIDTH, MAPPER_WIDTH), nn.ReLU()
+        )
+        self.register_buffer("target_preferences_initialized", torch.tensor(False))
+        self.register_buffer("ema_success_rate", torch.tensor(0.5))
+        self.ema_decay = 0.99
+        self.inference_first_threshold = 0.7
         self.target_preferences_dict: dict[str, Tensor] = {}
+        self.grid_match_history: dict[str, Any] = {}
 
     def ensure_preference(self, height: int, width: int) -> nn.Parameter:
         """The preference logits [height, width, C] of that grid size, made now if there are none yet."""
@@ -269,35 +288,60 @@ class EFELoss(nn.Module):
 
     @torch.no_grad()
     def update_target_preference(
-        self, successful_outcomes: Sequence[Tensor], grid_sizes: Sequence[tuple[int, int]], success_rate: float
+        self,
+        successful_outcomes: Sequence[Tensor],
+        grid_sizes: Sequence[tuple[int, int]],
+        success_rate: float = 0.5,
     ) -> None:
-        """Move the running preference of each size toward the one-hot of each outcome by 0.05 + 0.15 * success_rate.
+        """Move the running preference of each size toward the mean of the one-hots of its outcomes.
 
-        The first outcome of a size is taken as it is. Probabilities are kept at or above 1e-8.
+        Each size moves once, by the factor 0.05 + 0.15 * success_rate; the first mean of a size is taken as it is.
+        Probabilities are kept at or above 1e-8. ema_success_rate moves by 1 - ema_decay toward success_rate. Without
+        outcomes nothing changes, and neither does it where a call is refused.
 
         Args:
             successful_outcomes: grids [H, W] of integers in [0, C).
             grid_sizes: their (H, W); of a grid that is larger, because it is padded, the top-left part is read.
             success_rate: in [0, 1].
+
+        Raises:
+            TypeError: for an outcome that is not of integers: in an ARC-EFE project it counts as a grid of nothing.
+            ValueError: for lists of unequal length, which there change nothing, and for a wrong shape, colour or rate.
         """
+        success_rate = checks.number("success_rate", success_rate, 0, 1)
         if len(successful_outcomes) != len(grid_sizes):
             raise ValueError(
                 f"grid_sizes must have one (H, W) for each of the {len(successful_outcomes)} successful_outcomes, "
                 f"it had {len(grid_sizes)}."
             )
-        weight = self.prompt_projector.weight
-        for outcome, (height, width) in zip(successful_outcomes, grid_sizes, strict=True):
-            grid = torch.as_tensor(outcome, device=weight.device)
-            check_integer("successful_outcomes", grid)
-            grid = grid[:height, :width].long()
-            check_shape("successful_outcomes", grid, "[H, W]", (height, width))
-            one_hot = F.one_hot(grid, self.num_colors).to(accumulate_dtype(weight))
-            key = f"{height}x{width}"
+        one_hots: dict[str, list[Tensor]] = {}
+        for outcome, size in zip(successful_outcomes, grid_sizes, strict=True):
+            one_hots.setdefault("x".join(map(str, size)), []).append(self._one_hot(outcome, size))
+        if not one_hots:
+            return
+        for key, found in one_hots.items():
+            mean = torch.stack(found).mean(0).clamp_min(EPS)
             running = self.target_preferences_dict.get(key)
             if running is not None:
-                running = running.to(one_hot)
-                one_hot = running + (0.05 + 0.15 * success_rate) * (one_hot - running)
-            self.target_preferences_dict[key] = one_hot.clamp_min(EPS)
+                running = running.to(mean)
+                mean = running + (0.05 + 0.15 * success_rate) * (mean - running)
+            self.target_preferences_dict[key] = mean
+        self.ema_success_rate.mul_(self.ema_decay).add_((1 - self.ema_decay) * success_rate)
+
+    def _one_hot(self, outcome: Tensor, size: tuple[int, int]) -> Tensor:
+        """The one-hot [H, W, C] of the top-left part of a grid."""
+        weight = self.prompt_projector.weight
+        grid = torch.as_tensor(outcome, device=weight.device)
+        checks.check_integer("successful_outcomes", grid)
+        grid = grid[: size[0], : size[1]].long()
+        checks.check_shape("successful_outcomes", grid, "[H, W]", size)
+        outside = (grid < 0) | (grid >= self.num_colors)
+        if grid.device.type == "cpu" and outside.any():
+            raise ValueError(
+                f"successful_outcomes must hold colours in [0, {self.num_colors}), it held {int(grid[outside][0])}."
+            )
+        # As a comparison, so that elsewhere, where looking would cost a synchronisation, such a colour is in no bin.
+        return (grid[..., None] == torch.arange(self.num_colors, device=grid.device)).to(accumulate_dtype(weight))
 
     def forward(
         self,
@@ -350,7 +394,8 @@ class EFELoss(nn.Module):
         cell_steps = (steps * count).clamp_min(1)
         prompt = None if prompt_embedding is None else prompt_embedding.to(wide)
         preference = self._preference(height, width, prompt, outside)
-        risk, bidirectional, ambiguity, conf, mean_logits, largest, colours = PlanTerms.apply(
+        risk, bidirectional, ambiguity, conf, mean_logits, largest, colours = apply(
+            PlanTerms,
             forward_predictions.to(dtype),
             backward_predictions.to(dtype),
             state_predictions,
@@ -358,12 +403,15 @@ class EFELoss(nn.Module):
             renormalize(preference, renormalizer(preference, mask)).to(dtype),
             mask,
         )
-        unsure = largest.mean(0) <= CONFIDENT
+        unsure = largest.mean(0) <= self.inference_first_threshold
         reversal = movement_reversal(colours, dtype) * conf
+        cells = area
         if mask is not None:
-            unsure &= mask > 0
+            inside = mask > 0
+            unsure &= inside
             reversal = reversal * mask
-        inference_risk = unsure.sum(dtype=dtype) / (count + EPS)
+            cells = inside.sum(dtype=dtype)
+        inference_risk = unsure.sum(dtype=dtype) / (cells + EPS)
         risk = risk * (1 - 0.5 * inference_risk) / cell_steps
         ambiguity = ambiguity / (area if mask is None else cell_steps)
         reversal = reversal.sum() / (area if mask is None else count + EPS)
@@ -400,25 +448,27 @@ class EFELoss(nn.Module):
         grid_mask: Tensor | None,
     ) -> tuple[int, int, int]:
         """Raises for a wrong dtype, shape or device; returns T, H, W."""
-        check_floating("forward_predictions", forward_predictions)
-        check_dim("forward_predictions", forward_predictions, "[T, H, W, C]")
+        checks.check_floating("forward_predictions", forward_predictions)
+        checks.check_dim("forward_predictions", forward_predictions, "[T, H, W, C]")
         steps, height, width = forward_predictions.shape[:3]
-        check_shape("forward_predictions", forward_predictions, "[T, H, W, C]", (steps, height, width, self.num_colors))
+        checks.check_shape(
+            "forward_predictions", forward_predictions, "[T, H, W, C]", (steps, height, width, self.num_colors)
+        )
         plan = {
             "backward_predictions": backward_predictions,
             "state_predictions": state_predictions,
             "observation_probs": observation_probs,
         }
         for name, tensor in plan.items():
-            check_floating(name, tensor)
-            check_shape(name, tensor, "[T, H, W, C]", forward_predictions.shape)
-        check_floating("final_prediction", final_prediction)
-        check_shape("final_prediction", final_prediction, "[H, W, C]", forward_predictions.shape[1:])
-        check_integer("target_outcome", target_outcome)
-        check_shape("target_outcome", target_outcome, "[H, W]", (height, width))
+            checks.check_floating(name, tensor)
+            checks.check_shape(name, tensor, "[T, H, W, C]", forward_predictions.shape)
+        checks.check_floating("final_prediction", final_prediction)
+        checks.check_shape("final_prediction", final_prediction, "[H, W, C]", forward_predictions.shape[1:])
+        checks.check_integer("target_outcome", target_outcome)
+        checks.check_shape("target_outcome", target_outcome, "[H, W]", (height, width))
         tensors = plan | {"final_prediction": final_prediction, "target_outcome": target_outcome}
         if prompt_embedding is not None:
-            check_floating("prompt_embedding", prompt_embedding)
+            checks.check_floating("prompt_embedding", prompt_embedding)
             if tuple(prompt_embedding.shape) not in ((self.prompt_dim,), (self.num_colors,)):
                 raise ValueError(
                     f"prompt_embedding must have the shape [{self.prompt_dim}] or [{self.num_colors}], "
@@ -426,15 +476,23 @@ class EFELoss(nn.Module):
                 )
             tensors["prompt_embedding"] = prompt_embedding
         if grid_mask is not None:
-            check_shape("grid_mask", grid_mask, "[H, W]", (height, width))
+            checks.check_shape("grid_mask", grid_mask, "[H, W]", (height, width))
             tensors["grid_mask"] = grid_mask
         tensors["the parameters of EFELoss"] = self.prompt_projector.weight
         for name, tensor in tensors.items():
-            check_same_device(name, tensor, "forward_predictions", forward_predictions)
+            checks.check_same_device(name, tensor, "forward_predictions", forward_predictions)
         return steps, height, width
 
     def _preference(self, height: int, width: int, prompt: Tensor | None, outside: Tensor | None) -> Tensor:
         """clamp P, [C, H, W]."""
+        key = f"{height}x{width}"
+        if key not in self.preference_embeddings and self.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"efe_kernels.arc_efe.EFELoss: this call made the preference of {key} cells, which an optimizer or a "
+                f"DistributedDataParallel made before does not know and so never trains; call ensure_preference("
+                f"{height}, {width}), and so for every other size, before they are made.",
+                stacklevel=4,
+            )
         logits = self.ensure_preference(height, width).movedim(-1, 0)
         logits = logits.to(wide_dtype(logits.device))
         if prompt is not None:
@@ -451,7 +509,9 @@ class EFELoss(nn.Module):
         running = self.target_preferences_dict.get(f"{height}x{width}")
         if running is None:
             return preference.new_zeros(())
-        check_shape(f"target_preferences_dict['{height}x{width}']", running, "[H, W, C]", (height, width, outcomes))
+        checks.check_shape(
+            f"target_preferences_dict['{height}x{width}']", running, "[H, W, C]", (height, width, outcomes)
+        )
         anchor = running.detach().to(preference).clamp(EPS, 1).movedim(-1, 0)
         return (anchor * ((anchor + EPS).log() - (preference + EPS).log())).mean()
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from efe_kernels.advantage.policy_gradient_loss.ops import policy_gradient_loss 
 from efe_kernels.advantage.rl_advantage.ops import rl_advantage as rl_advantage_op
 from efe_kernels.advantage.trace.ops import trace
 from efe_kernels.common import checks
+from efe_kernels.common.autograd import apply
 from efe_kernels.efe_loss.ops import EFELossFunction
 from efe_kernels.efe_loss.reference import TERMS as EFE_TERMS
 from efe_kernels.prompt.ops import MaskedMeanPoolFunction, RefinePromptFunction, SquashedLogProbFunction
@@ -129,25 +130,30 @@ def efe_loss(
     discrete state-spaces: a synthesis"), with the consistency, agreement and prompt terms of ARC-EFE planners.
     """
     checks.check_floating("logits", logits)
-    batched = logits.dim() == 5
-    if not batched:
-        checks.check_dim("logits", logits, "[T, H, W, C]")
-        logits, target = logits[None], target[None]
-        backward_logits, final_logits, observation_probs, prompt, valid = (
-            None if tensor is None else tensor[None]
-            for tensor in (backward_logits, final_logits, observation_probs, prompt, valid)
-        )
-    height, width = logits.shape[2:4]
+    if logits.dim() not in (4, 5):
+        raise ValueError(f"logits must have the shape [B, T, H, W, C] or [T, H, W, C], it was {list(logits.shape)}.")
+    height, width = logits.shape[-3:-1]
     preference_logits = top_left("preference_logits", preference_logits, height, width)
     if target_preference is not None:
         target_preference = top_left("target_preference", target_preference, height, width)
+    target = checks.integer_tensor("target", target)
     check_efe_arguments(
         logits, target, preference_logits, backward_logits, final_logits, observation_probs, prompt, projection,
         target_preference, valid,
     )  # fmt: skip
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if max_cells < 1:
-        raise ValueError(f"max_cells must be at least 1, it was {max_cells}.")
+    settings = (
+        settings_of("weights", weights, EFEWeights, EFE_TERMS),
+        checks.flag("hard_cell", hard_cell),
+        checks.number("hard_cell_min_ratio", hard_cell_min_ratio),
+        checks.integer("max_cells", max_cells, low=1),
+        checks.integer("ignore_index", ignore_index),
+    )
+    batched = logits.dim() == 5
+    if not batched:
+        logits, target, backward_logits, final_logits, observation_probs, prompt, valid = one_episode(
+            logits, target, backward_logits, final_logits, observation_probs, prompt, valid
+        )
     promise = None
     if grad_scale is not None:
         checks.check_floating("grad_scale", grad_scale)
@@ -157,19 +163,34 @@ def efe_loss(
             # A copy: what the caller does to the tensor afterwards does not change the promise.
             promise = grad_scale.detach().to(torch.float32, copy=True)
             if reduction == "mean":
-                promise = promise / logits.shape[0]  # the very operation with which autograd differentiates the mean
-    total, terms, mask_ratio, scale, _ = EFELossFunction.apply(
-        logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
+                promise = promise / max(
+                    logits.shape[0], 1
+                )  # the very operation with which autograd differentiates the mean
+    total, terms, mask_ratio, scale, _ = apply(
+        EFELossFunction, logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
         projection if prompt is not None else None, target, target_preference, valid,
-        [float(getattr(weights, name)) for name in EFE_TERMS], hard_cell, float(hard_cell_min_ratio), max_cells,
-        ignore_index, promise,
+        *settings, promise,
     )  # fmt: skip
     named = dict(zip(EFE_TERMS, terms.unbind(1), strict=True))
     if not batched:
         return EFELossOutput(total[0], {name: term[0] for name, term in named.items()}, mask_ratio[0], scale[0])
-    if reduction != "none":
-        total = total.mean() if reduction == "mean" else total.sum()
+    if reduction == "mean" and total.shape[0] > 0:
+        total = total.mean()
+    elif reduction != "none":
+        total = total.sum()
     return EFELossOutput(total, named, mask_ratio, scale)
+
+
+def settings_of(name: str, group: object, kind: type, fields: Sequence[str]) -> list[float]:
+    """The fields of a group of settings, as numbers."""
+    if not isinstance(group, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, it was {type(group).__name__}.")
+    return [checks.number(f"{name}.{field}", getattr(group, field)) for field in fields]
+
+
+def one_episode(*tensors: Any) -> tuple[Any, ...]:
+    """Unbatched arguments as batches of one; None stays None."""
+    return tuple(None if tensor is None else tensor[None] for tensor in tensors)
 
 
 def top_left(name: str, tensor: Tensor, height: int, width: int) -> Tensor:
@@ -194,42 +215,42 @@ def check_efe_arguments(
     target_preference: Tensor | None,
     valid: Tensor | None,
 ) -> None:
-    """Shapes, dtypes and devices of batched arguments."""
-    batch, steps, height, width, outcomes = logits.shape
+    """Shapes, dtypes and devices, with or without the dimension B as logits have it."""
+    *batch, steps, height, width, outcomes = logits.shape
+    each = "B, " if batch else ""
     if steps < 1 or height * width < 1 or outcomes < 2:
         shape = list(logits.shape)
         raise ValueError(f"logits must have at least 1 step, 1 cell and 2 outcomes, its shape was {shape}.")
-    checks.check_integer("target", target)
-    checks.check_shape("target", target, "[B, H, W]", (batch, height, width))
+    cells, grid = (*batch, height, width), (height, width, outcomes)
+    checks.check_shape("target", target, f"[{each}H, W]", cells)
     if valid is not None:
         checks.check_bool("valid", valid)
-        checks.check_shape("valid", valid, "[B, H, W]", (batch, height, width))
-    grid = (height, width, outcomes)
+        checks.check_shape("valid", valid, f"[{each}H, W]", cells)
     if preference_logits.dim() == 3:
         checks.check_shape("preference_logits", preference_logits, "[H, W, C]", grid)
     else:
-        checks.check_shape("preference_logits", preference_logits, "[B, H, W, C]", (batch, *grid))
+        checks.check_shape("preference_logits", preference_logits, f"[{each}H, W, C]", (*batch, *grid))
     plans = {"backward_logits": backward_logits, "observation_probs": observation_probs}
     for name, plan in plans.items():
         if plan is not None:
             checks.check_floating(name, plan)
-            checks.check_shape(name, plan, "[B, T, H, W, C]", logits.shape)
+            checks.check_shape(name, plan, f"[{each}T, H, W, C]", logits.shape)
     if final_logits is not None:
         checks.check_floating("final_logits", final_logits)
-        checks.check_shape("final_logits", final_logits, "[B, H, W, C]", (batch, *grid))
+        checks.check_shape("final_logits", final_logits, f"[{each}H, W, C]", (*batch, *grid))
     if target_preference is not None:
         checks.check_shape("target_preference", target_preference, "[H, W, C]", grid)
+    if projection is not None:
+        checks.check_floating("projection", projection)
+        checks.check_dim("projection", projection, "[C, D]")
     if prompt is not None:
         checks.check_floating("prompt", prompt)
-        checks.check_dim("prompt", prompt, "[B, D]")
-        if prompt.shape[0] != batch or prompt.shape[1] < outcomes:
-            raise ValueError(
-                f"prompt must have the shape [B, D] with B = {batch} and D >= C = {outcomes}, "
-                f"it was {list(prompt.shape)}."
-            )
+        checks.check_dim("prompt", prompt, f"[{each}D]")
+        checks.check_shape("prompt", prompt, f"[{each}D]", (*batch, prompt.shape[-1]))
+        if prompt.shape[-1] < outcomes:
+            raise ValueError(f"prompt must have D >= C = {outcomes} dimensions, its shape was {list(prompt.shape)}.")
         if projection is not None:
-            checks.check_floating("projection", projection)
-            checks.check_shape("projection", projection, "[C, D]", (outcomes, prompt.shape[1]))
+            checks.check_shape("projection", projection, "[C, D]", (outcomes, prompt.shape[-1]))
     others = {
         "target": target, "preference_logits": preference_logits, **plans, "final_logits": final_logits,
         "prompt": prompt, "projection": projection, "target_preference": target_preference, "valid": valid,
@@ -257,19 +278,19 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
         TypeError: for a wrong dtype. ValueError: for a wrong shape or device.
     """
     checks.check_floating("hidden", hidden)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must have the shape [N, L, E] or [L, E], it was {list(hidden.shape)}.")
     checks.check_tensor("mask", mask)
     batched = hidden.dim() == 3
-    if not batched:
-        checks.check_dim("hidden", hidden, "[L, E]" if hidden.dim() == 2 else "[N, L, E]")
-        checks.check_dim("mask", mask, "[L]")
-        hidden, mask = hidden[None], mask[None]
-    checks.check_shape("mask", mask, "[N, L]", hidden.shape[:2])
+    checks.check_shape("mask", mask, "[N, L]" if batched else "[L]", hidden.shape[:-1])
     checks.check_same_device("mask", mask, "hidden", hidden)
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool, integer or floating, it was {mask.dtype}.")
+    if not batched:
+        hidden, mask = one_episode(hidden, mask)
     if mask.dtype != torch.bool:
-        if mask.is_complex():
-            raise TypeError(f"mask must be bool, integer or floating, it was {mask.dtype}.")
         mask = mask != 0
-    pooled = MaskedMeanPoolFunction.apply(hidden, mask)
+    pooled = apply(MaskedMeanPoolFunction, hidden, mask)
     return pooled if batched else pooled[0]
 
 
@@ -327,20 +348,23 @@ def refine_prompt(
     "Parallel random numbers: as easy as 1, 2, 3", for the noise.
     """
     checks.check_floating("prompt", prompt)
-    batched = prompt.dim() == 2
-    if not batched:
-        checks.check_dim("prompt", prompt, "[D]" if prompt.dim() == 1 else "[B, D]")
-        prompt, mean = prompt[None], add_batch("mean", mean, "[D+1]")
-        noise = None if noise is None else add_batch("noise", noise, "[D+1]")
-    shape = (prompt.shape[0], prompt.shape[1] + 1)
-    check_policy(shape, delta_scale, "prompt", prompt, mean=mean, log_std=log_std, noise=noise)
+    if prompt.dim() not in (1, 2):
+        raise ValueError(f"prompt must have the shape [B, D] or [D], it was {list(prompt.shape)}.")
+    *batch, dimension = prompt.shape
+    delta_scale = checks.number("delta_scale", delta_scale, 0, above=True)
+    check_policy((*batch, dimension + 1), "prompt", prompt, mean=mean, log_std=log_std)
+    if noise is not None:
+        check_policy((*batch, dimension + 1), "prompt", prompt, noise=noise)
     if noise is not None and seed is not None:
         raise ValueError(f"seed must be None where noise is given, it was {seed!r}.")
+    batched = prompt.dim() == 2
+    if not batched:
+        prompt, mean, noise = one_episode(prompt, mean, noise)
     key = seed_tensor(seed) if noise is None else None
     dtype = common_dtype(prompt, mean, log_std, noise)
-    refined, action, log_prob, entropy = RefinePromptFunction.apply(
-        prompt.double() if dtype == torch.float64 else prompt, mean.to(dtype), log_std.to(dtype),
-        None if noise is None else noise.detach().to(dtype), key, float(delta_scale),
+    refined, action, log_prob, entropy = apply(
+        RefinePromptFunction, prompt.double() if dtype == torch.float64 else prompt, mean.to(dtype), log_std.to(dtype),
+        None if noise is None else noise.detach().to(dtype), key, delta_scale,
     )  # fmt: skip
     refined = refined.to(prompt.dtype)
     if not batched:
@@ -372,37 +396,27 @@ def squashed_log_prob(
     Source: Haarnoja et al., 2018, "Soft actor-critic", appendix C.
     """
     checks.check_floating("action", action)
+    if action.dim() not in (1, 2):
+        raise ValueError(f"action must have the shape [B, D+1] or [D+1], it was {list(action.shape)}.")
+    delta_scale = checks.number("delta_scale", delta_scale, 0, above=True)
+    check_policy(tuple(action.shape), "action", action, mean=mean, log_std=log_std)
     batched = action.dim() == 2
     if not batched:
-        checks.check_dim("action", action, "[D+1]" if action.dim() == 1 else "[B, D+1]")
-        action, mean = action[None], add_batch("mean", mean, "[D+1]")
-    check_policy(tuple(action.shape), delta_scale, "action", action, mean=mean, log_std=log_std)
+        action, mean = one_episode(action, mean)
     dtype = common_dtype(action, mean, log_std)
-    log_prob, entropy = SquashedLogProbFunction.apply(
-        action.to(dtype), mean.to(dtype), log_std.to(dtype), float(delta_scale)
-    )
+    log_prob, entropy = apply(SquashedLogProbFunction, action.to(dtype), mean.to(dtype), log_std.to(dtype), delta_scale)
     return (log_prob, entropy) if batched else (log_prob[0], entropy[0])
 
 
-def add_batch(name: str, tensor: Tensor, dims: str) -> Tensor:
-    checks.check_dim(name, tensor, dims)
-    return tensor[None]
-
-
-def check_policy(
-    shape: tuple[int, ...], delta_scale: float, anchor_name: str, anchor: Tensor, **tensors: Tensor | None
-) -> None:
-    """Tensors of the policy must have the shape [B, D+1] (log_std also [D+1]) and the device of the anchor."""
-    if shape[1] < 2:
+def check_policy(shape: tuple[int, ...], anchor_name: str, anchor: Tensor, **tensors: Tensor) -> None:
+    """Tensors of the policy must have the shape [B, D+1] or [D+1] (log_std always the latter too), and the device of
+    the anchor."""
+    if shape[-1] < 2:
         raise ValueError(f"{anchor_name} must have at least one prompt dimension, its shape was {list(anchor.shape)}.")
-    if not 0 < delta_scale < math.inf:
-        raise ValueError(f"delta_scale must be positive and finite, it was {delta_scale!r}.")
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         checks.check_floating(name, tensor)
-        if name == "log_std" and tensor.dim() == 1:
-            checks.check_shape(name, tensor, "[D+1]", shape[1:])
+        if len(shape) == 1 or (name == "log_std" and tensor.dim() == 1):
+            checks.check_shape(name, tensor, "[D+1]", shape[-1:])
         else:
             checks.check_shape(name, tensor, "[B, D+1]", shape)
         checks.check_same_device(name, tensor, anchor_name, anchor)
@@ -418,10 +432,7 @@ def seed_tensor(seed: int | None) -> Tensor:
     """The seed as 0-d int64 on the CPU, which torch.compile can trace where an int would have to be baked in."""
     if seed is None:
         return torch.randint(2**63 - 1, (), device="cpu")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or None, it was {type(seed).__name__}.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), it was {seed}.")
+    seed = checks.integer("seed", seed, low=0)
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
@@ -433,6 +444,10 @@ class RewardWeights:
     size: float = 0.5
     colour: float = 0.5
     reversibility: float = 0.5
+
+
+# Each thread counts the cells of every colour.
+MOST_COLORS = 2**16
 
 
 class RewardOutput(NamedTuple):
@@ -501,30 +516,33 @@ def grid_reward(
 
     Source: the reward of ARC-EFE agents, which score a refined prediction against the unrefined one.
     """
-    checks.check_integer("target", target)
-    checks.check_tensor("before", before)
-    checks.check_tensor("after", after)
-    batched = target.dim() == 3
-    if not batched:
-        checks.check_dim("target", target, "[H, W]")
-        before, after, target = before[None], after[None], target[None]
-        valid, source = (None if grid is None else grid[None] for grid in (valid, source))
-    for name, prediction in (("before", before), ("after", after)):
-        check_prediction(name, prediction, target, num_colors)
+    target = checks.integer_tensor("target", target)
+    if target.dim() not in (2, 3):
+        raise ValueError(f"target must have the shape [B, H, W] or [H, W], it was {list(target.shape)}.")
+    if target.shape[-2:].numel() < 1:
+        raise ValueError(f"target must have at least 1 cell, its shape was {list(target.shape)}.")
+    num_colors = checks.integer("num_colors", num_colors, 1, MOST_COLORS)
+    before = check_prediction("before", before, target, num_colors)
+    after = check_prediction("after", after, target, num_colors)
     if valid is not None:
         checks.check_bool("valid", valid)
-        checks.check_shape("valid", valid, "[B, H, W]", target.shape)
+        checks.check_shape("valid", valid, "[B, H, W]" if target.dim() == 3 else "[H, W]", target.shape)
         checks.check_same_device("valid", valid, "target", target)
-    before, after = before.detach(), after.detach()
-    reversibility = None
+    batched = target.dim() == 3
     if inverse is not None:
         if source is None:
             raise ValueError("source must be given with inverse, it was None.")
-        check_grid("source", source, target)
+        source = check_grid("source", source, target)
+    if not batched:
+        before, after, target, valid, source = one_episode(before, after, target, valid, source)
+    before, after = before.detach(), after.detach()
+    reversibility = None
+    if inverse is not None and source is not None:
         reversibility = torch.stack([recovered_share(prediction, source, inverse) for prediction in (before, after)])
     table = grid_reward_op(
-        before, after, target, valid, reversibility, [getattr(weights, name) for name in REWARD_TERMS], num_colors
-    )
+        before, after, target, valid, reversibility,
+        settings_of("weights", weights, RewardWeights, REWARD_TERMS), num_colors,
+    )  # fmt: skip
     if not batched:
         table = table[:, 0]
     terms, scores_before, scores_after = (
@@ -533,33 +551,38 @@ def grid_reward(
     return RewardOutput(table[0], terms, scores_before, scores_after, table[13])
 
 
-def check_grid(name: str, grid: Tensor, target: Tensor) -> None:
-    """A batch of non-empty integer grids beside target."""
-    checks.check_integer(name, grid)
-    checks.check_dim(name, grid, "[B, H, W]")
-    check_beside_target(name, grid, target)
+def check_grid(name: str, grid: Tensor, target: Tensor) -> Tensor:
+    """Non-empty integer grids beside target, [B, H, W] or [H, W] as target is."""
+    grid = checks.integer_tensor(name, grid)
+    check_beside_target(name, grid, target, "[B, H, W]" if target.dim() == 3 else "[H, W]")
+    return grid
 
 
-def check_prediction(name: str, prediction: Tensor, target: Tensor, num_colors: int) -> None:
-    """Logits [B, H', W', num_colors] or an integer grid [B, H', W']."""
+def check_prediction(name: str, prediction: Tensor, target: Tensor, num_colors: int) -> Tensor:
+    """Logits [B, H', W', num_colors] or an integer grid [B, H', W'], both without B where target has none."""
     checks.check_tensor(name, prediction)
     if not prediction.is_floating_point():
-        check_grid(name, prediction, target)
-        return
-    checks.check_floating(name, prediction)
-    checks.check_dim(name, prediction, "[B, H, W, C]")
-    if prediction.shape[3] != num_colors:
-        raise ValueError(f"{name} must have num_colors = {num_colors} logits per cell, it had {prediction.shape[3]}.")
-    check_beside_target(name, prediction, target)
-
-
-def check_beside_target(name: str, grid: Tensor, target: Tensor) -> None:
-    if grid.shape[0] != target.shape[0]:
-        raise ValueError(f"{name} must have the batch size of target, {target.shape[0]}, it had {grid.shape[0]}.")
-    if 0 in grid.shape[1:] or 0 in target.shape[1:]:
-        raise ValueError(
-            f"{name} and target must have cells, their shapes were {list(grid.shape)} and {list(target.shape)}."
+        return check_grid(name, prediction, target)
+    if prediction.dim() == target.dim():
+        shapes = "[B, H, W, C] or a grid [B, H, W]" if target.dim() == 3 else "[H, W, C] or a grid [H, W]"
+        raise TypeError(
+            f"{name} must be logits {shapes} of an integer dtype, it was {prediction.dtype} of shape "
+            f"{list(prediction.shape)}."
         )
+    checks.check_floating(name, prediction)
+    check_beside_target(name, prediction, target, "[B, H, W, C]" if target.dim() == 3 else "[H, W, C]")
+    if prediction.shape[-1] != num_colors:
+        raise ValueError(f"{name} must have num_colors = {num_colors} logits per cell, it had {prediction.shape[-1]}.")
+    return prediction
+
+
+def check_beside_target(name: str, grid: Tensor, target: Tensor, dims: str) -> None:
+    checks.check_dim(name, grid, dims)
+    if target.dim() == 3 and grid.shape[0] != target.shape[0]:
+        raise ValueError(f"{name} must have the batch size of target, {target.shape[0]}, it had {grid.shape[0]}.")
+    first = target.dim() - 2
+    if grid.shape[first : first + 2].numel() < 1:
+        raise ValueError(f"{name} must have at least 1 cell, its shape was {list(grid.shape)}.")
     checks.check_same_device(name, grid, "target", target)
 
 
@@ -567,10 +590,8 @@ def recovered_share(prediction: Tensor, source: Tensor, inverse: Callable[[Tenso
     """Reversibility of each episode, [B] float32."""
     shares = []
     for grid, original in zip(colours(prediction), source, strict=True):
-        recovered = inverse(grid)
-        checks.check_integer("inverse(grid)", recovered)
-        checks.check_dim("inverse(grid)", recovered, "[H, W]")
-        check_beside_target("inverse(grid)", recovered[None], original[None])
+        # A copy: an inverse may work in place.
+        recovered = check_grid("inverse(grid)", inverse(grid.clone()), original)
         shares.append(reversibility_score(recovered, original))
     return torch.stack(shares) if shares else source.new_empty(0, dtype=torch.float32)
 
@@ -617,10 +638,13 @@ def rl_advantage(
     check_like_first(reward=reward, value=value)
     check_mask(mask, "reward", reward)
     checks.check_choice("normalize", normalize, ("tanh", "clamp", None))
+    reward_scale = checks.number("reward_scale", reward_scale)
+    whiten = checks.flag("whiten", whiten)
     if group_size is not None:
+        group_size = checks.integer("group_size", group_size, low=1)
         if not whiten:
             raise ValueError(f"group_size must be None unless whiten is True, it was {group_size}.")
-        if group_size < 1 or reward.numel() % group_size != 0:
+        if reward.numel() % group_size != 0:
             raise ValueError(f"group_size must divide the {reward.numel()} elements of reward, it was {group_size}.")
     group = 0 if not whiten else reward.numel() if group_size is None else group_size
     return rl_advantage_op(constant(reward), value, mask, reward_scale, normalize, group)
@@ -688,8 +712,8 @@ def gae(
     Source: Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation".
     """
     check_trajectories(terminated, truncated, reward=reward, value=value, next_value=next_value)
-    check_interval("gamma", gamma, 0.0, 1.0)
-    check_interval("lam", lam, 0.0, 1.0)
+    gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
+    reward_scale = checks.number("reward_scale", reward_scale)
     value, next_value, reward = promoted(value, next_value, constant(reward))
     advantage, target = trace(
         rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
@@ -744,9 +768,9 @@ def vtrace(
     architectures".
     """
     check_trajectories(terminated, truncated, reward=reward, log_ratio=log_ratio, value=value, next_value=next_value)
-    check_interval("gamma", gamma, 0.0, 1.0)
-    check_interval("rho_clip", rho_clip, 0.0, math.inf)
-    check_interval("c_clip", c_clip, 0.0, math.inf)
+    gamma, reward_scale = checks.number("gamma", gamma, 0, 1), checks.number("reward_scale", reward_scale)
+    rho_clip = checks.number("rho_clip", rho_clip, 0, finite=False)
+    c_clip = checks.number("c_clip", c_clip, 0, finite=False)
     value, next_value, reward, log_ratio = promoted(value, next_value, constant(reward), constant(log_ratio))
     advantage, target = trace(
         rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
@@ -830,8 +854,9 @@ def policy_gradient_loss(
         tensors["old_log_prob"] = old_log_prob
     check_like_first(**tensors)
     check_mask(mask, "log_prob", log_prob)
-    if not clip > 0:
-        raise ValueError(f"clip must be positive, it was {clip!r}.")
+    clip = checks.number("clip", clip, 0, above=True, finite=False)
+    value_coef = checks.number("value_coef", value_coef)
+    entropy_coef = checks.number("entropy_coef", entropy_coef)
     log_prob, value, entropy, *constants = promoted(*tensors.values())
     advantage, value_target, *old = map(constant, constants)
     total, policy, value_loss, mean_entropy, diagnostics = policy_gradient_loss_op(
@@ -846,13 +871,9 @@ def check_trajectories(terminated: Tensor, truncated: Tensor | None, **tensors: 
     first_name, first = next(iter(tensors.items()))
     if first.dim() == 0:
         raise ValueError(f"{first_name} must have the shape [..., T], it was [].")
+    checks.check_tensor("terminated", terminated)
     check_mask(terminated, first_name, first, "terminated")
     check_mask(truncated, first_name, first, "truncated")
-
-
-def check_interval(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}], it was {value!r}.")
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import platform
 import re
+import signal
 import sys
 
 import torch
@@ -35,7 +36,7 @@ def compiled_extension() -> str:
         return extension.PROBLEM
     module = importlib.import_module("efe_kernels._C")
     release = extension.built_with(str(module.__file__))
-    return f"built with torch {release}, CUDA sources {'on' if module.with_cuda else 'off'}"
+    return f"built with torch {release}, CUDA sources {'on' if extension.has_cuda_sources() else 'off'}"
 
 
 def registered_at(op: str, key: str) -> str | None:
@@ -70,10 +71,13 @@ def main() -> int:
     print(f"\n{'op':<32}{'CPU':<22}CUDA")
     for op in sorted(OPS):
         print(f"{op:<32}{backend(op, 'CPU'):<22}{backend(op, 'CUDA')}")
-    if version("triton") == "not installed":
-        print("\nWithout Triton the reference serves CUDA tensors. On Linux: pip install triton")
+    for problem in extension.missing_on_cuda():
+        print(f"\nOn CUDA: {problem}")
     return 0
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        # As every Unix tool: where the reader has gone, as with `| head`, there is nothing left to do.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

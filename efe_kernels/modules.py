@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from efe_kernels.common import checks
-from efe_kernels.efe_loss.reference import counted_cells
+from efe_kernels.efe_loss.reference import check_target_range, counted_cells
 from efe_kernels.functional import EFELossOutput, EFEWeights, efe_loss
 
 
@@ -39,6 +39,9 @@ class EFELoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        max_grid_size = checks.integer("max_grid_size", max_grid_size, low=1)
+        num_colors = checks.integer("num_colors", num_colors, low=2)
+        prompt_dim = checks.integer("prompt_dim", prompt_dim, low=1)
         self.max_grid_size = max_grid_size
         self.num_colors = num_colors
         self.weights = weights
@@ -64,8 +67,13 @@ class EFELoss(nn.Module):
         valid: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> EFELossOutput:
-        """The loss of logits [B, T, H, W, C] against target [B, H, W]; arguments and result as in `efe_loss`."""
-        return efe_loss(
+        """The loss of logits [B, T, H, W, C] against target [B, H, W]; arguments and result as in `efe_loss`.
+
+        Without a prompt the projection gets a gradient of 0, so that DistributedDataParallel does not wait for one.
+        """
+        if prompt is not None:
+            self._check_prompt(prompt)
+        output = efe_loss(
             logits,
             target,
             self.preference_logits,
@@ -84,28 +92,87 @@ class EFELoss(nn.Module):
             reduction=self.reduction,
             grad_scale=grad_scale,
         )
+        if prompt is not None:
+            return output
+        return output._replace(total=output.total + self.projection[:0].sum().to(output.total.dtype))
+
+    def _check_prompt(self, prompt: Tensor) -> None:
+        checks.check_floating("prompt", prompt)
+        width = self.projection.shape[1]
+        if prompt.dim() > 0 and prompt.shape[-1] != width:
+            raise ValueError(
+                f"prompt must have {width} dimensions, its shape was {list(prompt.shape)}; "
+                f"EFELoss(prompt_dim={prompt.shape[-1]}) takes it."
+            )
+
+    def extra_repr(self) -> str:
+        size, dim = self.max_grid_size, self.projection.shape[1]
+        settings = ("hard_cell", "hard_cell_min_ratio", "ignore_index", "reduction")
+        told = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+        return f"max_grid_size={size}, num_colors={self.num_colors}, prompt_dim={dim}, weights={self.weights}, {told}"
 
     @torch.no_grad()
-    def update_target_preference(self, target: Tensor, valid: Tensor | None, success_rate: Tensor | float) -> None:
+    def update_target_preference(
+        self, target: Tensor, valid: Tensor | None, success_rate: Tensor | float, *, synchronize: bool = True
+    ) -> None:
         """Move the running target preference toward one-hot targets by the factor 0.05 + 0.15 * success_rate.
 
-        target: [B, H, W] or [H, W] integers. valid: bool of the same shape, or None. success_rate: in [0, 1].
         A cell moves toward the mean of the one-hot targets of the episodes in which it counts; elsewhere it stays.
+        Where torch.distributed is initialised, all ranks must call this; the episodes of all of them then move every
+        rank's preference by one and the same step.
+
+        Args:
+            target: [B, H, W] or [H, W] integers in [0, C) or ignore_index.
+            valid: bool of the same shape, or None.
+            success_rate: number or 0-d tensor in [0, 1]; over several ranks their mean, weighted by episodes.
+            synchronize: False leaves the other ranks out.
+
+        Raises:
+            TypeError, ValueError: for a wrong dtype, shape, device, colour or rate; the preference stays as it was. On
+                CUDA, where looking would cost a synchronisation, a target out of range is none that counts, and a rate
+                out of range moves nothing.
         """
-        checks.check_integer("target", target)
-        if max(target.shape[-2:]) > self.max_grid_size:
+        target = checks.integer_tensor("target", target)
+        if target.dim() not in (2, 3):
+            raise ValueError(f"target must have the shape [B, H, W] or [H, W], it was {list(target.shape)}.")
+        height, width = target.shape[-2:]
+        if max(height, width) > self.max_grid_size:
             raise ValueError(
                 f"target must be a grid of at most {self.max_grid_size} x {self.max_grid_size} cells, "
                 f"its shape was {list(target.shape)}."
             )
-        if target.dim() == 2:
-            target = target[None]
-            valid = None if valid is None else valid[None]
-        height, width = target.shape[-2:]
+        running = self.target_preference
+        checks.check_same_device("target", target, "the parameters of EFELoss", running)
+        if valid is not None:
+            checks.check_bool("valid", valid)
+            checks.check_shape("valid", valid, "of target", target.shape)
+            checks.check_same_device("valid", valid, "target", target)
+        rate = self._rate(success_rate)
+        target = target.reshape(-1, height, width)
+        valid = None if valid is None else valid.reshape(target.shape)
         counted = counted_cells(target, valid, self.ignore_index)
-        one_hot = nn.functional.one_hot(torch.where(counted, target, 0).long(), self.num_colors)
-        episodes = counted.sum(0)[..., None]
-        running = self.target_preference[:height, :width]
-        observed = (one_hot * counted[..., None]).sum(0) / episodes.clamp_min(1).to(running)
-        moved = running + (0.05 + 0.15 * success_rate) * (observed - running)
-        running.copy_(torch.where(episodes > 0, moved, running))
+        if target.device.type == "cpu":
+            check_target_range(target, counted, self.num_colors)
+        palette = torch.arange(self.num_colors, device=target.device)
+        found = torch.zeros_like(running, dtype=torch.float32)
+        found[:height, :width] = ((target[..., None] == palette) & counted[..., None]).sum(0)
+        rate = torch.stack([rate * target.shape[0], torch.full_like(rate, target.shape[0])])
+        if synchronize and distributed.is_available() and distributed.is_initialized():
+            both = torch.cat([found.flatten(), rate])
+            distributed.all_reduce(both)
+            found, rate = both[:-2].view_as(found), both[-2:]
+        episodes = found.sum(-1, keepdim=True)
+        moved = running + (0.05 + 0.15 * rate[0] / rate[1]) * (found / episodes.clamp_min(1) - running)
+        running.copy_(torch.where((episodes > 0) & (rate[0] >= 0) & (rate[0] <= rate[1]), moved, running))
+
+    def _rate(self, success_rate: Tensor | float) -> Tensor:
+        """The success rate as 0-d float32 beside the parameters, checked where that costs no synchronisation."""
+        device = self.target_preference.device
+        if not isinstance(success_rate, Tensor):
+            return torch.full((), checks.number("success_rate", success_rate, 0, 1), device=device)
+        if success_rate.dim() != 0:
+            shape = list(success_rate.shape)
+            raise ValueError(f"success_rate must be a number or a 0-d tensor, its shape was {shape}.")
+        if success_rate.device.type == "cpu":
+            checks.number("success_rate", success_rate.item(), 0, 1)
+        return success_rate.to(device, torch.float32)

@@ -40,6 +40,12 @@ struct Partial {
     }
 };
 
+// x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing.
+template <class A>
+EFE_INLINE A times(A x, A weight) {
+    return weight == 0 && !std::isnan(x) ? A(0) : x * weight;
+}
+
 template <class A>
 EFE_INLINE void load_log_ratio(const Policy<A>& p, int64_t begin, int64_t count, A* __restrict__ out) {
     const A *log_prob = p.log_prob + begin, *old_log_prob = p.old_log_prob + begin;
@@ -58,7 +64,7 @@ EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
     Partial partial;
     for (int64_t i = 0; i < count; ++i) error[i] = target[i] - value[i];
     if (p.old_log_prob == nullptr) {
-        for (int64_t i = 0; i < count; ++i) loss[i] = -log_prob[i] * advantage[i];
+        for (int64_t i = 0; i < count; ++i) loss[i] = times(-log_prob[i], advantage[i]);
     } else {
         const A clip = p.clip, low = A(1) - clip, high = A(1) + clip;
         load_log_ratio(p, begin, count, log_ratio);
@@ -66,10 +72,10 @@ EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
             const math::Exponential<A> exponential = math::exponential(log_ratio[i]);
             const A ratio = exponential.value, distance = std::fabs(exponential.minus_one);
             const A limited = ratio > high ? high : ratio < low ? low : ratio;
-            const A free_term = ratio * advantage[i], limited_term = limited * advantage[i];
+            const A free_term = times(ratio, advantage[i]), limited_term = times(limited, advantage[i]);
             loss[i] = limited_term < free_term ? -limited_term : -free_term;
             outside[i] = distance > clip ? A(1) : A(0);
-            divergence[i] = exponential.minus_one - log_ratio[i];
+            divergence[i] = std::isinf(ratio) ? ratio : exponential.minus_one - log_ratio[i];
         }
         partial.outside = total(outside);
         partial.divergence = total(divergence);
@@ -117,7 +123,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gr
         const double found[4] = {all.outside / some, all.divergence / some, explained, count};
         std::transform(found, found + 4, diagnostics.mutable_data_ptr<A>(), [](double x) { return static_cast<A>(x); });
     });
-    return {scalar(policy + value_coef * value_loss - entropy_coef * mean_entropy), scalar(policy), scalar(value_loss),
+    const double total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef);
+    return {scalar(total), scalar(policy), scalar(value_loss),
             scalar(mean_entropy), diagnostics};
 }
 
@@ -139,7 +146,7 @@ EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& grad
             load_log_ratio(p, begin, count, log_ratio);
             const A low = A(1) - p.clip, high = A(1) + p.clip;
             for (int64_t i = 0; i < count; ++i) {
-                const A ratio = math::exp(log_ratio[i]), slope = out[i] * ratio;
+                const A ratio = math::exp(log_ratio[i]), slope = times(ratio, out[i]);
                 // The clamp is the minimum above high for a gain, and below low for a loss.
                 const A limit = advantage[i] < 0 ? -low : high;
                 const A signed_ratio = advantage[i] < 0 ? -ratio : ratio;
@@ -151,7 +158,7 @@ EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& grad
     if (gradients.value != nullptr) {
         A* const __restrict__ out = gradients.value + begin;
         const A *target = p.value_target + begin, *found = p.value + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = A(2) * value * (found[i] - target[i]);
+        for (int64_t i = 0; i < count; ++i) out[i] = times(A(2) * (found[i] - target[i]), value);
         clear_others(mask, count, out);
     }
     if (gradients.entropy != nullptr) {

@@ -61,15 +61,18 @@ EFE_INLINE int64_t first_member(const uint8_t* mask, int64_t count) {
     return i;
 }
 
+// a - b, and 0 where they are equal, infinities too.
+EFE_INLINE double difference(double a, double b) { return a == b ? 0.0 : a - b; }
+
 // Count, mean and sum of squared deviations, which merge (Chan et al. 1979): exactly 0 deviation where all are equal.
 struct Moments {
     double count = 0, mean = 0, squares = 0;
 
     void merge(const Moments& other) {
         if (other.count == 0) return;
-        const double total = count + other.count, difference = other.mean - mean;
-        mean = count == 0 ? other.mean : mean + difference * other.count / total;
-        squares += other.squares + difference * difference * count * other.count / total;
+        const double total = count + other.count, step = count == 0 ? 0.0 : difference(other.mean, mean);
+        mean = count == 0 ? other.mean : mean + step * other.count / total;
+        squares += other.squares + step * step * count * other.count / total;
         count = total;
     }
 };
@@ -90,9 +93,9 @@ EFE_INLINE Moments moments_of(const A* x, const uint8_t* mask, int64_t count) {
     const int64_t members = count_members(mask, count);
     if (members == 0) return {};
     const double shift = x[first_member(mask, count)];
-    const double mean = sum_members(x, mask, count, [&](A value) EFE_SIMD_BODY { return value - shift; }) / members;
+    const double mean = sum_members(x, mask, count, [&](A value) EFE_SIMD_BODY { return difference(value, shift); }) / members;
     const double squares = sum_members(x, mask, count, [&](A value) EFE_SIMD_BODY {
-        const double deviation = value - shift - mean;
+        const double deviation = difference(value, shift) - mean;
         return deviation * deviation;
     });
     return {static_cast<double>(members), shift + mean, squares};

@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -33,6 +32,7 @@ enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_t
 constexpr int64_t kSums = 7;
 enum Sum { wrong = 5, cells = 6 };
 constexpr int64_t kChunks = 16;
+constexpr int64_t kRun = 32;  // outcomes that are added up before they join a sum
 
 constexpr double kLowestLogit = -1e30;
 constexpr double kPromptLogitRange = 1e4;
@@ -109,19 +109,30 @@ void count_cells(const Problem<A>& p, int64_t episode, Block<A>& block) {
     for (int64_t i = 0; i < kLanes; ++i) block.counted[i] = i < block.count && counted[i] ? A(1) : A(0);
 }
 
+// sum over the outcomes of term(i), i from c kLanes to (c + 1) kLanes. In runs, because the rounding of one long sum
+// grows with the number of outcomes.
+template <class A, class Term>
+EFE_INLINE void sum_outcomes(int64_t outcomes, const Term& term, A* sum) {
+    for (int64_t i = 0; i < kLanes; ++i) sum[i] = 0;
+    for (int64_t first = 0; first < outcomes; first += kRun) {
+        A run[kLanes] = {};
+        for (int64_t c = first; c < std::min(first + kRun, outcomes); ++c)
+            for (int64_t i = 0; i < kLanes; ++i) run[i] += term(c * kLanes + i);
+        for (int64_t i = 0; i < kLanes; ++i) sum[i] += run[i];
+    }
+}
+
 // sum of p x over the outcomes.
 template <class A>
 EFE_INLINE void weighted_sum(const A* p, const A* x, int64_t outcomes, A* sum) {
-    for (int64_t i = 0; i < kLanes; ++i) sum[i] = 0;
-    for (int64_t c = 0; c < outcomes; ++c)
-        for (int64_t i = 0; i < kLanes; ++i) sum[i] += p[c * kLanes + i] * x[c * kLanes + i];
+    sum_outcomes(outcomes, [&](int64_t i) EFE_SIMD_BODY { return p[i] * x[i]; }, sum);
 }
 
 // Probabilities, d and l with log p = d - l, and sum p log p.
 template <class A>
 void softmax(const A* x, int64_t outcomes, A* p, A* d, A* l, A* information) {
     vectorized([&]() EFE_SIMD_BODY {
-        A top[kLanes], sum[kLanes] = {};
+        A top[kLanes], sum[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) top[i] = x[i];
         for (int64_t c = 1; c < outcomes; ++c)
             for (int64_t i = 0; i < kLanes; ++i) top[i] = x[c * kLanes + i] > top[i] ? x[c * kLanes + i] : top[i];
@@ -134,9 +145,9 @@ void softmax(const A* x, int64_t outcomes, A* p, A* d, A* l, A* information) {
                 const A e = math::exp(shifted);
                 d[c * kLanes + i] = shifted;
                 p[c * kLanes + i] = e;
-                sum[i] += e;
             }
         }
+        sum_outcomes(outcomes, [&](int64_t i) EFE_SIMD_BODY { return p[i]; }, sum);
         for (int64_t i = 0; i < kLanes; ++i) {
             l[i] = math::log_normal_range(sum[i]);
             sum[i] = A(1) / sum[i];
@@ -191,11 +202,15 @@ void anchor_divergence(const Problem<A>& p, const Block<A>& block, const A* c, c
     const A* logs = p.log_target_preference.template const_data_ptr<A>() + block.first;
     vectorized([&]() EFE_SIMD_BODY {
         for (int64_t i = 0; i < kLanes; ++i) divergence[i] = is_set[i] = 0;
-        for (int64_t k = 0; k < p.outcomes; ++k)
-            for (int64_t i = 0; i < block.count; ++i) {
-                is_set[i] += anchors[k * p.num_cells + i];
-                divergence[i] += c[k * kLanes + i] * (log_c[k * kLanes + i] - logs[k * p.num_cells + i]);
-            }
+        for (int64_t first = 0; first < p.outcomes; first += kRun) {
+            A run[kLanes] = {};
+            for (int64_t k = first; k < std::min(first + kRun, p.outcomes); ++k)
+                for (int64_t i = 0; i < block.count; ++i) {
+                    is_set[i] += anchors[k * p.num_cells + i];
+                    run[i] += c[k * kLanes + i] * (log_c[k * kLanes + i] - logs[k * p.num_cells + i]);
+                }
+            for (int64_t i = 0; i < kLanes; ++i) divergence[i] += run[i];
+        }
         for (int64_t i = 0; i < kLanes; ++i) {
             is_set[i] = is_set[i] != 0 ? A(1) : A(0);
             divergence[i] = is_set[i] != 0 ? divergence[i] : A(0);
@@ -216,8 +231,9 @@ void add_risk(const A* p, const A* log_c, const A* information, int64_t outcomes
 template <class A>
 void add_observation_entropy(const A* probs, int64_t outcomes, A* sum) {
     vectorized([&]() EFE_SIMD_BODY {
-        for (int64_t c = 0; c < outcomes; ++c)
-            for (int64_t i = 0; i < kLanes; ++i) sum[i] -= probs[c * kLanes + i] * log_floored(probs[c * kLanes + i]);
+        A information[kLanes];
+        sum_outcomes(outcomes, [&](int64_t i) EFE_SIMD_BODY { return probs[i] * log_floored(probs[i]); }, information);
+        for (int64_t i = 0; i < kLanes; ++i) sum[i] -= information[i];
     });
 }
 
@@ -226,14 +242,11 @@ template <class A>
 void add_agreement(const A* p, const A* q, const A* p_information, const A* q_information, int64_t outcomes,
                    A share, A* sum) {
     vectorized([&]() EFE_SIMD_BODY {
-        A divergence[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) divergence[i] = p_information[i] + q_information[i] + A(2 * math::kLn2);
-        for (int64_t c = 0; c < outcomes; ++c)
-            for (int64_t i = 0; i < kLanes; ++i) {
-                const A both = p[c * kLanes + i] + q[c * kLanes + i];
-                divergence[i] -= both * log_floored(both);
-            }
-        for (int64_t i = 0; i < kLanes; ++i) sum[i] += share * divergence[i];
+        A information[kLanes];
+        const auto of_both = [&](int64_t i) EFE_SIMD_BODY { return (p[i] + q[i]) * log_floored(p[i] + q[i]); };
+        sum_outcomes(outcomes, of_both, information);
+        for (int64_t i = 0; i < kLanes; ++i)
+            sum[i] += share * (p_information[i] + q_information[i] + A(2 * math::kLn2) - information[i]);
     });
 }
 
@@ -448,10 +461,26 @@ Outputs forward_as(const Problem<A>& p, const at::Tensor& direction_u, const std
     return {total, terms, mask_ratio, scale, residual};
 }
 
+// a [I, K] times b [K, J] in double, added up over K in order: in a BLAS the number of threads chooses the bits.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+    const at::Tensor left = a.to(at::kDouble).contiguous(), right = b.to(at::kDouble).contiguous();
+    const int64_t rows = left.size(0), inner = left.size(1), columns = right.size(1);
+    const at::Tensor out = at::zeros({rows, columns}, left.options());
+    const double *l = left.const_data_ptr<double>(), *r = right.const_data_ptr<double>();
+    double* const o = out.mutable_data_ptr<double>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, inner * columns)),
+                     [&](int64_t begin, int64_t end) {
+                         for (int64_t i = begin; i < end; ++i)
+                             for (int64_t k = 0; k < inner; ++k)
+                                 for (int64_t j = 0; j < columns; ++j)
+                                     o[i * columns + j] += l[i * inner + k] * r[k * columns + j];
+                     });
+    return out;
+}
+
 at::Tensor direction_of(const OptionalTensor& prompt, const OptionalTensor& projection) {
     if (!prompt.has_value() || !projection.has_value()) return {};
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    return prompt->to(at::kDouble).matmul(projection->to(at::kDouble).t()).contiguous();
+    return product(*prompt, projection->t());
 }
 
 Outputs efe_loss_forward(const at::Tensor& logits, const OptionalTensor& backward_logits,
@@ -735,18 +764,16 @@ std::vector<at::Tensor> efe_loss_backward(
         };
         if (preference.defined()) found.push_back(preference);
         if (shared.defined()) add(shared.sum(0).view(preference_logits.sizes()), preference_logits);
-        // The products below are float32 also where the caller's backward runs under autocast.
-        const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         at::Tensor grad_u;
         if (has_direction)
             grad_u = upstream.select(1, prompt_term).unsqueeze(1) * residual.narrow(1, 1 + p.steps * p.outcomes, p.outcomes);
         if (needs[5]) {
-            at::Tensor grad = has_direction ? grad_u.matmul(projection->to(options.dtype()))
+            at::Tensor grad = has_direction ? product(grad_u, *projection).to(options.dtype())
                                             : at::zeros(prompt->sizes(), options);
             grad.narrow(1, 0, p.outcomes).add_(scales.sum(1) * p.scales * (1 - p.scales));
             add(grad, *prompt);
         }
-        if (needs[6]) add(grad_u.t().matmul(prompt->to(options.dtype())), *projection);
+        if (needs[6]) add(product(grad_u.t(), *prompt), *projection);
         return found;
     };
     return logits.scalar_type() == at::kDouble ? run(double{}) : run(float{});

@@ -156,7 +156,8 @@ struct Noise {
 template <class T>
 void pool_forward(const PoolForward& args) {
     using A = Accumulate<T>;
-    const int64_t tiles = (args.width + kPoolTile - 1) / kPoolTile;
+    // At least one tile, whose task writes the scale.
+    const int64_t tiles = std::max<int64_t>(1, (args.width + kPoolTile - 1) / kPoolTile);
     parallel(args.rows * tiles, args.length * kPoolTile, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
         for (int64_t task = first; task < last; ++task) {
             const int64_t n = task / tiles, begin = task % tiles * kPoolTile;

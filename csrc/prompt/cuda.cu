@@ -461,18 +461,20 @@ bool aligned(const void* pointer, int64_t stride, int64_t size) {
 }  // namespace
 
 int64_t pool_chunks(const PoolForward& args) {
+    if (args.width == 0) return 1;  // nothing to sum: the one pass over the mask writes the scale
     const int64_t blocks = std::max<int64_t>(1, args.rows * divide_up(args.width, kPoolColumns));
     return std::max<int64_t>(1, std::min(kPoolBlocks / blocks, args.length / kPoolMinTokens));
 }
 
 void pool_forward(const PoolForward& args, cudaStream_t stream) {
-    if (args.rows == 0 || args.width == 0) return;
+    if (args.rows == 0) return;
     for_dtype(args.dtype, [&](auto zero) {
         using T = decltype(zero);
         constexpr int kVector = 16 / sizeof(T);
         const bool vector = args.column == 1 && args.width % kVector == 0 &&
                             aligned(args.hidden, args.row, sizeof(T)) && aligned(args.hidden, args.token, sizeof(T));
-        const int64_t tiles = divide_up(args.width, kWarp * (vector ? kVector : 1));
+        // At least one tile, whose block writes the scale.
+        const int64_t tiles = std::max<int64_t>(1, divide_up(args.width, kWarp * (vector ? kVector : 1)));
         const int64_t blocks = args.rows * args.chunks * tiles;
         if (vector)
             pool_forward_kernel<T, kVector><<<grid(blocks), kPoolThreads, 0, stream>>>(args, blocks, tiles);

@@ -28,13 +28,38 @@ def first_order(name: str, op: Callable[..., Any], *args: Any) -> tuple[Tensor, 
     return tuple(op(*args))
 
 
+def transformed() -> bool:
+    """Whether the call is inside a transform of torch.func, such as vmap, grad or jacrev."""
+    level: int | None = torch._C._functorch.maybe_current_level()
+    return level is not None
+
+
+def apply(function: Any, *arguments: Any) -> Any:
+    """The autograd Function of an op on these arguments.
+
+    Inside a transform of torch.func the plain PyTorch of `function.plain` computes the same, because the transforms see
+    through that and not through a kernel. torch.compile refuses a tensor that is given twice: there every further time
+    it is given as a view of itself.
+    """
+    if transformed():
+        return function.plain(*arguments)
+    if torch.compiler.is_compiling():
+        given: list[Any] = []
+        for argument in arguments:
+            twice = isinstance(argument, Tensor) and any(argument is other for other in given)
+            given.append(argument.view_as(argument) if twice else argument)
+        arguments = tuple(given)
+    return function.apply(*arguments)
+
+
 def needs_function(*tensors: Tensor) -> bool:
-    """Whether a call must go through its autograd Function: for a gradient, or to be refused in forward mode.
+    """Whether a call must go through `apply`: for a gradient, for a transform, or to be refused in forward mode.
 
     An op alone would know nothing of forward mode and give tangents of 0.
     """
     in_forward_mode: bool = forward_ad._current_level >= 0
-    return in_forward_mode or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return in_forward_mode or wanted or transformed()
 
 
 def spread(gradients: Sequence[Tensor], needs: list[bool], num_inputs: int) -> tuple[Tensor | None, ...]:

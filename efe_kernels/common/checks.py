@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# PyTorch computes little with these: `integer_tensor` makes them int64.
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED)
+INT64 = torch.iinfo(torch.int64)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -25,6 +31,12 @@ def check_integer(name: str, tensor: torch.Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in INTEGER:
         raise TypeError(f"{name} must have an integer dtype, it was {tensor.dtype}.")
+
+
+def integer_tensor(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """tensor, in a dtype that the ops take. A uint64 from 2^63 on becomes negative, and so is out of any range."""
+    check_integer(name, tensor)
+    return tensor.long() if tensor.dtype in UNSIGNED else tensor
 
 
 def check_bool(name: str, tensor: torch.Tensor) -> None:
@@ -50,6 +62,62 @@ def check_shape(name: str, tensor: torch.Tensor, dims: str, shape: Sequence[int]
 def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, it was on {tensor.device}.")
+
+
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, finite: bool = True
+) -> float:
+    """A setting as a float in [low, high], or with `above` in (low, high]; infinite only where `finite` is False.
+
+    A tensor is refused: to read it would wait for its device and lose its gradient.
+    """
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        return value  # type: ignore[return-value]  # torch.compile traces it as the number that it will be
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, it was {described(value)}.")
+    try:
+        found = float(value)
+    except OverflowError:  # an int beyond the largest float
+        found = math.inf
+    inside = low < found <= high if above else low <= found <= high
+    if not inside or (finite and math.isinf(found)):
+        raise ValueError(f"{name} must be {interval(low, high, above, finite)}, it was {value!r}.")
+    return found
+
+
+def interval(low: float, high: float, above: bool, finite: bool) -> str:
+    """The range of a number, in words."""
+    if math.isfinite(low) and math.isfinite(high):
+        return f"in {'(' if above else '['}{low:g}, {high:g}]"
+    bound = "" if math.isinf(low) else "positive" if above and low == 0 else f"at least {low:g}"
+    return " and ".join(word for word in (bound, "finite" if finite else "not NaN") if word)
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A setting as an int in [low, high] of 64 bits; NumPy's integers are integers, bool is none."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, it was {described(value)}.")
+    found = int(value)
+    least, most = INT64.min if low is None else low, INT64.max if high is None else high
+    if not least <= found <= most:
+        bound = f"at least {low}" if low is not None and found < low else "below 2^63" if high is None else ""
+        raise ValueError(f"{name} must be {bound or f'in [{low}, {high}]'}, it was {value}.")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} must be True or False, it was {described(value)}.")
+    return bool(value)
+
+
+def described(value: Any) -> str:
+    """What was given in place of a setting."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {list(value.shape)} (.item() gives the number of one element)"
+    return repr(value) if isinstance(value, str | numbers.Number) else type(value).__name__
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

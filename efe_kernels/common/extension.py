@@ -1,7 +1,11 @@
-"""Loads the C++/CUDA extension, whose import registers its kernels with torch's dispatcher."""
+"""Loads the C++/CUDA extension, whose import registers its kernels with torch's dispatcher.
+
+Nothing here asks for a GPU: that would set CUDA up, and a process that has done so cannot be forked any more.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -14,12 +18,12 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def load() -> str | None:
-    """Import `efe_kernels._C`. Returns None where nothing is missing, else a sentence on what is and what to do."""
+    """Import `efe_kernels._C`. Returns None where it serves the CPU, else a sentence on why not and what to do."""
     spec = importlib.util.find_spec("efe_kernels._C")
     if spec is None or spec.origin is None:
         return (
-            "the C++ extension was not built, so CPU tensors are served by plain PyTorch. Install a C++ compiler, "
-            f"then run in the source folder: {REBUILD}"
+            "the C++ extension was not built, so CPU tensors and the prompt ops are served by plain PyTorch. Install a "
+            f"C++ compiler, then run in the source folder: {REBUILD}"
         )
     release = built_with(spec.origin)
     if minor_release(release) != minor_release(torch.__version__):
@@ -29,22 +33,46 @@ def load() -> str | None:
             "folder"
         )
     try:
-        module = importlib.import_module("efe_kernels._C")
+        importlib.import_module("efe_kernels._C")
     except ImportError as error:
         return (
-            f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors are served by "
-            "plain PyTorch. It must be rebuilt with this torch: "
-            f"{REBUILD} in the source folder"
+            f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors and the prompt "
+            f"ops are served by plain PyTorch. It must be rebuilt with this torch: {REBUILD} in the source folder"
         )
-    if torch.cuda.is_available() and not module.with_cuda:
-        return (
-            "the extension was built without its CUDA sources, so the prompt ops on CUDA are served by plain PyTorch. "
-            f"Install the CUDA toolkit of torch {torch.version.cuda} (set CUDA_HOME), then run in the source folder: "
+    return None
+
+
+def has_cuda_sources() -> bool:
+    """Whether the extension, which is loaded, was built with them."""
+    return bool(importlib.import_module("efe_kernels._C").with_cuda)
+
+
+def missing_on_cuda() -> list[str]:
+    """What is missing for CUDA tensors, where the extension as a whole is there: a sentence each, with what to do."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return []
+    found = []
+    if importlib.util.find_spec("triton") is None:
+        found.append("Triton is not installed, so plain PyTorch serves CUDA tensors. On Linux: pip install triton")
+    if torch.version.hip is not None:
+        found.append(
+            "the CUDA sources of the extension are not built for ROCm, so plain PyTorch serves the prompt ops on the "
+            "GPU; there is nothing to install"
+        )
+    elif PROBLEM is None and not has_cuda_sources():
+        found.append(
+            "the extension was built without its CUDA sources, so plain PyTorch serves the prompt ops on CUDA. Install "
+            f"the CUDA toolkit of torch {torch.version.cuda} (set CUDA_HOME), then run in the source folder: "
             f"EFE_KERNELS_CUDA=1 {REBUILD}"
         )
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed, so CUDA tensors are served by plain PyTorch. Run: pip install triton"
-    return None
+    return found
+
+
+@functools.cache
+def warn_of_missing_on_cuda() -> None:
+    """Once in a process: plain PyTorch serves a CUDA tensor."""
+    for problem in missing_on_cuda():
+        warnings.warn(f"efe_kernels: {problem}", stacklevel=2)
 
 
 def built_with(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from efe_kernels.common.extension import REBUILD
+from efe_kernels.common.extension import REBUILD, warn_of_missing_on_cuda
 
 LIBRARY = torch.library.Library("efe", "DEF")
 
@@ -28,6 +29,18 @@ def triton_module(name: str) -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module(name)
+
+
+def in_place_of_kernels(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, which says so where it serves a CUDA tensor because a piece is missing."""
+
+    @functools.wraps(reference)
+    def serve(*arguments: Any) -> Any:
+        if any(isinstance(argument, torch.Tensor) and argument.is_cuda for argument in arguments):
+            warn_of_missing_on_cuda()
+        return reference(*arguments)
+
+    return serve
 
 
 def define_op(
@@ -54,7 +67,7 @@ def define_op(
             f"the C++ extension was built from other sources than these: its op {name} takes other arguments. "
             f"Rebuild it: {REBUILD} in the source folder"
         ) from error
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, in_place_of_kernels(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
     OPS[name] = triton
     if triton is not None:

@@ -25,6 +25,7 @@ NUM_INPUTS = len(Inputs._fields)
 NUM_ARGUMENTS = NUM_INPUTS + len(Settings._fields)
 NUM_DIFFERENTIABLE = 7
 MAX_OUTCOMES = 32
+ORDINARY_KEYS = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
 
 
 def grouped(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings]:
@@ -107,17 +108,40 @@ efe_loss_backward = define_op(
 )
 
 
+def key_bits(names: Sequence[str]) -> int:
+    keys = torch._C.DispatchKeySet.from_raw_repr(0)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    bits: int = keys.raw_repr()
+    return bits
+
+
+DENSE = key_bits(ORDINARY_KEYS)
+
+
+def hold_their_values(*tensors: Tensor | None) -> bool:
+    """Whether the memory of each tensor is what it stands for.
+
+    That of a subclass, of a lazily negated tensor, of a zero without storage and of one under vmap is not: only the
+    dispatcher knows what to do with them.
+    """
+    return all(
+        type(tensor) in (Tensor, Parameter) and not torch._C._dispatch_keys(tensor).raw_repr() & ~DENSE
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
 def keeps_promise(promise: Tensor | None, inputs: Inputs, needs: list[bool]) -> bool:
     """Whether kernels make use of a promised upstream gradient.
 
-    They write the gradients in forward and hand out the same memory in backward, beside the dispatcher: which a tracer,
-    a subclass or a lazily negated tensor would not see.
+    They write the gradients in forward and hand out the same memory in backward, beside the dispatcher, which a tracer
+    would not see.
     """
     logits = inputs.logits
     if promise is None or launch is None or traced() or not any(needs) or not (INTERPRET or logits.is_cuda):
         return False
-    plain = all(type(tensor) in (Tensor, Parameter) and not tensor.is_neg() for tensor in inputs if tensor is not None)
-    return plain and has_kernel(logits) and launch.takes_promise(inputs)
+    return hold_their_values(promise, *inputs) and has_kernel(logits) and launch.takes_promise(inputs)
 
 
 class EFELossFunction(torch.autograd.Function):
@@ -126,6 +150,12 @@ class EFELossFunction(torch.autograd.Function):
     Takes the fields of Inputs and of Settings, and as the last argument a promise: None, or the upstream gradient [] of
     every episode's total.
     """
+
+    @staticmethod
+    def plain(*arguments: Any) -> Outputs:
+        inputs, settings = grouped(arguments)
+        outputs = reference.efe_loss(inputs, settings)
+        return *outputs, torch.zeros_like(outputs[0])
 
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
@@ -155,7 +185,9 @@ class EFELossFunction(torch.autograd.Function):
             if ctx.gradients is not None:
                 # Handed out once: what the caller holds after this backward must not change in the next one.
                 ahead, ctx.gradients = ctx.gradients, None
-            if ahead is not None and grad_terms is None and not torch.is_grad_enabled() and not traced():
+            first_order_only = not torch.is_grad_enabled() and not traced()
+            read = (grad_total, hard_cell_scale, residual, promise, *tensors)
+            if ahead is not None and grad_terms is None and first_order_only and hold_their_values(*read):
                 upstream = launch.Upstream(grad_total, None, hard_cell_scale, residual)
                 gradients = launch.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
             else:

@@ -160,6 +160,8 @@ squashed_log_prob_backward = define_op(
 class MaskedMeanPoolFunction(torch.autograd.Function):
     """Pooled [N, E]; differentiable by hidden."""
 
+    plain = staticmethod(reference.masked_mean_pool)
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, mask: Tensor) -> Tensor:
         pooled, scale = masked_mean_pool_forward(hidden, mask)
@@ -177,6 +179,8 @@ def pool_gradients(grad: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor]:
 
 class RefinePromptFunction(torch.autograd.Function):
     """Refined prompt, action, log_prob, entropy; all differentiable by prompt, mean and log_std."""
+
+    plain = staticmethod(refine_forward_reference)
 
     @staticmethod
     def forward(
@@ -205,6 +209,8 @@ class RefinePromptFunction(torch.autograd.Function):
 
 class SquashedLogProbFunction(torch.autograd.Function):
     """log_prob and entropy; differentiable by action, mean and log_std."""
+
+    plain = staticmethod(reference.squashed_log_prob)
 
     @staticmethod
     def forward(ctx: Any, action: Tensor, mean: Tensor, log_std: Tensor, delta_scale: float) -> tuple[Tensor, Tensor]:

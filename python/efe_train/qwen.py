@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from efe_kernels import masked_mean_pool
 from efe_train.config import PROMPT_DIM, UserError
 from efe_train.data import Query, prompt_text
+from efe_train.files import REMEDY
 
 SMALL_TOKENS = 384
 PRETRAINED_TOKENS = 2048
@@ -234,12 +235,16 @@ def load_architecture(folder: Path, name: str | None, lora_rank: int = 0) -> Pro
     name, lora_rank: the --qwen_model and --lora_rank of that run.
 
     Raises:
-        UserError: the run has adapters and peft is missing.
+        UserError: the folder is damaged, or the run has adapters and peft is missing.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    except Exception as error:  # transformers and tokenizers raise what a broken file happens to break
+        raise UserError(f"{folder} cannot be loaded ({type(error).__name__}): {REMEDY}.") from None
     prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
     if lora_rank:
         prompter.add_lora(lora_rank)

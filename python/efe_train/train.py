@@ -24,7 +24,17 @@ from efe_train.config import (
     parse_train_arguments,
     resumed,
 )
-from efe_train.data import Batch, Example, collate, epoch_batches, fingerprint, load_tasks, training_examples
+from efe_train.data import (
+    Batch,
+    Example,
+    collate,
+    epoch_batches,
+    evaluates_on_training_tasks,
+    fingerprint,
+    load_tasks,
+    training_examples,
+)
+from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.planner import Planner
 from efe_train.policy import Policy, Rollout, policy_state
@@ -195,6 +205,7 @@ class Run:
         self.trainer = trainer
         self.examples = examples
         self.folder = folder
+        self.qwen_digests = folder.qwen_digests()
         self.tracker: Any | None = None
         self.batches_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = min(config.epochs * self.batches_per_epoch, config.max_batches or sys.maxsize)
@@ -208,6 +219,7 @@ class Run:
 
         Raises:
             NotFinite: training met NaN or Inf; checkpoint.pt holds the last state that is known to be good.
+            Interrupted: SIGINT or SIGTERM came; checkpoint.pt holds the state after the batch that it came in.
         """
         trainer, done = self.trainer, self.trainer.batches_done
         for row in self.folder.cut_metrics(done):
@@ -217,19 +229,25 @@ class Run:
             self.folder.accept_candidate()
         self.clock = time.perf_counter()
         often = 1.0 if sys.stderr.isatty() else 15.0
-        with tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True)
+        with SignalWatch() as signals, bar:
             for epoch, examples in self.upcoming():
                 self.train_batch(epoch, examples)
                 done = trainer.batches_done
-                if done == 1 or done % LOG_EVERY == 0 or done == self.total:
+                last = done == self.total or signals.received is not None
+                if done == 1 or done % LOG_EVERY == 0 or last:
                     row = self.read_metrics()
                     self.folder.say(log_line(row))
                     bar.set_postfix_str(bar_text(row), refresh=False)
-                if done % SAVE_EVERY == 0 and done < self.total:
+                bar.update()
+                if last:
+                    break
+                if done % SAVE_EVERY == 0:
                     self.save()
                     self.candidate = done
-                bar.update()
-        self.finish()
+            self.finish()
+        if done < self.total and signals.received is not None:
+            raise Interrupted(signals.received)
 
     def upcoming(self) -> Iterator[tuple[int, list[Example]]]:
         """Epoch and examples of each batch that is still to come."""
@@ -300,7 +318,8 @@ class Run:
         self.folder.accept_candidate()
 
     def save(self) -> None:
-        self.folder.write_candidate({**self.trainer.state_dict(), "data": fingerprint(self.examples)})
+        about = {"data": fingerprint(self.examples), "qwen": self.qwen_digests}
+        self.folder.write_candidate({**self.trainer.state_dict(), **about})
 
 
 def bar_text(row: Mapping[str, float]) -> str:
@@ -333,19 +352,22 @@ def prepare(argv: Sequence[str]) -> Run:
     torch.manual_seed(config.seed)
     if folder is None:
         prompter, about_qwen = build_prompter(config.qwen_model, config.lora_rank)
-        folder = RunFolder.create(config.out)
+        folder, state = RunFolder.create(config.out), None
         prompter.save_architecture(folder.qwen)
     else:
+        state = folder.read_checkpoint()
         prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
         about_qwen = "as the run began with it"
     if config.gradient_checkpointing:
         prompter.recompute_activations()
     trainer = Trainer(config, prompter, device, dtype)
-    if config.resume:
-        state = folder.read_checkpoint()
-        if state["data"] != fingerprint(examples):
-            raise UserError(f"--dataset {config.dataset!r} has changed since {folder.path} was begun: begin a new run.")
-        trainer.load_state_dict(state)
+    if state is not None:
+        with folder.fitting():
+            if state["data"] != fingerprint(examples):
+                raise UserError(
+                    f"--dataset {config.dataset!r} has changed since {folder.path} was begun: begin a new run."
+                )
+            trainer.load_state_dict(state)
     run = Run(trainer, examples, folder)
     if trainer.batches_done >= run.total:
         raise UserError(
@@ -355,8 +377,9 @@ def prepare(argv: Sequence[str]) -> Run:
     folder.write_config(config)
     run.tracker = start_tracker(config, folder)
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
+    shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     folder.say(
-        f"Data: {len(tasks)} tasks of {config.dataset}, {len(examples)} training queries, "
+        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(examples)} training queries, "
         f"{run.batches_per_epoch} batches per epoch, batches {trainer.batches_done + 1} to {run.total}\n"
         f"Device: {device}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
         f"Qwen: {about_qwen}\n"
@@ -367,7 +390,7 @@ def prepare(argv: Sequence[str]) -> Run:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the flags say. Returns the exit code: 1 where training met NaN or Inf.
+    """Train as the flags say. Returns the exit code: 1 where training met NaN or Inf, 128 + N where signal N ended it.
 
     Raises:
         UserError: a mistake in the flags or the data.
@@ -381,9 +404,19 @@ def main(argv: Sequence[str]) -> int:
             f"Training stopped. {run.folder.path / 'checkpoint.pt'} holds the last state that is known to be good."
         )
         return 1
+    except Interrupted as stop:
+        done, path = run.trainer.batches_done, run.folder.path
+        run.folder.say(
+            f"Stopped by {stop.received.name} after batch {done} of {run.total}, which is saved: "
+            f"efe-train --resume --out {path} goes on from it."
+        )
+        return 128 + stop.received
     finally:
         if run.tracker is not None:
             run.tracker.end_training()
     run.folder.say(closing_table(run.folder.read_metrics(), time.perf_counter() - begun))
-    run.folder.say(f"Score it on the held-out tasks: efe-train evaluate --checkpoint {run.folder.path}")
+    scored = (
+        "tasks that it was trained on" if evaluates_on_training_tasks(run.trainer.config.dataset) else "held-out tasks"
+    )
+    run.folder.say(f"Score it on the {scored}: efe-train evaluate --checkpoint {run.folder.path}")
     return 0

@@ -98,6 +98,19 @@ def test_value_and_gradient(
         torch.testing.assert_close(gradient.double(), wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("numel", [1024, 1025, 2900])
+def test_partial_sums_of_very_many_parts(numel: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8, 9 and 23 parts, of which the second launch takes 4 at a time."""
+    kernels = pytest.importorskip("efe_kernels.advantage.policy_gradient_loss.kernels")
+    monkeypatch.setattr(kernels, "TILE_LIMIT", 128)
+    monkeypatch.setattr(kernels, "PARTS_LIMIT", 4)
+    tensors = batch(numel, device=device)
+    mask = torch.rand(numel, device=device) > 0.3
+    mask[256:512] = False  # whole parts without an element
+    found, expected = policy_gradient_loss(**tensors, mask=mask), definition(**exact(tensors), mask=mask)
+    assert_close(found, expected, **LOSS_TOLERANCE)
+
+
 @pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("numel", [50, 5000])
 def test_every_output_has_its_gradient(numel: int, device: str) -> None:
@@ -295,12 +308,49 @@ def test_clear_errors(device: str) -> None:
         (ValueError, "value_target must be on the device of log_prob", {"value_target": tensors["value"].to("meta")}),
         (ValueError, "advantage must have the shape of log_prob", {"advantage": tensors["value"][:, None]}),
         (ValueError, "old_log_prob must have the shape of log_prob", {"old_log_prob": tensors["value"][:1]}),
-        (ValueError, "clip must be positive, it was 0", {"clip": 0}),
-        (ValueError, "clip must be positive, it was nan", {"clip": math.nan}),
+        (ValueError, "clip must be positive and not NaN, it was 0", {"clip": 0}),
+        (ValueError, "clip must be positive and not NaN, it was nan", {"clip": math.nan}),
     ]
     for error, message, replaced in wrong:
         with pytest.raises(error, match=message):
             policy_gradient_loss(**{**tensors, **replaced})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("old_log_prob", [-800.0, -math.inf])
+def test_a_ratio_that_overflows_leaves_an_advantage_of_0_at_0(
+    old_log_prob: float, dtype: torch.dtype, device: str
+) -> None:
+    """A group of equal rewards has advantages of exactly 0; a gain above the clip is a constant."""
+    log_prob = torch.zeros(5, dtype=dtype, device=device, requires_grad=True)
+    advantage = torch.tensor([0.0, -0.0, 2.0, 0.0, 1.0], dtype=dtype, device=device)
+    old = torch.full_like(advantage, old_log_prob)
+    old[-1] = 0
+    zero = torch.zeros_like(advantage)
+    output = policy_gradient_loss(log_prob, advantage, zero, zero, zero, old_log_prob=old)
+    (gradient,) = torch.autograd.grad(output.total, log_prob)
+    torch.testing.assert_close(output.policy, -(torch.tensor(1.2 * 2 + 1, dtype=dtype, device=device)) / 5)
+    torch.testing.assert_close(gradient, torch.tensor([0, 0, 0, 0, -0.2], dtype=dtype, device=device))
+    assert output.approx_kl == math.inf
+    assert output.clip_fraction == torch.tensor(0.8, dtype=dtype)
+
+
+def test_a_score_that_is_impossible_leaves_an_advantage_of_0_at_0(device: str) -> None:
+    log_prob = torch.tensor([-math.inf, -1.0], device=device, requires_grad=True)
+    advantage, zero = torch.tensor([0.0, 2.0], device=device), torch.zeros(2, device=device)
+    output = policy_gradient_loss(log_prob, advantage, zero, zero, zero)
+    assert output.policy == 1
+    (gradient,) = torch.autograd.grad(output.total, log_prob)
+    assert gradient.tolist() == [0, -1]
+
+
+def test_a_coefficient_of_0_removes_a_part_that_diverges(device: str) -> None:
+    zero = torch.zeros(2, device=device)
+    leaves = [torch.tensor([math.inf, 0.0], device=device, requires_grad=True) for _ in range(2)]
+    output = policy_gradient_loss(zero, zero, leaves[0], zero, leaves[1], value_coef=0, entropy_coef=0)
+    assert output.total == 0
+    for gradient in torch.autograd.grad(output.total, leaves):
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("value", [1e20, float("inf")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -105,6 +106,48 @@ def test_whitening_of_any_group_size(numel: int, group_size: int | None, device:
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that 3000 elements are more parts of a group than every program merges itself."""
+    kernels = pytest.importorskip("efe_kernels.advantage.rl_advantage.kernels")
+    for name, limit in {"TILE_LIMIT": 1024, "MOST_TILES": 1, "MOST_PARTS": 2, "MERGED_AT_ONCE": 2}.items():
+        monkeypatch.setattr(kernels, name, limit)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("numel", "group_size"), [(7000, None), (7000, 3500), (4000, 2000)])
+def test_groups_of_very_many_parts(numel: int, group_size: int | None, device: str) -> None:
+    """7 and 4 parts of a group are merged before every program reads them, 2 are not."""
+    test_whitening_of_any_group_size(numel, group_size, device)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_what_a_program_reads_of_its_group_does_not_grow_with_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all programs together read the square of the group's size."""
+    kernels = pytest.importorskip("efe_kernels.advantage.rl_advantage.kernels")
+    read: list[int] = []
+
+    class Recording:
+        """In place of a kernel."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: read.append(options["partials"])
+
+    class Silent:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: None
+
+    for name in ("moments", "merge_moments", "sums", "merge_sums"):
+        monkeypatch.setattr(kernels, f"rl_advantage_{name}_kernel", Silent())
+    for name in ("rl_advantage_kernel", "rl_advantage_backward_kernel"):
+        monkeypatch.setattr(kernels, name, Recording())
+    for numel in (2048, 4096, 65536):
+        x, statistics = torch.zeros(numel), torch.zeros(1, 3)
+        kernels.rl_advantage_forward(x, x, None, 5.0, "tanh", numel)
+        kernels.rl_advantage_backward(x, x, x, None, statistics, 5.0, "tanh", numel)
+    assert read == [2, 2, 1, 1, 1, 1]
+
+
 @pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("numel", [6, 5000, 40000])
 @pytest.mark.parametrize("common", [0.1, 1e-6, 3e4])
@@ -116,6 +159,16 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(numel: int, common: float, d
     assert advantage.abs().max().item() == 0.0
     (gradient,) = torch.autograd.grad(advantage, value, torch.randn(numel, device=device))
     assert gradient.abs().max().item() == 0.0
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("common", [0.1, 3e4, 1e20])
+def test_equal_rewards_of_very_many_parts_get_exactly_zero(common: float, device: str) -> None:
+    """Also where the square of the value is no float32, and a part of the group is masked."""
+    reward = torch.full((7000,), common, device=device)
+    mask = torch.arange(7000, device=device) // 1024 % 3 != 0
+    advantage = rl_advantage(reward, torch.zeros_like(reward), normalize=None, reward_scale=1.0, whiten=True, mask=mask)
+    assert advantage.abs().max().item() == 0.0
 
 
 def test_almost_equal_rewards_do_not_explode(device: str) -> None:
@@ -235,6 +288,17 @@ def test_compiles_as_one_graph(device: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [8, 5000, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_equal_rewards_that_overflow_when_scaled_are_equal(dtype: torch.dtype, size: int, device: str) -> None:
+    reward = torch.full((size,), 6e4, dtype=dtype, device=device)
+    value = torch.zeros_like(reward).requires_grad_()
+    advantage = rl_advantage(reward, value, reward_scale=1e36, normalize=None, whiten=True)
+    assert not advantage.any()
+    (gradient,) = torch.autograd.grad(advantage.sum(), value)
+    assert not gradient.any()
+
+
 def test_clear_errors(device: str) -> None:
     reward, value, mask = torch.randn(6, device=device), torch.randn(6, device=device), torch.ones(6, device=device)
     wrong: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
@@ -248,7 +312,7 @@ def test_clear_errors(device: str) -> None:
          {"normalize": "relu"}),
         (ValueError, "group_size must divide the 6 elements of reward, it was 4", (reward, value),
          {"whiten": True, "group_size": 4}),
-        (ValueError, "group_size must divide the 6 elements of reward, it was 0", (reward, value),
+        (ValueError, "group_size must be at least 1, it was 0", (reward, value),
          {"whiten": True, "group_size": 0}),
         (ValueError, "group_size must be None unless whiten is True, it was 3", (reward, value), {"group_size": 3}),
     ]  # fmt: skip

@@ -80,10 +80,9 @@ def definition(
         preference = preference.masked_fill(outside, FILL)
     q, b = forward.softmax(-1), backward.softmax(-1)
 
-    unsure = q.max(-1).values.mean(0) <= 0.7
-    if mask is not None:
-        unsure &= mask > 0
-    inference_risk = unsure.sum().to(q.dtype) / (count + EPS)
+    unsure = q.max(-1).values.mean(0) <= module.inference_first_threshold
+    inside = torch.ones_like(unsure) if mask is None else mask > 0
+    inference_risk = (unsure & inside).sum().to(q.dtype) / (inside.sum().to(q.dtype) + EPS)
     risk = -(renormalize(clamp(preference), mask) * (renormalize(clamp(q), mask) + EPS).log()).sum() / cell_steps
     risk = risk * (0.5 + 0.5 * (1 - inference_risk))
     observed = clamp(observation)

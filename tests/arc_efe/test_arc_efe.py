@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def test_losses_and_gradients_are_those_of_the_original(
     module = EFELoss(**meta["lambdas"], max_grid_size=meta["max_grid_size"], prompt_dim=prompt_dim).to(device, dtype)
     parameters = {f"preference_embeddings.{key}": "preference_param"}
     parameters |= {f"prompt_projector.{name}": f"projector_{name}" for name in ("weight", "bias")}
-    module.load_state_dict({name: read(stored) for name, stored in parameters.items()})
+    module.load_state_dict(module.state_dict() | {name: read(stored) for name, stored in parameters.items()})
     if "target_preference" in case.files:
         module.target_preferences_dict[key] = read("target_preference")
     names = [name for name in (*PLAN, "prompt_embedding") if name in case.files]
@@ -229,7 +231,7 @@ def test_nothing_under_a_masked_cell_matters() -> None:
     losses = poisoned.losses()
     assert losses["total"] == expected["total"]
     for name, gradient in poisoned.gradients_of(losses["total"]).items():
-        assert gradient.isfinite().all(), name
+        assert gradient is None or gradient.isfinite().all(), name
         if name in ("forward", "backward", "final"):
             assert not gradient[..., outside, :].any(), name
 
@@ -343,17 +345,83 @@ def test_cuda_graph_capture(mask: Tensor | None) -> None:
     assert torch.equal(captured[0], expected[0])
 
 
-def test_state_dict_has_the_keys_of_the_original() -> None:
-    module = EFELoss()
-    assert set(module.state_dict()) == {"prompt_projector.weight", "prompt_projector.bias"}
+# In the order of an optimizer's state and of a checkpoint of the class that is replaced.
+PARAMETERS = (
+    "prompt_projector.weight",
+    "prompt_projector.bias",
+    *(f"prompt_preference_mapper.{layer}.{name}" for layer in (0, 2) for name in ("weight", "bias")),
+)
+BUFFERS = ("target_preferences_initialized", "ema_success_rate")
+
+
+def test_state_is_that_of_the_original() -> None:
+    module = EFELoss(prompt_dim=6)
+    assert tuple(module.state_dict()) == (*BUFFERS, *PARAMETERS)
+    assert [tuple(value.shape) for value in module.state_dict().values()] == [
+        (), (), (10, 6), (10,), (128, 6), (128,), (128, 128), (128,),
+    ]  # fmt: skip
     module.ensure_preference(3, 12)
     module.update_target_preference([torch.zeros(3, 12, dtype=torch.int64)], [(3, 12)], 1.0)
-    assert set(module.state_dict()) == {
-        "prompt_projector.weight",
-        "prompt_projector.bias",
-        "preference_embeddings.3x12",
-    }
+    assert tuple(name for name, _ in module.named_parameters()) == ("preference_embeddings.3x12", *PARAMETERS)
     assert module.state_dict()["preference_embeddings.3x12"].shape == (3, 12, 10)
+    assert not module.target_preferences_initialized
+    assert (module.ema_decay, module.inference_first_threshold, module.grid_match_history) == (0.99, 0.7, {})
+
+
+def test_random_numbers_after_the_constructor_are_those_after_the_original() -> None:
+    """It draws the projector, then the mapper."""
+    torch.manual_seed(3)
+    module = EFELoss(prompt_dim=6)
+    found = torch.rand(1)
+    torch.manual_seed(3)
+    linears = [torch.nn.Linear(6, 10), torch.nn.Linear(6, 128), torch.nn.Linear(128, 128)]
+    assert torch.equal(found, torch.rand(1))
+    owned = (module.prompt_projector, module.prompt_preference_mapper[0], module.prompt_preference_mapper[2])
+    for layer, expected in zip(owned, linears, strict=True):
+        assert torch.equal(layer.weight, expected.weight)
+
+
+def test_the_threshold_of_inference_risk_can_be_set() -> None:
+    puzzle = Puzzle()
+    confidence = puzzle.leaves["forward"].softmax(-1).amax(-1).mean(0)
+    for threshold in (0.0, 0.4, 0.7, 1.0):
+        puzzle.module.inference_first_threshold = threshold
+        unsure = (confidence <= threshold).double().mean().item()
+        assert puzzle.losses()["inference_risk"].item() == pytest.approx(unsure)
+
+
+def test_a_mask_between_0_and_1_counts_whole_cells_in_inference_risk() -> None:
+    puzzle = Puzzle(mask=torch.full((5, 4), 0.5, dtype=torch.float64))
+    puzzle.module.inference_first_threshold = 1.0
+    assert puzzle.losses()["inference_risk"].item() == pytest.approx(1)
+
+
+def test_a_preference_that_appears_in_training_is_told() -> None:
+    puzzle = Puzzle()
+    module = puzzle.module = EFELoss(prompt_dim=6).double()
+    with pytest.warns(UserWarning, match=r"5x4 .* ensure_preference\(5, 4\)"):
+        puzzle.losses()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        puzzle.losses()
+        del module.preference_embeddings["5x4"]
+        with torch.no_grad():
+            puzzle.losses()
+
+
+def test_compiles_with_one_tensor_as_state_and_forward_plan() -> None:
+    """As a project calls it: the state is the forward plan, and everything else is made of it."""
+    puzzle = Puzzle(mask=ragged())
+    state = puzzle.leaves["forward"]
+
+    def loss(state: Tensor) -> Tensor:
+        rest = (puzzle.target, 3, puzzle.prompt, puzzle.mask)
+        return puzzle.module(state, state, state, state.softmax(-1), state[-1], *rest)["total"]
+
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(state)
+    torch.testing.assert_close(found, loss(state), rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(value, state)[0] for value in (found, loss(state)))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-16)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -398,8 +466,8 @@ def test_training_moves_the_preferences_that_the_optimizer_owns() -> None:
         history.append(losses["total"].item())
     assert module.preference_embeddings["5x4"] is preference
     assert history[-1] < history[0]
-    for name, value in module.state_dict().items():
-        assert not torch.equal(value, start[name]), name
+    for name in ("preference_embeddings.5x4", "prompt_projector.weight", "prompt_projector.bias"):
+        assert not torch.equal(module.state_dict()[name], start[name]), name
 
 
 def test_preferences_made_in_inference_mode_can_be_trained() -> None:
@@ -424,9 +492,32 @@ def test_running_preference_is_that_of_the_original() -> None:
         second = torch.where(moved.any(-1), moved.long().argmax(-1), first)
         module = EFELoss()
         size = tuple(first.shape)
-        module.update_target_preference([first, second], [size, size], 0.6)
+        for outcome in (first, second):
+            module.update_target_preference([outcome], [size], 0.6)
         running = module.target_preferences_dict[f"{size[0]}x{size[1]}"]
         torch.testing.assert_close(running, stored, rtol=2e-7, atol=0)
+
+
+def test_outcomes_of_one_size_move_the_preference_once_toward_their_mean() -> None:
+    module = EFELoss(num_colors=3)
+    size = (1, 2)
+    grids = [torch.tensor([[0, 1]]), torch.tensor([[0, 2]])]
+    module.update_target_preference([*grids, torch.tensor([[2]])], [size, size, (1, 1)])
+    mean = torch.tensor([[[1, 0, 0], [0, 0.5, 0.5]]])
+    running = module.target_preferences_dict
+    torch.testing.assert_close(running["1x2"], mean, atol=2e-8, rtol=1e-6)
+    assert module.ema_success_rate.item() == pytest.approx(0.5)
+    module.update_target_preference([grids[0], grids[0]], [size, size], 1.0)
+    moved = 0.8 * mean + 0.2 * torch.tensor([[[1, 0, 0], [0, 1.0, 0]]])
+    torch.testing.assert_close(running["1x2"], moved, atol=2e-8, rtol=1e-6)
+    assert module.ema_success_rate.item() == pytest.approx(0.99 * 0.5 + 0.01)
+
+
+def test_without_outcomes_nothing_changes() -> None:
+    module = EFELoss()
+    module.update_target_preference([], [], 1.0)
+    assert not module.target_preferences_dict
+    assert module.ema_success_rate == 0.5
 
 
 def test_running_preference_reads_padded_grids_and_keeps_sizes_apart() -> None:
@@ -457,8 +548,9 @@ def test_running_preference_follows_the_module() -> None:
             [torch.zeros(2, 2, dtype=torch.int64)],
             [],
             ValueError,
-            r"grid_sizes must have one \(H, W\) for each of the 1",
+            r"grid_sizes must have one \(H, W\) for each of the 2",
         ),
+        ([torch.full((2, 2), 10)], [(2, 2)], ValueError, r"successful_outcomes must hold colours in \[0, 10\)"),
         ([torch.zeros(2, 2)], [(2, 2)], TypeError, "successful_outcomes must have an integer dtype"),
         (
             [torch.zeros(2, 2, dtype=torch.int64)],
@@ -471,8 +563,17 @@ def test_running_preference_follows_the_module() -> None:
 def test_update_target_preference_errors(
     outcomes: list[Tensor], sizes: list[tuple[int, int]], error: type[Exception], message: str
 ) -> None:
+    module = EFELoss()
     with pytest.raises(error, match=message):
-        EFELoss().update_target_preference(outcomes, sizes, 0.5)
+        module.update_target_preference([torch.zeros(3, 3, dtype=torch.int64), *outcomes], [(3, 3), *sizes], 0.9)
+    assert not module.target_preferences_dict
+    assert module.ema_success_rate == 0.5
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, 95, -1, None, "0.5", torch.tensor([0.5, 0.5])])
+def test_a_success_rate_out_of_range_is_named(rate: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="success_rate must be"):
+        EFELoss().update_target_preference([torch.zeros(1, 1, dtype=torch.int64)], [(1, 1)], rate)
 
 
 WRONG: dict[str, tuple[int, Any, type[Exception], str]] = {

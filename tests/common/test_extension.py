@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import efe_kernels
 from efe_kernels.common import extension, library
@@ -32,6 +34,92 @@ def pretend(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> list[str]:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "efe_kernels._C" else object())
     monkeypatch.setattr(importlib, "import_module", import_module)
     return imported
+
+
+ASK_NO_GPU = """
+import torch
+
+def refuse(*_, **__):
+    raise AssertionError("a GPU was asked for")
+
+for module, names in {
+    torch.cuda: ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"),
+    torch._C: ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_isInBadFork"),
+}.items():
+    for name in names:
+        setattr(module, name, refuse)
+"""
+
+
+@pytest.mark.parametrize("imports", ["efe_kernels, efe_kernels.arc_efe", "efe_train.train, efe_train.evaluate"])
+def test_an_import_leaves_cuda_alone(imports: str) -> None:
+    """A process that has set CUDA up cannot be forked any more: an import must not decide that."""
+    done = subprocess.run([sys.executable, "-c", f"{ASK_NO_GPU}import {imports}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def cuda_torch(monkeypatch: pytest.MonkeyPatch, *, hip: str | None = None) -> None:
+    """A torch for GPUs, and an extension without CUDA sources."""
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(extension, "PROBLEM", None)
+    monkeypatch.setattr(extension, "has_cuda_sources", lambda: False)
+    extension.warn_of_missing_on_cuda.cache_clear()
+
+
+def test_the_reference_says_once_why_it_serves_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_torch(monkeypatch)
+    serve = library.in_place_of_kernels(torch.neg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        serve(torch.ones(1))
+    with FakeTensorMode():
+        tensor = torch.ones(1, device="cuda")
+        with pytest.warns(UserWarning, match="Install the CUDA toolkit of torch 13.0") as caught:
+            assert serve(tensor).device == serve(tensor).device == tensor.device
+    assert len(caught) == 1
+
+
+def test_every_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the dispatcher calls where a device has no kernel is the wrapped reference."""
+    implemented: dict[str, Any] = {}
+
+    class Recording:
+        def define(self, *_: Any, **__: Any) -> None: ...
+
+        def impl(self, name: str, function: Any, key: str) -> None:
+            implemented[key] = function
+
+    monkeypatch.setattr(library, "LIBRARY", Recording())
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_, **__: None)
+    monkeypatch.setattr(library, "OPS", {})
+    monkeypatch.setattr(torch.ops.efe, "an_op", None, raising=False)
+    cuda_torch(monkeypatch)
+    library.define_op("an_op(Tensor x) -> Tensor", reference=torch.neg, fake=torch.neg)
+    with FakeTensorMode(), pytest.warns(UserWarning, match="without its CUDA sources"):
+        implemented["CompositeExplicitAutograd"](torch.ones(1, device="cuda"))
+
+
+def test_what_is_missing_on_cuda_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_torch(monkeypatch)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton, sources = extension.missing_on_cuda()
+    assert "pip install triton" in triton
+    assert "EFE_KERNELS_CUDA=1" in sources and extension.REBUILD in sources
+
+
+def test_on_rocm_nothing_is_said_to_be_installable(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_torch(monkeypatch, hip="6.4")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    (sentence,) = extension.missing_on_cuda()
+    assert "not built for ROCm" in sentence and "nothing to install" in sentence
+    assert "toolkit" not in sentence and "None" not in sentence
+
+
+def test_a_torch_for_the_cpu_misses_nothing_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_torch(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert extension.missing_on_cuda() == []
 
 
 def built_with(release: str, folder: Path) -> Path:

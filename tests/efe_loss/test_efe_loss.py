@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
 from efe_kernels.efe_loss import reference
 from efe_kernels.efe_loss.reference import Inputs, Settings
+from tests.common.forms import FORMS, as_memory
 from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 # Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
@@ -61,10 +63,20 @@ def test_matches_reference_in_double(case: Case, dtype: torch.dtype, device: str
         assert_close(name, gradient, expected_gradients[name], TOLERANCE[gradient.dtype])
 
 
+@pytest.mark.parametrize("outcomes", [10, 300, 3200])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No further from float64 than plain PyTorch is that computes in the inputs' own dtype, up to a rounding."""
-    case = Case(backward=True, observation=True, anchor=False)
+    side = 4 if outcomes == 10 else 2
+    case = Case(
+        backward=True,
+        observation=True,
+        anchor=False,
+        outcomes=outcomes,
+        prompt_dim=outcomes + 6,
+        height=side,
+        width=side,
+    )
     inputs = case.inputs(dtype, device)
     preference = inputs["preference_logits"].detach()[: case.height, : case.width]
     inputs["preference_logits"] = preference.clone().requires_grad_()
@@ -94,6 +106,22 @@ def test_error_budget(dtype: torch.dtype, device: str, monkeypatch: pytest.Monke
         # The interpreter has no fused multiply-add: it rounds twice where the GPU rounds once.
         rounding = (2 if INTERPRET else 1) * torch.finfo(ours.dtype).eps * exact.abs().max().item()
         assert error <= allowed + rounding, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
+    inputs = Case(batch=70, prompt_dim=200).inputs()
+    leaves = [value for value in inputs.values() if value.requires_grad]
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            total = efe_loss(**inputs, weights=WEIGHTS).total
+            found.append((total.detach(), *torch.autograd.grad(total, leaves)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_half_precision_gradients_survive_a_large_mean(device: str) -> None:
@@ -391,6 +419,44 @@ def test_a_promise_broken_for_one_episode_is_kept_for_the_others(
         assert_close("gradient", found, wanted, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_promise_and_its_upstream_gradient_are_taken_by_their_values(
+    form: Callable[[torch.Tensor], torch.Tensor], reduction: str, device: str
+) -> None:
+    """The kernels that keep a promise are launched beside the dispatcher, which knows of lazy negation and the like."""
+    inputs = Case(steps=2, projection=False).inputs(device=device)
+    leaves = leaves_of(inputs)
+
+    def plain(tensor: torch.Tensor) -> torch.Tensor:
+        return as_memory(form(tensor))
+
+    def step(of_promise: Callable[..., torch.Tensor], of_upstream: Callable[..., torch.Tensor]) -> Any:
+        promise = of_promise(torch.tensor(0.5, device=device))
+        total = efe_loss(**inputs, reduction=reduction, grad_scale=promise).total
+        return torch.autograd.grad(total, leaves, of_upstream(torch.full_like(total, 0.5)))
+
+    expected = step(plain, plain)
+    for found in (step(form, plain), step(plain, form), step(form, form)):
+        for gradient, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_promise_takes_inputs_by_their_values(form: Callable[[torch.Tensor], torch.Tensor], device: str) -> None:
+    inputs = Case(steps=2, projection=False).inputs(device=device)
+    formed = form(inputs["logits"])
+    plain = as_memory(formed).requires_grad_(formed.requires_grad)
+    promise = torch.ones((), device=device)
+
+    def gradients(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = efe_loss(**{**inputs, "logits": logits}, grad_scale=promise).total
+        return torch.autograd.grad(total, leaves_of({**inputs, "logits": logits}))
+
+    for gradient, wanted in zip(gradients(formed), gradients(plain), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_promise_is_what_the_tensor_held_when_it_was_given(reduction: str, device: str) -> None:
     inputs = Case(steps=2, projection=False).inputs(device=device)
@@ -477,7 +543,7 @@ WRONG = {
     "logits of 3 dimensions": (
         lambda i: {"logits": i["logits"][0, 0]},
         ValueError,
-        r"logits must have the shape \[T, H, W, C\]",
+        r"logits must have the shape \[B, T, H, W, C\] or \[T, H, W, C\]",
     ),
     "NaN target": (
         lambda i: {"target": i["target"] * float("nan")},
@@ -506,7 +572,7 @@ WRONG = {
         "backward_logits must have the shape",
     ),
     "final of a plan": (lambda i: {"final_logits": i["logits"]}, ValueError, "final_logits must have the shape"),
-    "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have the shape"),
+    "short prompt": (lambda i: {"prompt": i["prompt"][:, :4]}, ValueError, "prompt must have D >= C = 10 dimensions"),
     "projection transposed": (
         lambda i: {"projection": i["projection"].T},
         ValueError,

@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,83 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(arc_folder: Path, tmp_path
         file.write(json.dumps({"batch": 6, "loss": -1.0}) + "\n")
     assert main(["--resume", "--out", str(broken), "--max_batches", "11"]) == 0
     assert_same(checkpoint(broken), checkpoint(straight))
-
-    def comparable(out: Path) -> list[dict[str, float]]:
-        return [{name: value for name, value in row.items() if name != "queries_per_s"} for row in metrics(out)]
-
     assert comparable(broken) == comparable(straight)
+
+
+def comparable(out: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "queries_per_s"} for row in metrics(out)]
+
+
+def signal_in_batch(monkeypatch: pytest.MonkeyPatch, number: int, *received: signal.Signals) -> None:
+    """Let the signals arrive in the midst of a batch."""
+    from efe_train import train as module
+
+    step = module.Trainer.step
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        if self.batches_done == number - 1:
+            for each in received:
+                signal.raise_signal(each)
+        return step(self, *args)
+
+    monkeypatch.setattr(module.Trainer, "step", interrupted)
+
+
+@pytest.mark.parametrize(("received", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_a_signal_ended_goes_on_from_that_batch(
+    received: signal.Signals, code: int, arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    arguments = ("--epochs", "9", "--prompt_refresh", "4", "--max_batches", "7")
+    assert train(arc_folder, straight, *arguments) == 0
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    signal_in_batch(monkeypatch, 3, received)
+    assert train(arc_folder, broken, *arguments) == code
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    last = (broken / "training.log").read_text().splitlines()[-1]
+    assert last.startswith(f"Stopped by {received.name} after batch 3 of 7, which is saved: ")
+    assert checkpoint(broken)["batches_done"] == len(metrics(broken)) == 3
+    assert not (broken / "candidate.pt").exists()
+    monkeypatch.undo()
+    assert main(["--resume", "--out", str(broken)]) == 0
+    assert_same(checkpoint(broken), checkpoint(straight))
+    assert comparable(broken) == comparable(straight)
+
+
+def test_a_second_signal_leaves_at_once(
+    arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    signal_in_batch(monkeypatch, 3, signal.SIGTERM, signal.SIGINT)
+    assert train(arc_folder, out, "--max_batches", "7", "--epochs", "9") == 130
+    assert "efe-train: Interrupted; " in capsys.readouterr().err
+    assert checkpoint(out)["batches_done"] == 0
+
+
+def test_a_signal_in_the_last_batch_leaves_a_run_that_is_done(
+    arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_in_batch(monkeypatch, 2, signal.SIGINT)
+    assert train(arc_folder, tmp_path / "run", "--max_batches", "2") == 0
+    assert checkpoint(tmp_path / "run")["batches_done"] == 2
+
+
+def test_a_signal_that_was_ignored_stays_so(arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signal_in_batch(monkeypatch, 2, signal.SIGINT)
+        assert train(arc_folder, tmp_path / "run", "--max_batches", "3", "--epochs", "9") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert checkpoint(tmp_path / "run")["batches_done"] == 3
+
+
+def test_a_run_in_another_thread_leaves_the_signals_alone(arc_folder: Path, tmp_path: Path) -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(train(arc_folder, tmp_path / "run", "--max_batches", "1")))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 def test_a_resumed_run_with_lora_and_checkpointing_ends_as_one_that_never_stopped(

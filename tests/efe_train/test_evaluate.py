@@ -78,7 +78,23 @@ def test_evaluation_answers_every_test_input_and_never_looks_at_the_answers(
     ]
     assert [result["right_sizes"] for result in scores] == [3, 0, 0]
     assert [result["test_inputs"] for result in scores] == [3, 3, 0]
-    assert "Pixel accuracy" in capsys.readouterr().out
+    assert scores[2]["pixel_accuracy"] is None
+    printed = capsys.readouterr().out
+    assert printed.count("Pixel accuracy") == 2 and "3 of 3 test inputs have a known answer" in printed
+    assert "The answers to the 3 test inputs are unknown: nothing is scored." in printed
+
+
+def test_tasks_that_the_run_was_trained_on_are_called_so(
+    run_folder: Path, arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = (run_folder / "training.log").read_text()
+    assert "(the same tasks serve evaluation)" in log
+    assert "Score it on the tasks that it was trained on" in log
+    capsys.readouterr()
+    others = write_tasks(tmp_path / "others", {"other": recolouring_task(9)})
+    for dataset, trained_on in ((arc_folder, True), (others, False)):
+        assert main(["evaluate", "--checkpoint", str(run_folder), "--dataset", str(dataset)]) == 0
+        assert ("which the run was trained on" in capsys.readouterr().out) == trained_on
 
 
 def test_a_solution_is_recognised(run_folder: Path, tmp_path: Path) -> None:

@@ -97,6 +97,11 @@ BOUNDS = [
 ]  # fmt: skip
 
 GRIDS = [
+    Mutation(
+        "pool_forward starts no block without a column",
+        PLAIN, "std::max<int64_t>(1, ", "(", before="divide_up(args.width, kWarp",
+    ),
+    Mutation("pool_chunks splits rows without a column", PLAIN, "if (args.width == 0) return 1;", ""),
     Mutation("grids are not limited", PLAIN, "std::min(blocks, kMaxGrid)", "blocks"),
     Mutation(
         "pool_forward does not stride",

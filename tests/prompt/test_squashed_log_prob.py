@@ -172,9 +172,13 @@ def test_second_derivative_is_a_clear_error(device: str) -> None:
     [
         ({"action": 3.0}, TypeError, "action must be a tensor, it was float"),
         ({"action": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "action must be float32"),
-        ({"action": torch.zeros(1, 2, 5)}, ValueError, r"action must have the shape \[B, D\+1\], it was \[1, 2, 5\]"),
+        (
+            {"action": torch.zeros(1, 2, 5)},
+            ValueError,
+            r"action must have the shape \[B, D\+1\] or \[D\+1\], it was \[1, 2, 5\]",
+        ),
         ({"action": torch.zeros(2, 1)}, ValueError, "action must have at least one prompt dimension"),
-        ({"action": torch.zeros(5)}, ValueError, r"mean must have the shape \[D\+1\], it was \[2, 5\]"),
+        ({"action": torch.zeros(5)}, ValueError, r"mean must have the shape \[D\+1\] = \[5\], it was \[2, 5\]"),
         ({"mean": torch.zeros(5)}, ValueError, r"mean must have the shape \[B, D\+1\] = \[2, 5\], it was \[5\]"),
         ({"log_std": torch.zeros(2)}, ValueError, r"log_std must have the shape \[D\+1\] = \[5\]"),
         ({"log_std": torch.zeros(5, device="meta")}, ValueError, "log_std must be on the device of action, cpu"),

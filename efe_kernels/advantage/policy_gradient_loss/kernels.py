@@ -13,12 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.kernels import OPTIONS, as_bytes, merge_moments, moments
+from efe_kernels.advantage.kernels import (
+    OPTIONS,
+    as_bytes,
+    difference,
+    join_moments,
+    load_moments,
+    merge_moments,
+    moments,
+    store_moments,
+)
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
 from efe_kernels.common.triton_math import launch_guard
 
 TILE_LIMIT = 4096
 NUM_SUMS = 5
+# Of so many parts at a time the second launch adds up the sums; its registers hold no more.
+PARTS_LIMIT = 1024
 
 
 @triton.jit
@@ -60,6 +71,12 @@ def excess_exponential(x):
 
 
 @triton.jit
+def times(x, weight):
+    """x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing."""
+    return tl.where(weight == 0.0, difference(x, x), x * weight)
+
+
+@triton.jit
 def surrogate(
     log_prob_ptr,  # [N]
     old_log_prob_ptr,  # [N] or None
@@ -71,16 +88,16 @@ def surrogate(
     """Loss, clipped or not and KL estimate of each element; 0 where it does not count."""
     log_prob = load(log_prob_ptr, offset, member)
     if old_log_prob_ptr is None:
-        loss = -log_prob * advantage
+        loss = -times(log_prob, advantage)
         outside = tl.zeros_like(loss)
         divergence = tl.zeros_like(loss)
     else:
         log_ratio = log_prob - load(old_log_prob_ptr, offset, member)
         ratio = tl.exp(log_ratio)
         limited = tl.where(ratio > 1.0 + clip, 1.0 + clip, tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio))
-        loss = -tl.minimum(ratio * advantage, limited * advantage)
+        loss = -tl.minimum(times(ratio, advantage), times(limited, advantage))
         outside = (tl.abs(ratio - 1.0) > clip).to(tl.float32)
-        divergence = excess_exponential(log_ratio)
+        divergence = tl.where(ratio == float("inf"), ratio, excess_exponential(log_ratio))
     return tl.where(member, loss, 0.0), tl.where(member, outside, 0.0), tl.where(member, divergence, 0.0)
 
 
@@ -106,7 +123,7 @@ def store_losses(
     policy = policy_sum / some
     value_loss = square_sum / some
     mean_entropy = entropy_sum / some
-    tl.store(total_ptr, policy + value_coef * value_loss - entropy_coef * mean_entropy)
+    tl.store(total_ptr, policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef))
     tl.store(policy_ptr, policy)
     tl.store(value_loss_ptr, value_loss)
     tl.store(mean_entropy_ptr, mean_entropy)
@@ -167,17 +184,25 @@ def policy_gradient_loss_kernel(
 
 
 @triton.jit
-def store_moments(
-    ptr,  # [3]
-    count,
-    mean,
-    squares,
+def load_sums(
+    sums_ptr,  # [parts, 5]
+    part,
+    parts,
 ):
-    tl.store(ptr, tl.sum(count, axis=0))
-    tl.store(ptr + 1, tl.sum(mean, axis=0))
-    tl.store(ptr + 2, tl.sum(squares, axis=0))
+    """The five sums of some parts; 0 past the last one."""
+    base = sums_ptr + part.to(tl.int64) * 5
+    there = part < parts
+    return (
+        tl.load(base, mask=there, other=0.0),
+        tl.load(base + 1, mask=there, other=0.0),
+        tl.load(base + 2, mask=there, other=0.0),
+        tl.load(base + 3, mask=there, other=0.0),
+        tl.load(base + 4, mask=there, other=0.0),
+    )
 
 
+# One program: each lane adds up every PARTS-th part, then the lanes are added up. A round of the loop stands for
+# PARTS * TILE_LIMIT elements, which the first launch has read: beside that it is short, and saves launches of a tree.
 @triton.jit
 def policy_gradient_loss_finish_kernel(
     sums_ptr,  # [parts, 5]
@@ -193,18 +218,29 @@ def policy_gradient_loss_finish_kernel(
     PARTS: tl.constexpr,
 ):
     part = tl.arange(0, PARTS)[None, :]
-    there = part < parts
-    base = sums_ptr + part * 5
-    count, _, unexplained = merge_moments(moments_ptr, 0, parts, PARTS)
-    _, _, variance = merge_moments(moments_ptr, 1, parts, PARTS)
+    target_ptr = moments_ptr + parts.to(tl.int64) * 3
+    loss, square, entropy, outside, divergence = load_sums(sums_ptr, part, parts)
+    count, error_mean, unexplained = load_moments(moments_ptr, part, parts)
+    target_count, target_mean, variance = load_moments(target_ptr, part, parts)
+    for first in range(PARTS, parts, PARTS):
+        sums = load_sums(sums_ptr, first + part, parts)
+        loss += sums[0]
+        square += sums[1]
+        entropy += sums[2]
+        outside += sums[3]
+        divergence += sums[4]
+        more, more_mean, more_squares = load_moments(moments_ptr, first + part, parts)
+        count, error_mean, unexplained = join_moments(count, error_mean, unexplained, more, more_mean, more_squares)
+        more, more_mean, more_squares = load_moments(target_ptr, first + part, parts)
+        target_count, target_mean, variance = join_moments(
+            target_count, target_mean, variance, more, more_mean, more_squares
+        )
+    total_count, _, unexplained_sum = merge_moments(count, error_mean, unexplained)
+    _, _, variance_sum = merge_moments(target_count, target_mean, variance)
     store_losses(
-        total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr,
-        total_of(tl.load(base, mask=there, other=0.0)),
-        total_of(tl.load(base + 1, mask=there, other=0.0)),
-        total_of(tl.load(base + 2, mask=there, other=0.0)),
-        total_of(tl.load(base + 3, mask=there, other=0.0)),
-        total_of(tl.load(base + 4, mask=there, other=0.0)),
-        tl.sum(count, axis=0), tl.sum(unexplained, axis=0), tl.sum(variance, axis=0), value_coef, entropy_coef,
+        total_ptr, policy_ptr, value_loss_ptr, mean_entropy_ptr, diagnostics_ptr, total_of(loss), total_of(square),
+        total_of(entropy), total_of(outside), total_of(divergence), tl.sum(total_count, axis=0),
+        tl.sum(unexplained_sum, axis=0), tl.sum(variance_sum, axis=0), value_coef, entropy_coef,
     )  # fmt: skip
 
 
@@ -261,12 +297,12 @@ def policy_gradient_loss_backward_kernel(
         if old_log_prob_ptr is not None:
             ratio = tl.exp(load(log_prob_ptr, offset, member) - load(old_log_prob_ptr, offset, member))
             clipped = ((slope > 0) & (ratio > 1.0 + clip)) | ((slope < 0) & (ratio < 1.0 - clip))
-            slope = tl.where(clipped, 0.0, slope * ratio)
-        gradient = -upstream(grad_total_ptr, grad_policy_ptr, 1.0, count) * slope
+            slope = tl.where(clipped, 0.0, times(ratio, slope))
+        gradient = -times(slope, upstream(grad_total_ptr, grad_policy_ptr, 1.0, count))
         store_gradient(grad_log_prob_ptr, offset, inside, member, gradient)
     if grad_value_ptr is not None:
         error = load(value_ptr, offset, member) - load(value_target_ptr, offset, member)
-        gradient = 2.0 * upstream(grad_total_ptr, grad_value_loss_ptr, value_coef, count) * error
+        gradient = times(2.0 * error, upstream(grad_total_ptr, grad_value_loss_ptr, value_coef, count))
         store_gradient(grad_value_ptr, offset, inside, member, gradient)
     if grad_entropy_ptr is not None:
         gradient = upstream(grad_total_ptr, grad_mean_entropy_ptr, -entropy_coef, count)
@@ -315,7 +351,7 @@ def policy_gradient_loss_forward(
         if parts > 1:
             policy_gradient_loss_finish_kernel[(1,)](
                 sums, parts_moments, *outputs, parts, *weights,
-                PARTS=triton.next_power_of_2(parts), num_warps=4, **OPTIONS,
+                PARTS=min(triton.next_power_of_2(parts), PARTS_LIMIT), num_warps=4, **OPTIONS,
             )  # fmt: skip
     return outputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from efe_kernels.advantage.policy_gradient_loss import reference
 from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
-from efe_kernels.common.autograd import first_order, needs_function, spread
+from efe_kernels.common.autograd import apply, first_order, needs_function, spread
 from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.policy_gradient_loss.kernels")
@@ -83,6 +84,8 @@ policy_gradient_loss_backward = define_op(
 class PolicyGradientLossFunction(torch.autograd.Function):
     """Total, policy loss, value loss, entropy: differentiable in entropy, log_prob and value; and the diagnostics."""
 
+    plain = staticmethod(forward_reference)
+
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -111,6 +114,6 @@ class PolicyGradientLossFunction(torch.autograd.Function):
 def policy_gradient_loss(entropy: Tensor, log_prob: Tensor, value: Tensor, *constants: Any) -> tuple[Tensor, ...]:
     """policy_gradient_loss_forward, differentiable in entropy, log_prob and value."""
     wanted = needs_function(entropy, log_prob, value)
-    call = PolicyGradientLossFunction.apply if wanted else policy_gradient_loss_forward
+    call = partial(apply, PolicyGradientLossFunction) if wanted else policy_gradient_loss_forward
     output: tuple[Tensor, ...] = call(entropy, log_prob, value, *constants)
     return output

@@ -5,6 +5,7 @@ All tensors have one shape and one floating dtype; mask is bool.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,25 +51,32 @@ def policy_gradient_loss_forward(
 
     clip_fraction = approx_kl = torch.zeros_like(count)
     if old_log_prob is None:
-        policy = mean(-log_prob * advantage)
+        policy = mean(-times(log_prob, advantage))
     else:
         log_ratio = log_prob - torch.where(members, old_log_prob.to(dtype), 0)
         ratio = log_ratio.exp()
-        policy = mean(-torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage))
+        # Above 1 + clip a gain is constant: autograd must not reach an exponential that overflows.
+        bound = torch.where(advantage > 0, math.log(torch.finfo(dtype).max) - 1, math.inf)
+        rising = torch.minimum(log_ratio, bound).exp() if clip < math.inf else ratio
+        policy = mean(-torch.minimum(times(rising, advantage), times(rising.clamp(1 - clip, 1 + clip), advantage)))
         clip_fraction = mean(((ratio - 1).abs() > clip).to(dtype))
-        approx_kl = mean(log_ratio.expm1() - log_ratio)
+        approx_kl = mean(torch.where(ratio == math.inf, math.inf, log_ratio.expm1() - log_ratio))
 
     def variance_of(x: Tensor) -> Tensor:
         # Relative to the largest, so that a constant has a variance of exactly 0. The padding stands in for no element.
         largest = F.pad(torch.where(members, x, -torch.inf), (0, 1), value=-torch.inf).amax()
-        offset = x - torch.where(count > 0, largest, 0)
+        offset = torch.where(x == largest, 0, x - torch.where(count > 0, largest, 0))
         return mean((offset - mean(offset)).square())
 
     error = value_target - value
     value_loss, mean_entropy = mean(error.square()), mean(entropy)
     unexplained, variance = variance_of(error), variance_of(value_target)
     explained_variance = torch.where(variance == 0, 0, 1 - unexplained / variance)
-    total = policy + value_coef * value_loss - entropy_coef * mean_entropy
+    total = policy
+    if value_coef != 0:
+        total = total + value_coef * value_loss
+    if entropy_coef != 0:
+        total = total - entropy_coef * mean_entropy
     diagnostics = torch.stack([clip_fraction, approx_kl, explained_variance, count])
     return total, policy, value_loss, mean_entropy, diagnostics
 
@@ -93,14 +101,19 @@ def policy_gradient_loss_backward(
         if old_log_prob is not None:
             ratio = (log_prob.to(dtype) - old_log_prob.to(dtype)).exp()
             clipped = ((slope > 0) & (ratio > 1 + clip)) | ((slope < 0) & (ratio < 1 - clip))
-            slope = torch.where(clipped, 0, slope * ratio)
-        found.append(-upstream(grad_total, 1.0, grad_policy, share) * slope)
+            slope = torch.where(clipped, 0, times(ratio, slope))
+        found.append(-times(slope, upstream(grad_total, 1.0, grad_policy, share)))
     if needs[2]:
         error = value.to(dtype) - value_target.to(dtype)
-        found.append(upstream(grad_total, value_coef, grad_value, share) * 2 * error)
+        found.append(times(2 * error, upstream(grad_total, value_coef, grad_value, share)))
     if mask is not None:
         found = [torch.where(mask, gradient, 0) for gradient in found]
     return [gradient.to(log_prob.dtype).contiguous() for gradient in found]
+
+
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing."""
+    return torch.where((weight == 0) & ~x.isnan(), 0, x) * weight
 
 
 def upstream(grad_total: Tensor | None, weight: float, grad_part: Tensor | None, share: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efe_kernels.advantage.rl_advantage import reference
-from efe_kernels.common.autograd import first_order, needs_function
+from efe_kernels.common.autograd import apply, first_order, needs_function
 from efe_kernels.common.library import define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.rl_advantage.kernels")
@@ -60,6 +61,8 @@ rl_advantage_backward = define_op(
 class RLAdvantageFunction(torch.autograd.Function):
     """reward, value -> advantage, differentiable in value, and the statistics of the groups."""
 
+    plain = staticmethod(reference.rl_advantage_forward)
+
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
     def forward(ctx: Any, reward: Tensor, value: Tensor, mask: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -85,6 +88,6 @@ def rl_advantage_backward_one(*args: Any) -> tuple[Tensor]:
 
 def rl_advantage(reward: Tensor, value: Tensor, *settings: Any) -> Tensor:
     """The advantage of rl_advantage_forward, differentiable in value."""
-    call = RLAdvantageFunction.apply if needs_function(value) else rl_advantage_forward
+    call = partial(apply, RLAdvantageFunction) if needs_function(value) else rl_advantage_forward
     advantage: Tensor = call(reward, value, *settings)[0]
     return advantage

@@ -31,7 +31,7 @@ def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
     count = members.sum(1).to(advantage.dtype)
     shift = torch.where(members, advantage, -torch.inf).amax(1)
     shift = torch.where(count > 0, shift, 0)
-    offset = torch.where(members, advantage - shift[:, None], 0)
+    offset = torch.where(members & (advantage != shift[:, None]), advantage - shift[:, None], 0)
     mean = offset.sum(1) / count.clamp(min=1)
     squares = torch.where(members, (offset - mean[:, None]).square(), 0).sum(1)
     return torch.stack([count, shift + mean, (squares / (count - 1).clamp(min=1)).sqrt()], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from efe_kernels.advantage.trace import reference
 from efe_kernels.advantage.trace.reference import Settings, Transitions
-from efe_kernels.common.autograd import first_order, needs_function, spread
+from efe_kernels.common.autograd import apply, first_order, needs_function, spread
 from efe_kernels.common.library import define_op, triton_module
 
 kernels: Any = triton_module("efe_kernels.advantage.trace.kernels")
@@ -26,26 +27,39 @@ def grouped(arguments: tuple[Any, ...]) -> tuple[Transitions, Settings]:
     return Transitions(*arguments[:NUM_TRANSITIONS]), Settings(*arguments[NUM_TRANSITIONS:])
 
 
-def forward_reference(value: Tensor, next_value: Tensor, reward: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def forward_plain(value: Tensor, next_value: Tensor, reward: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return reference.trace_forward(value, next_value, reward, *grouped(arguments))
+
+
+def forward_reference(value: Tensor, next_value: Tensor, reward: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    advantage, target = forward_plain(value, next_value, reward, *arguments)
+    return laid_out(advantage, reward), laid_out(target, reward)
 
 
 def backward_reference(
     grad_advantage: Tensor | None, grad_target: Tensor | None, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
-    return reference.trace_backward(grad_advantage, grad_target, needs, *grouped(arguments))
+    found = reference.trace_backward(grad_advantage, grad_target, needs, *grouped(arguments))
+    return [laid_out(gradient, arguments[0]) for gradient in found]
+
+
+def laid_out(result: Tensor, like: Tensor) -> Tensor:
+    """result with the memory layout that torch.empty_like gives to `like`, as the kernels write it."""
+    return torch.empty_like(like, dtype=result.dtype).copy_(result)
 
 
 def forward_triton(value: Tensor, next_value: Tensor, reward: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    serve = reference if reward.dtype == torch.float64 else kernels
-    return serve.trace_forward(value, next_value, reward, *grouped(arguments))
+    if reward.dtype == torch.float64:
+        return forward_reference(value, next_value, reward, *arguments)
+    return kernels.trace_forward(value, next_value, reward, *grouped(arguments))
 
 
 def backward_triton(
     grad_advantage: Tensor | None, grad_target: Tensor | None, needs: list[bool], *arguments: Any
 ) -> list[Tensor]:
-    serve = reference if reference.given(grad_advantage, grad_target).dtype == torch.float64 else kernels
-    return serve.trace_backward(grad_advantage, grad_target, needs, *grouped(arguments))
+    if reference.given(grad_advantage, grad_target).dtype == torch.float64:
+        return backward_reference(grad_advantage, grad_target, needs, *arguments)
+    return kernels.trace_backward(grad_advantage, grad_target, needs, *grouped(arguments))
 
 
 def forward_fake(value: Tensor, next_value: Tensor, reward: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -77,6 +91,8 @@ trace_backward = define_op(
 class TraceFunction(torch.autograd.Function):
     """value, next_value [N, T] and constants -> advantage, value target [N, T]."""
 
+    plain = staticmethod(forward_plain)
+
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -101,6 +117,6 @@ class TraceFunction(torch.autograd.Function):
 
 def trace(value: Tensor, next_value: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """trace_forward, differentiable in value and next_value."""
-    call = TraceFunction.apply if needs_function(value, next_value) else trace_forward
+    call = partial(apply, TraceFunction) if needs_function(value, next_value) else trace_forward
     output: tuple[Tensor, Tensor] = call(value, next_value, *constants)
     return output

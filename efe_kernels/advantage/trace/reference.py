@@ -1,7 +1,7 @@
 """gae and vtrace as loops over time in plain PyTorch: the definition, and what serves where no kernel exists.
 
-All tensors are [N, T] of one floating dtype, and bool for terminated and truncated. Results have the memory layout that
-torch.empty_like gives to reward.
+All tensors are [N, T] of one floating dtype, and bool for terminated and truncated. The forwards are differentiable by
+autograd and pass through the transforms of torch.func; the backwards are the same derivatives written out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def trace_forward(
     error = reward.to(dtype) * settings.reward_scale + settings.gamma * bootstrap - value.to(dtype)
     loop = gae if transitions.log_ratio is None else vtrace
     advantage, excess = loop(error, transitions, settings)
-    return laid_out(advantage, reward, reward.dtype), laid_out(excess + value, reward, reward.dtype)
+    return advantage.to(reward.dtype), (excess + value).to(reward.dtype)
 
 
 def trace_backward(
@@ -57,10 +57,9 @@ def trace_backward(
     grad_error = loop(to_advantage, to_target, transitions, settings)
     terminated, found = transitions.terminated, []
     if needs[0]:
-        found.append(laid_out(to_target - grad_error, terminated, upstream.dtype))
+        found.append((to_target - grad_error).to(upstream.dtype))
     if needs[1]:
-        grad_next_value = torch.where(terminated, 0, settings.gamma * grad_error)
-        found.append(laid_out(grad_next_value, terminated, upstream.dtype))
+        found.append(torch.where(terminated, 0, settings.gamma * grad_error).to(upstream.dtype))
     return found
 
 
@@ -74,24 +73,25 @@ def given(grad_advantage: Tensor | None, grad_target: Tensor | None) -> Tensor:
 def gae(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
     """advantage_t = error_t + gamma · lam · advantage_{t+1} within an episode, which value_target - value is, too."""
     stop = boundaries(transitions)
-    advantage = torch.empty_like(error)
+    advantages: list[Tensor] = []
     following = error.new_zeros(error.shape[0])
     for t in reversed(range(error.shape[1])):
         following = error[:, t] + passed_on(settings.gamma * settings.lam, stop[:, t], following)
-        advantage[:, t] = following
+        advantages.append(following)
+    advantage = along_time(advantages[::-1], error)
     return advantage, advantage
 
 
 def gae_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
     """Gradient of the error."""
     stop = boundaries(transitions)
-    grad_error = torch.empty_like(to_advantage)
+    grad_error: list[Tensor] = []
     carried = to_advantage.new_zeros(to_advantage.shape[0])
     for t in range(to_advantage.shape[1]):
         carried = to_advantage[:, t] + to_target[:, t] + carried
-        grad_error[:, t] = carried
+        grad_error.append(carried)
         carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
-    return grad_error
+    return along_time(grad_error, to_advantage)
 
 
 def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -102,27 +102,33 @@ def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple
     rho, c = importance(transitions, settings, error.dtype)
     stop = boundaries(transitions)
     delta = rho * error
-    advantage, excess = torch.empty_like(delta), torch.empty_like(delta)
+    advantages: list[Tensor] = []
+    excesses: list[Tensor] = []
     following = delta.new_zeros(delta.shape[0])
     for t in reversed(range(delta.shape[1])):
-        advantage[:, t] = delta[:, t] + passed_on(settings.gamma * rho[:, t], stop[:, t], following)
+        advantages.append(delta[:, t] + passed_on(settings.gamma * rho[:, t], stop[:, t], following))
         following = delta[:, t] + passed_on(settings.gamma * c[:, t], stop[:, t], following)
-        excess[:, t] = following
-    return advantage, excess
+        excesses.append(following)
+    return along_time(advantages[::-1], delta), along_time(excesses[::-1], delta)
 
 
 def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
     """Gradient of the error."""
     rho, c = importance(transitions, settings, to_advantage.dtype)
     stop = boundaries(transitions)
-    grad_error = torch.empty_like(to_advantage)
+    grad_error: list[Tensor] = []
     carried = to_advantage.new_zeros(to_advantage.shape[0])
     for t in range(to_advantage.shape[1]):
         carried = to_target[:, t] + carried
-        grad_error[:, t] = rho[:, t] * (carried + to_advantage[:, t])
+        grad_error.append(rho[:, t] * (carried + to_advantage[:, t]))
         carried = passed_on(settings.gamma * c[:, t], stop[:, t], carried)
         carried = carried + passed_on(settings.gamma * rho[:, t], stop[:, t], to_advantage[:, t])
-    return grad_error
+    return along_time(grad_error, to_advantage)
+
+
+def along_time(steps: list[Tensor], like: Tensor) -> Tensor:
+    """Steps [N] side by side, [N, T]; without a step `like`, which is [N, 0]."""
+    return torch.stack(steps, 1) if steps else like
 
 
 def passed_on(factor: float | Tensor, stop: Tensor, x: Tensor) -> Tensor:
@@ -141,8 +147,3 @@ def importance(transitions: Transitions, settings: Settings, dtype: torch.dtype)
     assert transitions.log_ratio is not None, "gae has no importance weights"
     ratio = transitions.log_ratio.to(dtype).exp()
     return ratio.clamp(max=settings.rho_clip), ratio.clamp(max=settings.c_clip)
-
-
-def laid_out(result: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """result in the given dtype and with the memory layout of torch.empty_like(like)."""
-    return torch.empty_like(like, dtype=dtype).copy_(result)

@@ -1,0 +1,163 @@
+"""Records what the Triton launchers launch, without a GPU: the launchers run on CPU tensors and nothing is executed."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bench.cases import CASES, Case
+from bench.host import TRITON
+from bench.test_ops import upstream_of
+from efe_kernels.common.library import LIBRARY, OPS
+from efe_kernels.efe_loss import ops as efe_loss_ops
+
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch. which: the pass of the op that it belongs to."""
+
+    function: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    which: str
+    sizes: tuple[int, ...]
+
+
+class Recording(list[Launch]):
+    """Launches on a problem of these sizes, in their order."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.which = "forward"
+
+    def begin(self, which: str) -> None:
+        """What is launched from here on belongs to this pass."""
+        self.which = which
+
+
+@contextmanager
+def recorded_launches(*sizes: int) -> Iterator[Recording]:
+    """Inside, kernel launches are recorded and not executed; sizes as in the name of a case of `bench.cases`."""
+    launches = Recording(sizes)
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        arguments = dict(zip(self.arg_names, args, strict=False))
+        arguments |= {name: value for name, value in kwargs.items() if name in self.arg_names}
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        launches.append(Launch(self, tuple(grid), arguments, options, launches.which, sizes))
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def case_launches(case: Case, implementation: str) -> list[Launch]:
+    """Those of a case of the benchmark suite, through the public function."""
+    for name, launcher in OPS.items():
+        if launcher is not None:
+            LIBRARY.impl(name, launcher, "CPU", allow_override=True)
+    problem = case.problem("cpu")
+    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a promise is taken then.
+    served = patch.object(efe_loss_ops, "INTERPRET", True)
+    with served, recorded_launches(*case.sizes) as launches:
+        results = problem.implementations[implementation](problem.inputs)
+        if problem.leaves:
+            launches.begin("backward")
+            torch.autograd.grad(results, list(problem.leaves.values()), upstream_of(results))
+    return launches
+
+
+# The large cases of the suite, by the names that they have there: for the projection, not for the budgets.
+SUITE = {
+    f"{case.name}: {implementation}": partial(case_launches, case, implementation)
+    for case in CASES
+    for implementation in ("kernel", *case.opponents)
+    if case.workload == "throughput" and case.op in TRITON and implementation.startswith("kernel")
+}
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as Triton would compile it: 1 and None as constants, pointers and multiples of 16 aligned."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.function.params):
+        value = launch.arguments[parameter.name]
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        specialised = is_int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = ("i32" if value < 2**31 else "i64") if is_int else "fp32"
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def least_bytes(launch: Launch) -> int:
+    """Every element of every tensor once: of a view only its own, of what several share at most the whole of it."""
+    views: dict[int, dict[Any, int]] = defaultdict(dict)
+    whole: dict[int, int] = {}
+    for tensor in launch.arguments.values():
+        if isinstance(tensor, Tensor):
+            memory = tensor.untyped_storage()
+            shared = memory._cdata  # not its address: a meta tensor has none
+            elements = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+            place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+            views[shared][place] = elements * tensor.element_size()
+            whole[shared] = memory.nbytes()
+    return sum(min(whole[memory], sum(found.values())) for memory, found in views.items())
+
+
+def loop_trips(launch: Launch) -> list[int]:
+    """Trips of the kernel's loops that go on after the first, a loop after those inside it; all are constants of it.
+
+    The compilers leave these loops as they are or unroll them entirely. A kernel that is not named has no such loop, or
+    one whose trips depend on the program.
+    """
+    at = launch.arguments
+    trips = {
+        "efe_loss_forward_kernel": lambda: (at["PAIRS"] - at["ALONE"] - 1,),
+        "efe_loss_backward_kernel": lambda: (
+            at["PAIRS"] - at["ALONE"] - 1, at["T"] if at["NEED_OBSERVATION"] else 1, at["EPISODES"],
+        ),
+        "efe_loss_episode_kernel": lambda: (
+            tile_trips := triton.cdiv(at["TILES"], at["TILE_BLOCK"]),
+            *((triton.cdiv(at["D"], at["D_BLOCK"]), tile_trips, at["T"]) if at["HAS_DIRECTION"] else ()),
+        ),
+        "grid_reward_kernel": lambda: (at["BLOCKS"],),
+        "rl_advantage_kernel": lambda: (at["TILES"] - 1, at["TILES"] - 1),
+        "trace_scan_kernel": lambda: (at["CHUNKS"],),
+        "trace_scan_backward_kernel": lambda: (at["CHUNKS"],),
+    }.get(launch.function.__name__, tuple)  # fmt: skip
+    return [count for count in trips() if count > 1]

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from efe_train.__main__ import main
+from efe_train.config import TrainConfig, UserError
+from efe_train.report import RunFolder
+from tests.efe_train.conftest import recolouring_task, write_tasks
+
+NEEDED = ("checkpoint.pt", "config.json", "qwen/config.json", "qwen/tokenizer.json", "qwen/tokenizer_config.json")
+DISPENSABLE = ("metrics.jsonl", "training.log")
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda data: None,
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "torn": lambda data: data[:-10],
+    "blank tail": lambda data: data[:-64] + b" " * 64,
+    "zeros": lambda data: bytes(len(data)),
+    "zeros in the middle": lambda data: data[: len(data) // 2] + bytes(9) + data[len(data) // 2 + 9 :],
+    "not UTF-8": lambda data: data[:-64] + b"\xff" * 64,
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with three batches done."""
+    base = tmp_path_factory.mktemp("sound")
+    tasks = write_tasks(base / "tasks", {f"task{seed}": recolouring_task(seed) for seed in range(4)})
+    out = base / "run"
+    arguments = ["--dataset", str(tasks), "--batch_size", "6", "--device", "cpu", "--max_batches", "3"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert found == {*NEEDED, *DISPENSABLE}
+    return out
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "run"))
+
+
+def resume(folder: Path) -> int:
+    return main(["--resume", "--out", str(folder), "--max_batches", "4"])
+
+
+def evaluate(folder: Path) -> int:
+    return main(["evaluate", "--checkpoint", str(folder)])
+
+
+@pytest.mark.parametrize("command", [resume, evaluate])
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*NEEDED, *DISPENSABLE])
+def test_a_damaged_file_is_mended_or_named(
+    name: str, damage: str, command: Callable[[Path], int], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    data = DAMAGES[damage]((folder / name).read_bytes())
+    if data is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(data)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    code = command(folder)
+    message = capsys.readouterr().err
+    assert code == (2 if name in NEEDED else 0)
+    assert "Traceback" not in message
+    if code == 2:
+        assert message.startswith("efe-train: ") and message.count("\n") == 1
+        assert Path(name).name in message
+        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"batch": 3, "lo', b"\n\n", b"   ", bytes(100), b"null\n", b"[1]\n", b"[" * 100_000, b"\xff\xfe"],
+    ids=["torn", "blank lines", "blanks", "zeros", "null", "list", "nested", "not UTF-8"],
+)
+def test_the_metrics_before_the_damage_are_kept(tail: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    (folder / "metrics.jsonl").write_bytes(b"".join(good) + tail)
+    assert resume(folder) == 0
+    kept = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert kept[:2] == good
+    assert [json.loads(line)["batch"] for line in kept] == [1, 2, 4]
+    assert "is damaged: of the first 3 batches it keeps 2" in capsys.readouterr().out
+
+
+def test_damage_after_the_checkpoint_costs_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"batch": 4, "lo')
+    assert resume(folder) == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["batch"] for row in rows] == [1, 2, 3, 4]
+    assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings", ["5", "[]", '{"epochs": "many"}', '{"epochs": [1]}', '{"lora_rank": true}'])
+def test_settings_of_another_kind_are_named(settings: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "config.json").write_text(settings)
+    capsys.readouterr()
+    for command in (resume, evaluate):
+        assert command(folder) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and f"{folder / 'config.json'} cannot be read as the settings" in message
+
+
+def test_the_checkpoint_of_another_model_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del state["modules"]["planner"]["head.bias"]
+    for content, word in ((state, "does not fit"), ({"weights": 1}, "does not fit"), ([1], "is damaged")):
+        torch.save(content, folder / "checkpoint.pt")
+        capsys.readouterr()
+        for command in (resume, evaluate):
+            assert command(folder) == 2
+            message = capsys.readouterr().err
+            assert message.count("\n") == 1 and f"{folder / 'checkpoint.pt'} {word}" in message
+
+
+def test_a_run_whose_settings_are_lost_is_not_overwritten(
+    sound: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "config.json").unlink()
+    assert main(["--dataset", str(sound.parent / "tasks"), "--out", str(folder)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_file_takes_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two calls leaves the file as it was."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda stream: (calls.append("fsync"), fsync(stream)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(f"replace {Path(new).name}"), replace(old, new)))
+    run = RunFolder(tmp_path)
+    run.write_candidate({"value": torch.tensor(1.0)})
+    run.accept_candidate()
+    run.write_config(TrainConfig())
+    run.append_metrics([{"batch": 1}])
+    run.cut_metrics(1)
+    assert calls == [
+        "fsync", "replace checkpoint.pt", "fsync", "replace config.json", "fsync", "fsync", "replace metrics.jsonl"
+    ]  # fmt: skip
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+@pytest.mark.parametrize("name", ["candidate.pt", "training.log", "metrics.jsonl"])
+def test_a_full_disk_is_explained(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    run = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=rf"{name} cannot be written \(No space left on device\)"):
+        run.write_candidate({"value": torch.zeros(100_000)})
+        run.say("text")
+        run.append_metrics([{"batch": 1}])
