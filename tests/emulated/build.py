@@ -64,7 +64,7 @@ def complaint(program: Path, *arguments: str) -> str:
     if done.returncode == 0:
         return ""
     found = COMPLAINT.search(done.stderr)
-    return found[1] if found else f"exit code {done.returncode}: {done.stderr[-200:]}"
+    return found[1] if found else f"exit code {done.returncode}: {done.stderr[-200:].strip()}"
 
 
 @cache
