@@ -38,8 +38,8 @@ ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
 
 def nvcc(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the toolkit's compiler; where there is none, exit code 127 and no output."""
-    found = shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
-    if found is None:
+    found = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
+    if not found:
         return subprocess.CompletedProcess(arguments, 127, "", "")
     return subprocess.run([found, *arguments], capture_output=True, text=True)
 
@@ -51,10 +51,12 @@ def nvcc_version() -> tuple[int, int] | None:
 
 
 def toolkit() -> str | None:
-    """The folder that nvcc takes its headers from, or what torch found where there is no nvcc to ask.
+    """The folder that nvcc takes its headers from, or what torch found where CUDA_HOME is set or there is no nvcc.
 
     torch finds the one above the nvcc on the PATH, which may be a link or a script that stands for that of the toolkit.
     """
+    if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return cpp_extension.CUDA_HOME
     found = re.search(r"TOP=(.*)", nvcc("--dryrun", "-x", "cu", os.devnull).stderr)
     return str(Path(found[1]).resolve()) if found else cpp_extension.CUDA_HOME
 
@@ -97,7 +99,6 @@ def extensions() -> list[cpp_extension.CppExtension]:
     if shutil.which(compiler().split()[0]) is None:
         print(f"efe-kernels: no C++ compiler ({compiler()}) found: built without the extension, plain PyTorch serves.")
         return []
-    cpp_extension.CUDA_HOME = toolkit()
     with_cuda, reason = choose_cuda()
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
     # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
@@ -105,6 +106,7 @@ def extensions() -> list[cpp_extension.CppExtension]:
     flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", ""))}
     kind = cpp_extension.CppExtension
     if with_cuda:
+        cpp_extension.CUDA_HOME = toolkit()
         known = ARCHITECTURES if (nvcc_version() or (0, 0)) >= (12, 8) else ARCHITECTURES_BEFORE_12_8
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known)
         flags["cxx"].append("-DEFE_WITH_CUDA")
@@ -132,9 +134,9 @@ class BuildExtension(cpp_extension.BuildExtension):
             if not any(source.endswith(".cu") for extension in self.extensions for source in extension.sources):
                 raise
             traceback.print_exception(error)
+            release = ".".join(map(str, nvcc_version() or ()))
             sys.exit(
-                f"efe-kernels: the CUDA sources do not build with nvcc {'.'.join(map(str, nvcc_version() or ()))}, "
-                f"{compiler()} and torch {torch.__version__} for the architectures "
+                f"efe-kernels: the extension and its CUDA sources do not build with nvcc {release}, {compiler()} and torch {torch.__version__} for the architectures "
                 f"{os.environ['TORCH_CUDA_ARCH_LIST']}: {refusal_of_nvcc() or 'what the compiler says stands above'}. "
                 "Name a C++ compiler that this nvcc takes (for example CC=gcc-12 CXX=g++-12), a toolkit that fits "
                 "torch (CUDA_HOME) or other architectures (TORCH_CUDA_ARCH_LIST), or set EFE_KERNELS_CUDA=0 to build "

@@ -243,6 +243,9 @@ def main() -> int:
     options = parser.parse_args()
     stages = [options.stage] if options.stage else ["check", "time"]
     out = options.out.resolve()
+    known = [part.name for part in parts(stages, out)]
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"--only must name parts ({', '.join(known)}), it named {', '.join(sorted(unknown))}.")
     out.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name() if GPU else "no GPU: a dry run, as far as the first launch"
     print(f"torch {torch.__version__}, {name}. Logs and results: {options.out}", flush=True)

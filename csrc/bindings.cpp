@@ -1,6 +1,7 @@
 // The pybind11 module efe_kernels._C. Importing it runs the static registrations of the other files, which hand
 // their kernels to torch's dispatcher; the schemas are declared in Python (efe_kernels/common/library.py).
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include <cstdint>
 #include <string>

@@ -8,6 +8,7 @@ Its docstring says where it is not what the names of its terms promise; `efe_ker
 from __future__ import annotations
 
 import math
+import operator
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ def movement_reversal(colours: Tensor, dtype: torch.dtype) -> Tensor:
         found = (window == colours[:-1, 1:-1, 1:-1]).to(dtype)
         rows, columns = found.sum(1), found.sum(0)
         offsets = torch.stack((rows[2] - rows[0], columns[2] - columns[0]))
-        moves[:, :-1, 1:-1, 1:-1] = offsets / rows.sum(0).clamp_min_(1)
+        moves = F.pad(offsets / rows.sum(0).clamp_min_(1), (1, 1, 1, 1, 0, 1))
     both = moves + moves.flip(1)
     both[:, -1] = 0
     return both.square_().sum(0).sqrt_()
@@ -87,6 +88,29 @@ class PlanTerms(torch.autograd.Function):
 
     Forward and backward logits are one channel-first tensor [C, 2, T, H, W] inside: sums over C are sums of long rows.
     """
+
+    @staticmethod
+    def plain(
+        forward: Tensor, backward: Tensor, state: Tensor, observation: Tensor, preference: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """What `forward` gives, differentiable by autograd."""
+        logits = torch.stack((forward.movedim(-1, 0), backward.movedim(-1, 0)), 1)
+        if mask is not None:
+            logits = logits.masked_fill(mask == 0, FILL)
+        probs = logits.softmax(0)
+        clamped = probs.clamp(EPS, 1)
+        middle = 0.5 * (clamped[:, 0] + clamped[:, 1])
+        kept, middle = (renormalize(p, renormalizer(p, mask)) for p in (clamped, middle))
+        observed = observation.clamp(EPS, 1)
+        return (
+            -(preference * (kept[:, 0] + EPS).log().sum(1)).sum(),
+            -0.5 * (kept.sum(1) * (middle + EPS).log()).sum(),
+            -(observed * observed.log()).sum(),
+            1 / (1 - 0.5 * (probs * (probs + EPS).log()).sum((0, 1))),
+            logits[:, 0].mean((2, 3), dtype=wide_dtype(logits.device)).T,
+            probs[:, 0].amax(0).detach(),
+            logits[:, 0].argmax(0),
+        )
 
     @staticmethod
     def forward(
@@ -182,6 +206,15 @@ def plan_gradients(
     return gradients
 
 
+def height_and_width(size: Any) -> tuple[int, int]:
+    """An entry of grid_sizes, of ints or of integer tensors."""
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"grid_sizes must hold pairs (H, W) of integers, it held {size!r}.") from error
+    return height, width
+
+
 def mean_cross_entropy(final: Tensor, target: Tensor, outside: Tensor | None) -> Tensor:
     """Mean CE of final [H, W, C] against target [H, W] over the cells that are not outside; 0 where there is none."""
     target = target.long()
@@ -232,7 +265,7 @@ class EFELoss(nn.Module):
 
     For the keys and the order of an ARC-EFE project's checkpoints, and for the random numbers that are drawn after the
     constructor, there are also target_preferences_initialized, prompt_preference_mapper and grid_match_history, which
-    the loss does not use.
+    the loss does not use. DistributedDataParallel needs find_unused_parameters=True because of them, as it does there.
     """
 
     target_preferences_initialized: Tensor
@@ -253,6 +286,16 @@ class EFELoss(nn.Module):
         prompt_dim: int = 256,
     ) -> None:
         super().__init__()
+        lambdas = {
+            "lambda_risk": lambda_risk, "lambda_amb": lambda_amb, "lambda_step": lambda_step,
+            "lambda_cons": lambda_cons, "lambda_bi": lambda_bi, "lambda_z": lambda_z, "lambda_prompt": lambda_prompt,
+            "lambda_grid_norm": lambda_grid_norm,
+        }  # fmt: skip
+        for name, value in lambdas.items():
+            checks.number(name, value)
+        max_grid_size = checks.integer("max_grid_size", max_grid_size, low=1)
+        num_colors = checks.integer("num_colors", num_colors, low=1)
+        prompt_dim = checks.integer("prompt_dim", prompt_dim, low=1)
         self.lambda_risk = lambda_risk
         self.lambda_amb = lambda_amb
         self.lambda_step = lambda_step
@@ -308,7 +351,12 @@ class EFELoss(nn.Module):
             TypeError: for an outcome that is not of integers: in an ARC-EFE project it counts as a grid of nothing.
             ValueError: for lists of unequal length, which there change nothing, and for a wrong shape, colour or rate.
         """
+        if isinstance(success_rate, Tensor) and success_rate.dim() == 0:
+            success_rate = success_rate.item()
         success_rate = checks.number("success_rate", success_rate, 0, 1)
+        for name, given in (("successful_outcomes", successful_outcomes), ("grid_sizes", grid_sizes)):
+            if not isinstance(given, Sequence | Tensor):
+                raise TypeError(f"{name} must be a list, it was {type(given).__name__}.")
         if len(successful_outcomes) != len(grid_sizes):
             raise ValueError(
                 f"grid_sizes must have one (H, W) for each of the {len(successful_outcomes)} successful_outcomes, "
@@ -316,7 +364,8 @@ class EFELoss(nn.Module):
             )
         one_hots: dict[str, list[Tensor]] = {}
         for outcome, size in zip(successful_outcomes, grid_sizes, strict=True):
-            one_hots.setdefault("x".join(map(str, size)), []).append(self._one_hot(outcome, size))
+            height, width = height_and_width(size)
+            one_hots.setdefault(f"{height}x{width}", []).append(self._one_hot(outcome, (height, width)))
         if not one_hots:
             return
         for key, found in one_hots.items():
@@ -331,7 +380,11 @@ class EFELoss(nn.Module):
     def _one_hot(self, outcome: Tensor, size: tuple[int, int]) -> Tensor:
         """The one-hot [H, W, C] of the top-left part of a grid."""
         weight = self.prompt_projector.weight
-        grid = torch.as_tensor(outcome, device=weight.device)
+        try:
+            grid = torch.as_tensor(outcome, device=weight.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            found = type(outcome).__name__
+            raise TypeError(f"successful_outcomes must hold grids of integers, it held {found}: {error}.") from error
         checks.check_integer("successful_outcomes", grid)
         grid = grid[: size[0], : size[1]].long()
         checks.check_shape("successful_outcomes", grid, "[H, W]", size)
@@ -408,7 +461,7 @@ class EFELoss(nn.Module):
         cells = area
         if mask is not None:
             inside = mask > 0
-            unsure &= inside
+            unsure = unsure & inside
             reversal = reversal * mask
             cells = inside.sum(dtype=dtype)
         inference_risk = unsure.sum(dtype=dtype) / (cells + EPS)
@@ -487,12 +540,14 @@ class EFELoss(nn.Module):
         """clamp P, [C, H, W]."""
         key = f"{height}x{width}"
         if key not in self.preference_embeddings and self.training and torch.is_grad_enabled():
-            warnings.warn(
-                f"efe_kernels.arc_efe.EFELoss: this call made the preference of {key} cells, which an optimizer or a "
+            told = (
+                f"efe_kernels.arc_efe.EFELoss: this call makes the preference of {key} cells, which an optimizer or a "
                 f"DistributedDataParallel made before does not know and so never trains; call ensure_preference("
-                f"{height}, {width}), and so for every other size, before they are made.",
-                stacklevel=4,
+                f"{height}, {width}), and so for every other size, before they are made."
             )
+            if torch.compiler.is_compiling():
+                raise RuntimeError(told)
+            warnings.warn(told, stacklevel=5)  # of who called the module
         logits = self.ensure_preference(height, width).movedim(-1, 0)
         logits = logits.to(wide_dtype(logits.device))
         if prompt is not None:

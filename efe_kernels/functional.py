@@ -168,7 +168,7 @@ def efe_loss(
                 )  # the very operation with which autograd differentiates the mean
     total, terms, mask_ratio, scale, _ = apply(
         EFELossFunction, logits, backward_logits, final_logits, observation_probs, preference_logits, prompt,
-        projection if prompt is not None else None, target, target_preference, valid,
+        projection, target, target_preference, valid,
         *settings, promise,
     )  # fmt: skip
     named = dict(zip(EFE_TERMS, terms.unbind(1), strict=True))
@@ -185,7 +185,10 @@ def settings_of(name: str, group: object, kind: type, fields: Sequence[str]) -> 
     """The fields of a group of settings, as numbers."""
     if not isinstance(group, kind):
         raise TypeError(f"{name} must be {kind.__name__}, it was {type(group).__name__}.")
-    return [checks.number(f"{name}.{field}", getattr(group, field)) for field in fields]
+    values = [getattr(group, field) for field in fields]
+    if all([type(value) is float and -math.inf < value < math.inf for value in values]):  # nearly every call
+        return values
+    return [checks.number(f"{name}.{field}", value) for field, value in zip(fields, values, strict=True)]
 
 
 def one_episode(*tensors: Any) -> tuple[Any, ...]:

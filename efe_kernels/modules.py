@@ -42,6 +42,12 @@ class EFELoss(nn.Module):
         max_grid_size = checks.integer("max_grid_size", max_grid_size, low=1)
         num_colors = checks.integer("num_colors", num_colors, low=2)
         prompt_dim = checks.integer("prompt_dim", prompt_dim, low=1)
+        if not isinstance(weights, EFEWeights):
+            raise TypeError(f"weights must be EFEWeights, it was {type(weights).__name__}.")
+        checks.flag("hard_cell", hard_cell)
+        checks.number("hard_cell_min_ratio", hard_cell_min_ratio)
+        checks.integer("ignore_index", ignore_index)
+        checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.max_grid_size = max_grid_size
         self.num_colors = num_colors
         self.weights = weights
@@ -69,11 +75,12 @@ class EFELoss(nn.Module):
     ) -> EFELossOutput:
         """The loss of logits [B, T, H, W, C] against target [B, H, W]; arguments and result as in `efe_loss`.
 
-        Without a prompt the projection gets a gradient of 0, so that DistributedDataParallel does not wait for one.
+        Without a prompt the projection gets a gradient of 0, for which DistributedDataParallel waits; weight decay then
+        still shrinks it.
         """
         if prompt is not None:
             self._check_prompt(prompt)
-        output = efe_loss(
+        return efe_loss(
             logits,
             target,
             self.preference_logits,
@@ -81,7 +88,7 @@ class EFELoss(nn.Module):
             final_logits=final_logits,
             observation_probs=observation_probs,
             prompt=prompt,
-            projection=None if prompt is None else self.projection,
+            projection=self.projection,
             target_preference=self.target_preference,
             valid=valid,
             weights=self.weights,
@@ -92,18 +99,13 @@ class EFELoss(nn.Module):
             reduction=self.reduction,
             grad_scale=grad_scale,
         )
-        if prompt is not None:
-            return output
-        return output._replace(total=output.total + self.projection[:0].sum().to(output.total.dtype))
 
     def _check_prompt(self, prompt: Tensor) -> None:
         checks.check_floating("prompt", prompt)
         width = self.projection.shape[1]
         if prompt.dim() > 0 and prompt.shape[-1] != width:
-            raise ValueError(
-                f"prompt must have {width} dimensions, its shape was {list(prompt.shape)}; "
-                f"EFELoss(prompt_dim={prompt.shape[-1]}) takes it."
-            )
+            hint = f"; EFELoss(prompt_dim={prompt.shape[-1]}) takes it" if prompt.shape[-1] >= self.num_colors else ""
+            raise ValueError(f"prompt must have {width} dimensions, its shape was {list(prompt.shape)}{hint}.")
 
     def extra_repr(self) -> str:
         size, dim = self.max_grid_size, self.projection.shape[1]
@@ -156,14 +158,15 @@ class EFELoss(nn.Module):
         palette = torch.arange(self.num_colors, device=target.device)
         found = torch.zeros_like(running, dtype=torch.float32)
         found[:height, :width] = ((target[..., None] == palette) & counted[..., None]).sum(0)
-        rate = torch.stack([rate * target.shape[0], torch.full_like(rate, target.shape[0])])
+        refused = ~((rate >= 0) & (rate <= 1))
+        rate = torch.stack([rate * target.shape[0], torch.full_like(rate, target.shape[0]), refused.to(rate)])
         if synchronize and distributed.is_available() and distributed.is_initialized():
             both = torch.cat([found.flatten(), rate])
             distributed.all_reduce(both)
-            found, rate = both[:-2].view_as(found), both[-2:]
+            found, rate = both[: -len(rate)].view_as(found), both[-len(rate) :]
         episodes = found.sum(-1, keepdim=True)
         moved = running + (0.05 + 0.15 * rate[0] / rate[1]) * (found / episodes.clamp_min(1) - running)
-        running.copy_(torch.where((episodes > 0) & (rate[0] >= 0) & (rate[0] <= rate[1]), moved, running))
+        running.copy_(torch.where((episodes > 0) & (rate[2] == 0), moved, running))
 
     def _rate(self, success_rate: Tensor | float) -> Tensor:
         """The success rate as 0-d float32 beside the parameters, checked where that costs no synchronisation."""

@@ -140,7 +140,7 @@ EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& grad
     if (gradients.log_prob != nullptr) {
         A* const __restrict__ out = gradients.log_prob + begin;
         const A* advantage = p.advantage + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = -policy * advantage[i];
+        for (int64_t i = 0; i < count; ++i) out[i] = times(advantage[i], -policy);
         if (p.old_log_prob != nullptr) {
             A log_ratio[kChunk];
             load_log_ratio(p, begin, count, log_ratio);

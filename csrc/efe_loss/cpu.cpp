@@ -468,13 +468,27 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
     const at::Tensor out = at::zeros({rows, columns}, left.options());
     const double *l = left.const_data_ptr<double>(), *r = right.const_data_ptr<double>();
     double* const o = out.mutable_data_ptr<double>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, inner * columns)),
-                     [&](int64_t begin, int64_t end) {
-                         for (int64_t i = begin; i < end; ++i)
-                             for (int64_t k = 0; k < inner; ++k)
-                                 for (int64_t j = 0; j < columns; ++j)
-                                     o[i * columns + j] += l[i * inner + k] * r[k * columns + j];
-                     });
+    constexpr int64_t kColumns = 64;  // of one task, which keeps their sums in registers
+    const int64_t parts = (columns + kColumns - 1) / kColumns;
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, inner * kColumns));
+    at::parallel_for(0, rows * parts, grain, [&](int64_t begin, int64_t end) {
+        vectorized([&]() EFE_SIMD_BODY {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t i = task / parts, first = task % parts * kColumns;
+                const int64_t count = std::min(kColumns, columns - first);
+                double sums[kColumns] = {};
+                for (int64_t k = 0; k < inner; ++k) {
+                    const double factor = l[i * inner + k];
+                    const double* row = r + k * columns + first;
+                    if (count == kColumns)
+                        for (int64_t j = 0; j < kColumns; ++j) sums[j] += factor * row[j];
+                    else
+                        for (int64_t j = 0; j < count; ++j) sums[j] += factor * row[j];
+                }
+                std::copy_n(sums, count, o + i * columns + first);
+            }
+        });
+    });
     return out;
 }
 

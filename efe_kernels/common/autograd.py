@@ -30,8 +30,8 @@ def first_order(name: str, op: Callable[..., Any], *args: Any) -> tuple[Tensor, 
 
 def transformed() -> bool:
     """Whether the call is inside a transform of torch.func, such as vmap, grad or jacrev."""
-    level: int | None = torch._C._functorch.maybe_current_level()
-    return level is not None
+    depth: int = torch._C._functorch.get_dynamic_layer_stack_depth()  # of this torch.compile knows what it says
+    return depth > 0
 
 
 def apply(function: Any, *arguments: Any) -> Any:

@@ -14,6 +14,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED)
 INT64 = torch.iinfo(torch.int64)
+SYMBOLS = (torch.SymFloat, torch.SymInt)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -71,18 +72,24 @@ def number(
 
     A tensor is refused: to read it would wait for its device and lose its gradient.
     """
-    if isinstance(value, torch.SymFloat | torch.SymInt):
-        return value  # type: ignore[return-value]  # torch.compile traces it as the number that it will be
+    if type(value) is float and low < value < high:  # nearly every call
+        return value
+    found = value if type(value) is float else as_float(name, value)
+    inside = low < found <= high if above else low <= found <= high
+    if not inside or (finite and not -math.inf < found < math.inf):
+        raise ValueError(f"{name} must be {interval(low, high, above, finite)}, it was {value!r}.")
+    return found
+
+
+def as_float(name: str, value: Any) -> float:
+    if isinstance(value, SYMBOLS):
+        return value  # type: ignore[no-any-return]  # torch.compile traces it as the number that it will be
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, it was {described(value)}.")
     try:
-        found = float(value)
+        return float(value)
     except OverflowError:  # an int beyond the largest float
-        found = math.inf
-    inside = low < found <= high if above else low <= found <= high
-    if not inside or (finite and math.isinf(found)):
-        raise ValueError(f"{name} must be {interval(low, high, above, finite)}, it was {value!r}.")
-    return found
+        return math.inf
 
 
 def interval(low: float, high: float, above: bool, finite: bool) -> str:
@@ -93,22 +100,27 @@ def interval(low: float, high: float, above: bool, finite: bool) -> str:
     return " and ".join(word for word in (bound, "finite" if finite else "not NaN") if word)
 
 
-def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """A setting as an int in [low, high] of 64 bits; NumPy's integers are integers, bool is none."""
-    if isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
+def integer(name: str, value: Any, low: int = INT64.min, high: int = INT64.max) -> int:
+    """A setting as an int in [low, high]; NumPy's integers are integers, bool is none."""
+    if type(value) is int and low <= value <= high:  # nearly every call
+        return value
+    if isinstance(value, SYMBOLS):
+        return value  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, it was {described(value)}.")
     found = int(value)
-    least, most = INT64.min if low is None else low, INT64.max if high is None else high
-    if not least <= found <= most:
-        bound = f"at least {low}" if low is not None and found < low else "below 2^63" if high is None else ""
-        raise ValueError(f"{name} must be {bound or f'in [{low}, {high}]'}, it was {value}.")
-    return found
+    if low <= found <= high:
+        return found
+    bounds = f"[{'-2^63' if low == INT64.min else low}, {'2^63)' if high == INT64.max else f'{high}]'}"
+    raise ValueError(
+        f"{name} must be {f'at least {low}' if found < low != INT64.min else f'in {bounds}'}, it was {found}."
+    )
 
 
 def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ != "numpy" or type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be True or False, it was {described(value)}.")
     return bool(value)
 

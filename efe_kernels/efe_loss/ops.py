@@ -24,6 +24,7 @@ ARGUMENTS = (
 NUM_INPUTS = len(Inputs._fields)
 NUM_ARGUMENTS = NUM_INPUTS + len(Settings._fields)
 NUM_DIFFERENTIABLE = 7
+PROJECTION = Inputs._fields.index("projection")
 MAX_OUTCOMES = 32
 ORDINARY_KEYS = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
 
@@ -144,17 +145,23 @@ def keeps_promise(promise: Tensor | None, inputs: Inputs, needs: list[bool]) -> 
     return hold_their_values(promise, *inputs) and has_kernel(logits) and launch.takes_promise(inputs)
 
 
+def read_by_kernels(inputs: Inputs) -> Inputs:
+    """Without a prompt there is nothing to project."""
+    return inputs if inputs.prompt is not None else inputs._replace(projection=None)
+
+
 class EFELossFunction(torch.autograd.Function):
     """Total, terms, mask ratio, hard-cell scale, each per episode; differentiable are total and terms.
 
     Takes the fields of Inputs and of Settings, and as the last argument a promise: None, or the upstream gradient [] of
-    every episode's total.
+    every episode's total. A projection that is not read has a gradient of 0 and not none, because whoever trains on
+    several devices waits for that of every parameter.
     """
 
     @staticmethod
     def plain(*arguments: Any) -> Outputs:
         inputs, settings = grouped(arguments)
-        outputs = reference.efe_loss(inputs, settings)
+        outputs = reference.efe_loss(read_by_kernels(inputs), settings)
         return *outputs, torch.zeros_like(outputs[0])
 
     # Not split into forward and setup_context, which costs the call an inspection of its signature.
@@ -163,10 +170,11 @@ class EFELossFunction(torch.autograd.Function):
         tensors, ctx.settings = grouped(arguments)
         promise = arguments[NUM_ARGUMENTS]
         needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
-        if keeps_promise(promise, tensors, needs):
-            output, ctx.gradients = launch.efe_loss_promised_forward(promise, tensors, ctx.settings, needs)
+        inputs = read_by_kernels(tensors)
+        if keeps_promise(promise, inputs, needs):
+            output, ctx.gradients = launch.efe_loss_promised_forward(promise, inputs, ctx.settings, needs)
         else:
-            output, ctx.gradients, promise = efe_loss_forward(*arguments[:NUM_ARGUMENTS]), None, None
+            output, ctx.gradients, promise = efe_loss_forward(*inputs, *ctx.settings), None, None
         *_, mask_ratio, hard_cell_scale, residual = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, residual)
@@ -176,23 +184,29 @@ class EFELossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_terms: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         *tensors, hard_cell_scale, residual, promise = ctx.saved_tensors
+        inputs = read_by_kernels(Inputs(*tensors))
         needs = list(ctx.needs_input_grad[:NUM_DIFFERENTIABLE])
+        not_read = needs[PROJECTION] and inputs.projection is None
+        needs[PROJECTION] = needs[PROJECTION] and not not_read
         gradients: Sequence[Tensor] = ()
         if grad_total is None and grad_terms is None:
-            needs = []
+            needs, not_read = [], False
         if any(needs):
             ahead = None
             if ctx.gradients is not None:
                 # Handed out once: what the caller holds after this backward must not change in the next one.
                 ahead, ctx.gradients = ctx.gradients, None
             first_order_only = not torch.is_grad_enabled() and not traced()
-            read = (grad_total, hard_cell_scale, residual, promise, *tensors)
+            read = (grad_total, hard_cell_scale, residual, promise, *inputs)
             if ahead is not None and grad_terms is None and first_order_only and hold_their_values(*read):
                 upstream = launch.Upstream(grad_total, None, hard_cell_scale, residual)
-                gradients = launch.efe_loss_promised_backward(Inputs(*tensors), ctx.settings, upstream, promise, ahead)
+                gradients = launch.efe_loss_promised_backward(inputs, ctx.settings, upstream, promise, ahead)
             else:
                 gradients = first_order(
-                    "efe_loss", efe_loss_backward, grad_total, grad_terms, *tensors, *ctx.settings, hard_cell_scale,
+                    "efe_loss", efe_loss_backward, grad_total, grad_terms, *inputs, *ctx.settings, hard_cell_scale,
                     residual, needs,
                 )  # fmt: skip
-        return spread(gradients, needs, len(ctx.needs_input_grad))
+        found = spread(gradients, needs, len(ctx.needs_input_grad))
+        if not_read:
+            found = (*found[:PROJECTION], torch.zeros_like(tensors[PROJECTION]), *found[PROJECTION + 1 :])
+        return found

@@ -399,8 +399,9 @@ def test_a_mask_between_0_and_1_counts_whole_cells_in_inference_risk() -> None:
 def test_a_preference_that_appears_in_training_is_told() -> None:
     puzzle = Puzzle()
     module = puzzle.module = EFELoss(prompt_dim=6).double()
-    with pytest.warns(UserWarning, match=r"5x4 .* ensure_preference\(5, 4\)"):
+    with pytest.warns(UserWarning, match=r"5x4 .* ensure_preference\(5, 4\)") as caught:
         puzzle.losses()
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         puzzle.losses()
@@ -511,6 +512,35 @@ def test_outcomes_of_one_size_move_the_preference_once_toward_their_mean() -> No
     moved = 0.8 * mean + 0.2 * torch.tensor([[[1, 0, 0], [0, 1.0, 0]]])
     torch.testing.assert_close(running["1x2"], moved, atol=2e-8, rtol=1e-6)
     assert module.ema_success_rate.item() == pytest.approx(0.99 * 0.5 + 0.01)
+
+
+def test_sizes_and_rates_may_be_tensors() -> None:
+    module = EFELoss()
+    module.update_target_preference([torch.zeros(3, 4, dtype=torch.int64)], torch.tensor([[3, 4]]), torch.tensor(0.5))
+    assert set(module.target_preferences_dict) == {"3x4"}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sizes", "message"),
+    [
+        (None, [], "successful_outcomes must be a list, it was NoneType"),
+        ([], None, "grid_sizes must be a list, it was NoneType"),
+        ([torch.zeros(3, 3, dtype=torch.int64)], [3], r"grid_sizes must hold pairs \(H, W\) of integers, it held 3"),
+        ([torch.zeros(3, 3, dtype=torch.int64)], [(3.0, 3.0)], r"grid_sizes must hold pairs \(H, W\) of integers"),
+        ([None], [(3, 3)], "successful_outcomes must hold grids of integers, it held NoneType"),
+    ],
+)
+def test_what_is_no_list_of_grids_is_named(outcomes: Any, sizes: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        EFELoss().update_target_preference(outcomes, sizes, 0.5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lambda_risk": "x"}, {"num_colors": 0}, {"max_grid_size": 1.5}, {"prompt_dim": None}], ids=str
+)
+def test_a_setting_that_cannot_be_is_named(settings: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(settings))} must be"):
+        EFELoss(**settings)
 
 
 def test_without_outcomes_nothing_changes() -> None:

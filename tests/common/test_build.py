@@ -49,9 +49,13 @@ def test_the_toolkit_is_where_nvcc_says_that_it_is(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The nvcc on the PATH may be a script in a folder that has no CUDA headers beside it."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
     put_nvcc(tmp_path / "local", f"echo '#$ TOP={tmp_path}/toolkit/bin/..' >&2")
     monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path / "local"))
     assert setup.toolkit() == str(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "local"))
+    assert setup.toolkit() == str(tmp_path / "local")
 
 
 def test_without_nvcc_there_is_no_compiler_to_tell_its_version(

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, v
 
 import efe_kernels
 from efe_kernels import EFELoss
+from efe_kernels.arc_efe import EFELoss as ArcEFELoss
 
 COPIES = 3
 
@@ -67,6 +68,21 @@ CASES = {
         lambda u, m, s: squares(efe_kernels.squashed_log_prob(u, m, s)), ((4, 5), (4, 5), (4, 5))
     ),
 }
+
+
+def drop_in() -> ArcEFELoss:
+    module = ArcEFELoss(prompt_dim=12)
+    module.ensure_preference(4, 5)
+    return module
+
+
+ARC = drop_in()
+CASES["arc_efe.EFELoss"] = Case(
+    lambda plan, prompt: ARC(
+        plan, plan.flip(0), plan, plan.softmax(-1), plan[-1], TARGET[0], 3, prompt, (TARGET[0] > 2).float()
+    )["total"],
+    ((3, 4, 5, 10), (12,)),
+)
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -176,3 +192,33 @@ def test_one_tensor_in_several_places_compiles(call: Callable[[Tensor], tuple[Te
     expected, found = call(leaf), torch.compile(call, fullgraph=True, backend="aot_eager")(leaf)
     gradients = [torch.autograd.grad(squares(results), leaf)[0] for results in (expected, found)]
     assert_same((*found, gradients[1]), (*expected, gradients[0]))
+
+
+@pytest.mark.parametrize("name", ["efe_loss", "gae", "policy_gradient_loss"])
+def test_a_transform_inside_of_a_compiled_function(name: str) -> None:
+    case = CASES[name]
+    stacked = arguments(case)
+    results, gradients = one_by_one(case, stacked)
+    found = torch.compile(lambda *given: vmap(case.call)(*given), fullgraph=True, backend="aot_eager")(*stacked)
+    assert_same((found,), (results,))
+
+
+@pytest.mark.parametrize("setting", ["entropy_coef", "value_coef", "clip"])
+def test_a_setting_that_changes_is_compiled_once_and_for_all(setting: str) -> None:
+    """torch.compile makes a number symbolic when it meets a second value."""
+
+    def call(x: Tensor, value: float) -> Tensor:
+        return efe_kernels.policy_gradient_loss(x, x, x, x, x, old_log_prob=x, **{setting: value}).total
+
+    compiled, x = torch.compile(call, fullgraph=True, backend="eager"), torch.randn(5)
+    for value in (0.1, 0.2, 0.3, 1.0):
+        torch.testing.assert_close(compiled(x, value), call(x, value))
+
+
+def test_a_discount_that_changes_compiles() -> None:
+    def call(x: Tensor, gamma: float, scale: float) -> Tensor:
+        return efe_kernels.gae(x, x, x, x > 1, gamma=gamma, lam=gamma, reward_scale=scale)[0]
+
+    compiled, x = torch.compile(call, fullgraph=True, backend="eager"), torch.randn(2, 5)
+    for value in (0.9, 0.95, 0.99, 1.0):
+        torch.testing.assert_close(compiled(x, value, 5 * value), call(x, value, 5 * value))

@@ -335,7 +335,7 @@ def changed(**changes: Any) -> Callable[[], Any]:
         (changed(noise=torch.zeros(2, 5), seed=1), ValueError, "seed must be None where noise is given, it was 1"),
         (changed(seed=1.0), TypeError, "seed must be an integer, it was 1.0"),
         (changed(seed=-1), ValueError, r"seed must be at least 0, it was -1"),
-        (changed(seed=2**63), ValueError, r"seed must be below 2\^63"),
+        (changed(seed=2**63), ValueError, r"seed must be in \[0, 2\^63\)"),
         (changed(delta_scale=0.0), ValueError, "delta_scale must be positive and finite, it was 0.0"),
         (changed(delta_scale=math.inf), ValueError, "delta_scale must be positive and finite, it was inf"),
         (changed(prompt=torch.zeros(4)), ValueError, r"mean must have the shape \[D\+1\] = \[5\], it was \[2, 5\]"),
