@@ -136,7 +136,8 @@ class BuildExtension(cpp_extension.BuildExtension):
             traceback.print_exception(error)
             release = ".".join(map(str, nvcc_version() or ()))
             sys.exit(
-                f"efe-kernels: the extension and its CUDA sources do not build with nvcc {release}, {compiler()} and torch {torch.__version__} for the architectures "
+                f"efe-kernels: the extension and its CUDA sources do not build with nvcc {release}, {compiler()} "
+                f"and torch {torch.__version__} for the architectures "
                 f"{os.environ['TORCH_CUDA_ARCH_LIST']}: {refusal_of_nvcc() or 'what the compiler says stands above'}. "
                 "Name a C++ compiler that this nvcc takes (for example CC=gcc-12 CXX=g++-12), a toolkit that fits "
                 "torch (CUDA_HOME) or other architectures (TORCH_CUDA_ARCH_LIST), or set EFE_KERNELS_CUDA=0 to build "
