@@ -83,7 +83,7 @@ def number(
 
 def as_float(name: str, value: Any) -> float:
     if isinstance(value, SYMBOLS):
-        return value  # type: ignore[no-any-return]  # torch.compile traces it as the number that it will be
+        return value  # type: ignore[return-value]  # torch.compile traces it as the number that it will be
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, it was {described(value)}.")
     try:
@@ -105,7 +105,7 @@ def integer(name: str, value: Any, low: int = INT64.min, high: int = INT64.max) 
     if type(value) is int and low <= value <= high:  # nearly every call
         return value
     if isinstance(value, SYMBOLS):
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, it was {described(value)}.")
     found = int(value)
