@@ -218,8 +218,8 @@ def last_line(log: Path) -> str:
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    lines = [f"{'part':<24}{'result':<11}{'seconds':>8}  last line"]
-    lines += [f"{found.part.name:<24}{found.status:<11}{found.seconds:>8.1f}  {found.note}" for found in outcomes]
+    lines = [f"{'part':<28}{'result':<11}{'seconds':>8}  last line"]
+    lines += [f"{found.part.name:<28}{found.status:<11}{found.seconds:>8.1f}  {found.note}" for found in outcomes]
     return "\n".join(lines)
 
 
