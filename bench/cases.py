@@ -97,7 +97,7 @@ def leaves_of(inputs: Inputs) -> dict[str, Tensor]:
     found = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
     for value in inputs.values():
         if isinstance(value, nn.Module):
-            found |= dict(value.named_parameters())
+            found |= {name: parameter for name, parameter in value.named_parameters() if parameter.requires_grad}
     return found
 
 
@@ -200,6 +200,7 @@ def arc_efe(case: Case) -> Problem:
     steps, height, width, outcomes = case.sizes
     shape = (steps, height, width, outcomes)
     module = EFELoss()
+    module.prompt_preference_mapper.requires_grad_(False)  # the loss does not use it
     module.ensure_preference(height, width)
     target = torch.randint(outcomes, (height, width))
     module.update_target_preference([target], [(height, width)], 0.5)
