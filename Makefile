@@ -41,7 +41,7 @@ train: $(VENV)/.built
 # so with the CUDA C++ kernels.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest --ignore tests/emulated
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/advantage
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward
 	$(MAKE) emulate
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
@@ -54,7 +54,7 @@ sanitize: $(VENV)/.built
 	cp -r tests csrc $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/advantage tests/prompt
+	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/prompt
 
 # csrc/prompt/cuda.cu without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
 # tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.

@@ -47,17 +47,17 @@ from bench import projection
 from bench.launches import SUITE, Launch, least_bytes, loop_trips, recorded_launches, source
 from bench.machine_code import LOADS, SPECIAL, STORES, Code, amd_code, nvidia_code, operations_of, tool, width_of
 from bench.render import columns
-from efe_kernels.advantage.grid_reward import kernels as grid_reward_kernels
-from efe_kernels.advantage.policy_gradient_loss import kernels as policy_gradient_loss_kernels
-from efe_kernels.advantage.policy_gradient_loss.reference import Inputs as PolicyInputs
-from efe_kernels.advantage.policy_gradient_loss.reference import Settings as PolicySettings
-from efe_kernels.advantage.rl_advantage import kernels as rl_advantage_kernels
-from efe_kernels.advantage.trace import kernels as trace_kernels
-from efe_kernels.advantage.trace.reference import Settings as Discounts
-from efe_kernels.advantage.trace.reference import Transitions
+from efe_kernels.advantage import kernels as rl_advantage_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 from efe_kernels.efe_loss import launch as efe_loss_launch
 from efe_kernels.efe_loss.reference import Inputs, Settings
+from efe_kernels.policy_loss import kernels as policy_gradient_loss_kernels
+from efe_kernels.policy_loss.reference import Inputs as PolicyInputs
+from efe_kernels.policy_loss.reference import Settings as PolicySettings
+from efe_kernels.returns import kernels as trace_kernels
+from efe_kernels.returns.reference import Settings as Discounts
+from efe_kernels.returns.reference import Transitions
+from efe_kernels.reward import kernels as grid_reward_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.triton_math import launch_guard
+from efe_kernels.common.triton import launch_guard
 from efe_kernels.efe_loss.reference import counted_cells, log_preference, log_softmax
 
 

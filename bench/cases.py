@@ -16,14 +16,14 @@ from torch import Tensor, nn
 import efe_kernels
 from bench import baselines
 from efe_kernels import EFEWeights
-from efe_kernels.advantage.grid_reward import reference as reward_reference
-from efe_kernels.advantage.policy_gradient_loss import reference as policy_reference
-from efe_kernels.advantage.rl_advantage import reference as advantage_reference
-from efe_kernels.advantage.trace import reference as trace_reference
+from efe_kernels.advantage import reference as advantage_reference
 from efe_kernels.arc_efe import EFELoss
 from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.efe_loss import reference as efe_reference
+from efe_kernels.policy_loss import reference as policy_reference
 from efe_kernels.prompt import reference as prompt_reference
+from efe_kernels.returns import reference as trace_reference
+from efe_kernels.reward import reference as reward_reference
 from tests.arc_efe.definition import definition as arc_definition
 
 Inputs = dict[str, Any]

@@ -122,7 +122,15 @@ def checks(out: Path) -> list[Part]:
     plain_memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pytest, train, memory = ("pytest",), ("transformers",), ("compute-sanitizer",)
     large = python("pytest", "-p", "no:cacheprovider", "tests/gpu/test_large.py")
-    others = ("tests/efe_loss", "tests/advantage", "tests/arc_efe", "tests/common")
+    others = (
+        "tests/efe_loss",
+        "tests/returns",
+        "tests/advantage",
+        "tests/policy_loss",
+        "tests/reward",
+        "tests/arc_efe",
+        "tests/common",
+    )
 
     def tested(name: str, limit: int, least: int, *paths: str) -> Part:
         return Part(name, tests(*paths), limit, least, tests(*paths, "--collect-only"), pytest)

@@ -15,17 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from efe_kernels.advantage.grid_reward.ops import grid_reward as grid_reward_op
-from efe_kernels.advantage.grid_reward.reference import REWARD_TERMS, colours
-from efe_kernels.advantage.grid_reward.reference import reversibility as reversibility_score
-from efe_kernels.advantage.policy_gradient_loss.ops import policy_gradient_loss as policy_gradient_loss_op
-from efe_kernels.advantage.rl_advantage.ops import rl_advantage as rl_advantage_op
-from efe_kernels.advantage.trace.ops import trace
+from efe_kernels.advantage.ops import rl_advantage as rl_advantage_op
 from efe_kernels.common import checks
 from efe_kernels.common.autograd import apply
 from efe_kernels.efe_loss.ops import EFELossFunction
 from efe_kernels.efe_loss.reference import TERMS as EFE_TERMS
+from efe_kernels.policy_loss.ops import policy_gradient_loss as policy_gradient_loss_op
 from efe_kernels.prompt.ops import MaskedMeanPoolFunction, RefinePromptFunction, SquashedLogProbFunction
+from efe_kernels.returns.ops import trace
+from efe_kernels.reward.ops import grid_reward as grid_reward_op
+from efe_kernels.reward.reference import REWARD_TERMS, colours
+from efe_kernels.reward.reference import reversibility as reversibility_score
 
 
 @dataclass(frozen=True)

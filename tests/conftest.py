@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from efe_kernels.common.library import INTERPRET
+from tests.served_by import served_by
+
+__all__ = ["served_by"]
 
 
 @pytest.fixture

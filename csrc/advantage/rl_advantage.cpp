@@ -1,4 +1,4 @@
-// rl_advantage on the CPU. The derivation of the gradient stands in efe_kernels/advantage/rl_advantage/kernels.py.
+// rl_advantage on the CPU. The derivation of the gradient stands in efe_kernels/advantage/kernels.py.
 // Arithmetic is A: double for double tensors, else float.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "advantage/parallel.h"
-#include "advantage/sums.h"
+#include "common/parallel.h"
+#include "common/moments.h"
 #include "common/math.h"
 
 namespace efe::advantage {

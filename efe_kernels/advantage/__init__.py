@@ -1,1 +1,1 @@
-"""Rewards and advantages for reinforcement learning."""
+"""The advantage of one-step episodes."""

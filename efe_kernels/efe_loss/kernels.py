@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from efe_kernels.common.triton_math import LN_2, LOG2_E, log2, reciprocal
+from efe_kernels.common.triton import LN_2, LOG2_E, log2, reciprocal
 
 LOWEST = tl.constexpr(-1e30)
 PROMPT_LOGIT_RANGE = tl.constexpr(1e4)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from efe_kernels.common.launch import PreparedLaunch, signature
-from efe_kernels.common.triton_math import APPROXIMATE, launch_guard
+from efe_kernels.common.triton import APPROXIMATE, launch_guard
 from efe_kernels.efe_loss.kernels import (
     NUM_SUMS,
     NUM_TERMS,

@@ -109,7 +109,7 @@ def test_whitening_of_any_group_size(numel: int, group_size: int | None, device:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that 3000 elements are more parts of a group than every program merges itself."""
-    kernels = pytest.importorskip("efe_kernels.advantage.rl_advantage.kernels")
+    kernels = pytest.importorskip("efe_kernels.advantage.kernels")
     for name, limit in {"TILE_LIMIT": 1024, "MOST_TILES": 1, "MOST_PARTS": 2, "MERGED_AT_ONCE": 2}.items():
         monkeypatch.setattr(kernels, name, limit)
 
@@ -124,7 +124,7 @@ def test_groups_of_very_many_parts(numel: int, group_size: int | None, device: s
 @pytest.mark.usefixtures("small_tiles")
 def test_what_a_program_reads_of_its_group_does_not_grow_with_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all programs together read the square of the group's size."""
-    kernels = pytest.importorskip("efe_kernels.advantage.rl_advantage.kernels")
+    kernels = pytest.importorskip("efe_kernels.advantage.kernels")
     read: list[int] = []
 
     class Recording:

@@ -13,18 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.kernels import (
-    OPTIONS,
-    as_bytes,
-    difference,
-    join_moments,
-    load_moments,
-    merge_moments,
-    moments,
-    store_moments,
-)
-from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
-from efe_kernels.common.triton_math import launch_guard
+from efe_kernels.common.moments import difference, join_moments, load_moments, merge_moments, moments, store_moments
+from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard
+from efe_kernels.policy_loss.reference import Inputs, Settings
 
 TILE_LIMIT = 4096
 NUM_SUMS = 5

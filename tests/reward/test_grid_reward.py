@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efe_kernels import RewardOutput, RewardWeights, grid_reward
-from efe_kernels.advantage.grid_reward import reference
 from efe_kernels.common.library import INTERPRET
+from efe_kernels.reward import reference
 
 CASES = sorted((Path(__file__).parent.parent / "data" / "reward").glob("*.npz"))
 INVERSES: dict[str, Callable[[Tensor], Tensor] | None] = {

@@ -1,5 +1,5 @@
 // policy_gradient_loss on the CPU. The derivation of the gradients stands in
-// efe_kernels/advantage/policy_gradient_loss/kernels.py. Arithmetic is A: double for double tensors, else float.
+// efe_kernels/policy_loss/kernels.py. Arithmetic is A: double for double tensors, else float.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -10,8 +10,8 @@
 #include <tuple>
 #include <vector>
 
-#include "advantage/parallel.h"
-#include "advantage/sums.h"
+#include "common/parallel.h"
+#include "common/moments.h"
 #include "common/math.h"
 
 namespace efe::advantage {

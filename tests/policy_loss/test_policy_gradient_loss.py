@@ -101,7 +101,7 @@ def test_value_and_gradient(
 @pytest.mark.parametrize("numel", [1024, 1025, 2900])
 def test_partial_sums_of_very_many_parts(numel: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """8, 9 and 23 parts, of which the second launch takes 4 at a time."""
-    kernels = pytest.importorskip("efe_kernels.advantage.policy_gradient_loss.kernels")
+    kernels = pytest.importorskip("efe_kernels.policy_loss.kernels")
     monkeypatch.setattr(kernels, "TILE_LIMIT", 128)
     monkeypatch.setattr(kernels, "PARTS_LIMIT", 4)
     tensors = batch(numel, device=device)

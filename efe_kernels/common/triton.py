@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels of two families share, and the launch guard."""
+"""What the Triton kernels of several families share: options, device functions, the launch guard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from efe_kernels.common.library import INTERPRET
 
@@ -15,6 +16,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # Inline assembly does not exist in Triton's interpreter: there the precise forms stand in for the approximate ones.
 APPROXIMATE = not INTERPRET and torch.version.hip is None
+
+
+# Triton 3.5 to 3.9 fuse unless TRITON_DEFAULT_FP_FUSION=0 is set, and 3.9 announces that 3.10 will not. The bits of a
+# result must follow neither.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -35,6 +41,17 @@ def reciprocal(x, APPROX: tl.constexpr):
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return 1.0 / x
+
+
+@triton.jit
+def unit_clamp(x):
+    """x in [-1, 1], NaN stays NaN."""
+    return tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool tensor as bytes, which every version of Triton loads the same way."""
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def launch_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efe_kernels.advantage.policy_gradient_loss import reference
-from efe_kernels.advantage.policy_gradient_loss.reference import Inputs, Settings
 from efe_kernels.common.autograd import apply, first_order, needs_function, spread
 from efe_kernels.common.library import accumulate_dtype, define_op, triton_module
+from efe_kernels.policy_loss import reference
+from efe_kernels.policy_loss.reference import Inputs, Settings
 
-kernels: Any = triton_module("efe_kernels.advantage.policy_gradient_loss.kernels")
+kernels: Any = triton_module("efe_kernels.policy_loss.kernels")
 
 # The fields of reference.Inputs, then those of reference.Settings.
 ARGUMENTS = (

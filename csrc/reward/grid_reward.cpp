@@ -1,4 +1,4 @@
-// grid_reward on the CPU. The definition stands in efe_kernels/advantage/grid_reward/reference.py. All counts are
+// grid_reward on the CPU. The definition stands in efe_kernels/reward/reference.py. All counts are
 // integers, so they are exact; the few operations on them are float32, as they are there.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "advantage/parallel.h"
+#include "common/parallel.h"
 
 namespace efe::advantage {
 namespace {

@@ -1,12 +1,14 @@
+"""The fixture `served_by`: each op by what the dispatcher picks, and by its reference."""
+
 from __future__ import annotations
 
 import pytest
 
 from efe_kernels import functional
-from efe_kernels.advantage.grid_reward import ops as grid_reward
-from efe_kernels.advantage.policy_gradient_loss import ops as policy_gradient_loss
-from efe_kernels.advantage.rl_advantage import ops as rl_advantage
-from efe_kernels.advantage.trace import ops as trace
+from efe_kernels.advantage import ops as rl_advantage
+from efe_kernels.policy_loss import ops as policy_gradient_loss
+from efe_kernels.returns import ops as trace
+from efe_kernels.reward import ops as grid_reward
 
 REFERENCES = {
     (functional, "grid_reward_op"): grid_reward.grid_reward_reference,

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efe_kernels.advantage.rl_advantage import reference
+from efe_kernels.advantage import reference
 from efe_kernels.common.autograd import apply, first_order, needs_function
 from efe_kernels.common.library import define_op, triton_module
 
-kernels: Any = triton_module("efe_kernels.advantage.rl_advantage.kernels")
+kernels: Any = triton_module("efe_kernels.advantage.kernels")
 
 
 def is_double(*tensors: Tensor) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efe_kernels.advantage.grid_reward import reference
 from efe_kernels.common.library import define_op, triton_module
+from efe_kernels.reward import reference
 
-kernels: Any = triton_module("efe_kernels.advantage.grid_reward.kernels")
+kernels: Any = triton_module("efe_kernels.reward.kernels")
 
 
 def check_grid_colours(before: Tensor, after: Tensor, target: Tensor, valid: Tensor | None, num_colors: int) -> None:

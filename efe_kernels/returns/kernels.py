@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.kernels import OPTIONS, as_bytes
-from efe_kernels.advantage.trace.reference import Settings, Transitions, given
-from efe_kernels.common.triton_math import launch_guard
+from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard
+from efe_kernels.returns.reference import Settings, Transitions, given
 
 SERIAL_STEPS = 32
 SCAN_STEPS = 512  # longest chunk

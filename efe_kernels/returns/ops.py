@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efe_kernels.advantage.trace import reference
-from efe_kernels.advantage.trace.reference import Settings, Transitions
 from efe_kernels.common.autograd import apply, first_order, needs_function, spread
 from efe_kernels.common.library import define_op, triton_module
+from efe_kernels.returns import reference
+from efe_kernels.returns.reference import Settings, Transitions
 
-kernels: Any = triton_module("efe_kernels.advantage.trace.kernels")
+kernels: Any = triton_module("efe_kernels.returns.kernels")
 
 # The fields of reference.Transitions, then those of reference.Settings.
 ARGUMENTS = (

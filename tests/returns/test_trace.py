@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from efe_kernels import gae, policy_gradient_loss, rl_advantage, vtrace
-from efe_kernels.advantage.trace import ops, reference
-from efe_kernels.advantage.trace.reference import Settings, Transitions
 from efe_kernels.common.library import INTERPRET
+from efe_kernels.returns import ops, reference
+from efe_kernels.returns.reference import Settings, Transitions
 
 # Inputs are exact and results rounded once to their dtype: one unit in the last place. In float32 the sums of about
 # 1 / (1 - gamma · lam) = 17 terms of size 1 leave that many roundings of 2^-24.

@@ -1,5 +1,5 @@
 // gae (without log_ratio) and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients
-// stands in efe_kernels/advantage/trace/kernels.py. Arithmetic is A: double for double tensors, else float. Inputs are
+// stands in efe_kernels/returns/kernels.py. Arithmetic is A: double for double tensors, else float. Inputs are
 // read as they lie, whatever their strides; half-precision tensors are converted tile by tile.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "advantage/parallel.h"
+#include "common/parallel.h"
 #include "common/math.h"
 
 namespace efe::advantage {

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.grid_reward.reference import IGNORE_INDEX, size_score
-from efe_kernels.advantage.kernels import OPTIONS, as_bytes, unit_clamp
-from efe_kernels.common.triton_math import launch_guard
+from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, unit_clamp
+from efe_kernels.reward.reference import IGNORE_INDEX, size_score
 
 IGNORE = tl.constexpr(IGNORE_INDEX)
 

@@ -1,1 +1,0 @@
-"""The advantage of one-step episodes."""
