@@ -74,9 +74,9 @@ def measure(case: Case, idle: Idle) -> list[str]:
 def main() -> int:
     idle = Idle()
     driver.set_active(idle)
-    for name, launcher in OPS.items():
-        if launcher is not None:
-            LIBRARY.impl(name, launcher, "CPU", allow_override=True)
+    for name, served in OPS.items():
+        if served.triton is not None:
+            LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
     torch.set_num_threads(1)
     rows = [["op", "", "launches of forward", "time", "of forward and backward", "time"]]
     cases = [case for case in CASES if case.workload == WORKLOAD and case.op in TRITON]

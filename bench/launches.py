@@ -81,9 +81,9 @@ def recorded_launches(*sizes: int) -> Iterator[Recording]:
 
 def case_launches(case: Case, implementation: str) -> list[Launch]:
     """Those of a case of the benchmark suite, through the public function."""
-    for name, launcher in OPS.items():
-        if launcher is not None:
-            LIBRARY.impl(name, launcher, "CPU", allow_override=True)
+    for name, served in OPS.items():
+        if served.triton is not None:
+            LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
     problem = case.problem("cpu")
     # As under Triton's interpreter, where its kernels serve CPU tensors, too: a promise is taken then.
     served = patch.object(efe_loss_ops, "INTERPRET", True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from efe_kernels.common import checks
-from efe_kernels.efe_loss.reference import check_target_range, counted_cells
+from efe_kernels.efe_loss.reference import TERMS, check_target_range, counted_cells
 from efe_kernels.functional import EFELossOutput, EFEWeights, efe_loss
 
 
@@ -42,8 +42,7 @@ class EFELoss(nn.Module):
         max_grid_size = checks.integer("max_grid_size", max_grid_size, low=1)
         num_colors = checks.integer("num_colors", num_colors, low=2)
         prompt_dim = checks.integer("prompt_dim", prompt_dim, low=1)
-        if not isinstance(weights, EFEWeights):
-            raise TypeError(f"weights must be EFEWeights, it was {type(weights).__name__}.")
+        checks.settings("weights", weights, EFEWeights, TERMS)
         checks.flag("hard_cell", hard_cell)
         checks.number("hard_cell_min_ratio", hard_cell_min_ratio)
         checks.integer("ignore_index", ignore_index)
@@ -135,8 +134,7 @@ class EFELoss(nn.Module):
                 out of range moves nothing.
         """
         target = checks.integer_tensor("target", target)
-        if target.dim() not in (2, 3):
-            raise ValueError(f"target must have the shape [B, H, W] or [H, W], it was {list(target.shape)}.")
+        sizes = checks.Sizes("target", target, "B? H W")
         height, width = target.shape[-2:]
         if max(height, width) > self.max_grid_size:
             raise ValueError(
@@ -144,11 +142,8 @@ class EFELoss(nn.Module):
                 f"its shape was {list(target.shape)}."
             )
         running = self.target_preference
-        checks.check_same_device("target", target, "the parameters of EFELoss", running)
-        if valid is not None:
-            checks.check_bool("valid", valid)
-            checks.check_shape("valid", valid, "of target", target.shape)
-            checks.check_same_device("valid", valid, "target", target)
+        checks.check_device("target", target, "the parameters of EFELoss", running.device)
+        sizes.check_optional("valid", valid, "B? H W", checks.check_bool)
         rate = self._rate(success_rate)
         target = target.reshape(-1, height, width)
         valid = None if valid is None else valid.reshape(target.shape)

@@ -787,7 +787,7 @@ std::vector<at::Tensor> efe_loss_backward(
             grad.narrow(1, 0, p.outcomes).add_(scales.sum(1) * p.scales * (1 - p.scales));
             add(grad, *prompt);
         }
-        if (needs[6]) add(product(grad_u.t(), *prompt), *projection);
+        if (needs[6]) add(has_direction ? product(grad_u.t(), *prompt) : at::zeros_like(*projection), *projection);
         return found;
     };
     return logits.scalar_type() == at::kDouble ? run(double{}) : run(float{});

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,14 @@ def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack([count, shift + mean, (squares / (count - 1).clamp(min=1)).sqrt()], 1)
 
 
+class Advantage(NamedTuple):
+    advantage: Tensor
+    statistics: Tensor
+
+
 def rl_advantage_forward(
     reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
-) -> tuple[Tensor, Tensor]:
+) -> Advantage:
     """Advantage in the shape of reward and, with group_size > 0, the statistics [numel / group_size, 3] of the groups.
 
     A group is group_size consecutive elements in row-major order.
@@ -54,7 +61,7 @@ def rl_advantage_forward(
         statistics = group_statistics(groups, members)
         advantage = whiten(groups, members, statistics).view(reward.shape)
     dtype = torch.promote_types(reward.dtype, value.dtype)
-    return advantage.to(dtype).contiguous(), statistics
+    return Advantage(advantage.to(dtype).contiguous(), statistics)
 
 
 def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor) -> Tensor
 
 
 def rl_advantage_backward(
-    grad: Tensor,
+    grad_advantage: Tensor,
     reward: Tensor,
     value: Tensor,
     mask: Tensor | None,
@@ -76,16 +83,16 @@ def rl_advantage_backward(
 ) -> Tensor:
     """Gradient of value; the derivation stands beside the kernel."""
     dtype = statistics.dtype
-    grad_advantage = grad.to(dtype) if mask is None else torch.where(mask, grad.to(dtype), 0)
+    grad = grad_advantage.to(dtype) if mask is None else torch.where(mask, grad_advantage.to(dtype), 0)
     if group_size > 0:
         advantage = plain_advantage(reward, value, mask, reward_scale, normalize).reshape(-1, group_size)
         members = None if mask is None else mask.reshape(-1, group_size)
         whitened = whiten(advantage, members, statistics)
-        grad_groups = grad_advantage.reshape(-1, group_size)
+        grad_groups = grad.reshape(-1, group_size)
         count, _, std = statistics[:, :, None].unbind(1)
         mean_grad = grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
         product = (grad_groups * whitened).sum(1, keepdim=True)
         grad_groups = (grad_groups - mean_grad) / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
         grad_groups = torch.where(std == 0, 0, grad_groups)
-        grad_advantage = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(value.shape)
-    return (-grad_advantage).to(value.dtype).contiguous()
+        grad = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(value.shape)
+    return (-grad).to(value.dtype).contiguous()

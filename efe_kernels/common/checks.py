@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED)
 INT64 = torch.iinfo(torch.int64)
 SYMBOLS = (torch.SymFloat, torch.SymInt)
+
+Kind = Callable[[str, torch.Tensor], None]
+"""A check of the dtype, such as check_floating."""
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -46,23 +49,80 @@ def check_bool(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a bool tensor, it was {tensor.dtype}.")
 
 
-def check_dim(name: str, tensor: torch.Tensor, dims: str) -> None:
-    """dims: what the dimensions mean, such as "[B, T, H, W, C]"."""
-    check_tensor(name, tensor)
-    if tensor.dim() != dims.count(",") + 1:
-        raise ValueError(f"{name} must have the shape {dims}, it was {list(tensor.shape)}.")
+class Sizes:
+    """Sizes by the letter that stands for them, each taken from the first argument that has it.
+
+    dims: the dimensions of an argument, such as "B? T H W C". The one with a question mark is there for all arguments
+        or for none, as the first has it.
+    known: sizes that are known before.
+    """
+
+    def __init__(self, name: str, tensor: torch.Tensor, dims: str, **known: int) -> None:
+        check_tensor(name, tensor)
+        first, *others = dims.split()
+        self.optional = first.removesuffix("?") if first.endswith("?") else ""
+        self.leads = tensor.dim() > len(others)
+        if self.optional and tensor.dim() not in (len(others), len(others) + 1):
+            forms = f"{written([self.optional, *others])} or {written(others)}"
+            raise ValueError(f"{name} must have the shape {forms}, it was {list(tensor.shape)}.")
+        self.of, self.device, self.sizes = name, tensor.device, known
+        self.check(name, tensor, dims)
+
+    def check(self, name: str, tensor: torch.Tensor, dims: str, kind: Kind = check_tensor) -> None:
+        """The dtype, the shape and the device of a further argument.
+
+        A letter that is met for the first time has the size that it has here.
+        """
+        kind(name, tensor)
+        names = dims.split()
+        if names and names[0].endswith("?"):
+            names = [self.optional, *names[1:]] if self.leads else names[1:]
+        shape = list(tensor.shape)
+        pairs = zip(names, shape, strict=False)
+        if len(shape) == len(names) and shape == [self.sizes.setdefault(letter, size) for letter, size in pairs]:
+            check_device(name, tensor, self.of, self.device)
+            return
+        expected = [self.sizes.get(letter) for letter in names]
+        sizes = "" if None in expected or not names else f" = {expected}"
+        raise ValueError(f"{name} must have the shape {written(names)}{sizes}, it was {shape}.")
+
+    def check_optional(self, name: str, tensor: torch.Tensor | None, dims: str, kind: Kind = check_tensor) -> None:
+        """The same of an argument that may be absent."""
+        if tensor is not None:
+            self.check(name, tensor, dims, kind)
 
 
-def check_shape(name: str, tensor: torch.Tensor, dims: str, shape: Sequence[int]) -> None:
-    """dims: what the dimensions mean; shape: the sizes they must have."""
-    check_tensor(name, tensor)
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have the shape {dims} = {list(shape)}, it was {list(tensor.shape)}.")
+def written(names: Sequence[str]) -> str:
+    return f"[{', '.join(names)}]"
 
 
-def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, it was on {tensor.device}.")
+def check_device(name: str, tensor: torch.Tensor, of: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {of}, {device}, it was on {tensor.device}.")
+
+
+def check_alike(**tensors: torch.Tensor) -> None:
+    """Floating-point tensors with the shape and on the device of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        check_floating(name, tensor)
+        check_beside(name, tensor, first_name, first)
+
+
+def check_mask(name: str, mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
+    """A bool tensor with the shape and on the device of `like`, or None."""
+    if mask is not None:
+        check_bool(name, mask)
+        check_beside(name, mask, like_name, like)
+
+
+def check_beside(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """The shape and the device of another argument."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name} = {list(other.shape)}, it was {list(tensor.shape)}."
+        )
+    check_device(name, tensor, other_name, other.device)
 
 
 def number(
@@ -130,6 +190,16 @@ def described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {list(value.shape)} (.item() gives the number of one element)"
     return repr(value) if isinstance(value, str | numbers.Number) else type(value).__name__
+
+
+def settings(name: str, group: object, kind: type, fields: Sequence[str]) -> list[float]:
+    """The fields of a group of settings, as numbers."""
+    if not isinstance(group, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, it was {type(group).__name__}.")
+    values = [getattr(group, field) for field in fields]
+    if all([type(value) is float and -math.inf < value < math.inf for value in values]):  # nearly every call
+        return values
+    return [number(f"{name}.{field}", value) for field, value in zip(fields, values, strict=True)]
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

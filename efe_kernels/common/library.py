@@ -1,16 +1,20 @@
-"""The torch.library namespace `efe` and the one way an op enters it."""
+"""The torch.library namespace `efe`, and how an op enters it: schema, reference, kernels, fake."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from efe_kernels.common.extension import REBUILD, warn_of_missing_on_cuda
 
@@ -20,8 +24,28 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's own switch. With it, the Triton kernels also serve CPU tensors: so they are tested without a GPU."""
 
 
-OPS: dict[str, Callable[..., Any] | None] = {}
-"""Every op of the library, and the launcher of its Triton kernels where there is one."""
+@dataclass(frozen=True)
+class Served:
+    """By whom an op is served, as functions of its arguments: plain PyTorch, and Triton kernels where there are any."""
+
+    reference: Callable[..., Any]
+    triton: Callable[..., Any] | None
+
+
+OPS: dict[str, Served] = {}
+"""Every op of the library."""
+
+SCHEMA_TYPES: dict[object, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "SymInt",
+    bool: "bool",
+    str | None: "str?",
+    list[float]: "float[]",
+    list[bool]: "bool[]",
+    list[Tensor]: "Tensor[]",
+}
 
 
 def triton_module(name: str) -> ModuleType | None:
@@ -31,35 +55,96 @@ def triton_module(name: str) -> ModuleType | None:
     return importlib.import_module(name)
 
 
+def is_group(hint: object) -> bool:
+    """Whether this is a NamedTuple, whose fields are arguments or results of an op, one each."""
+    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
+
+
+def fields_of(hint: Any) -> dict[str, Any]:
+    """Names and types of a group."""
+    return {name: get_type_hints(hint)[name] for name in hint._fields}
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and types of what a function takes, with the fields of a group in its place."""
+    hints = get_type_hints(function)
+    found: dict[str, Any] = {}
+    for name in inspect.signature(function).parameters:
+        found |= fields_of(hints[name]) if is_group(hints[name]) else {name: hints[name]}
+    return found
+
+
+def schema_of(name: str, function: Callable[..., Any]) -> str:
+    """The op `name` that takes and gives what the function does, as torch.library writes it."""
+    arguments = ", ".join(f"{SCHEMA_TYPES[hint]} {field}" for field, hint in parameters_of(function).items())
+    result = get_type_hints(function)["return"]
+    if is_group(result):
+        results = f"({', '.join(f'Tensor {field}' for field in fields_of(result))})"
+    elif typing.get_origin(result) is tuple:
+        results = f"({', '.join(SCHEMA_TYPES[hint] for hint in typing.get_args(result))})"
+    else:
+        results = SCHEMA_TYPES[result]
+    return f"{name}({arguments}) -> {results}"
+
+
+def with_groups(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, called with the arguments of its op: the fields of its groups come one by one."""
+    hints = get_type_hints(function)
+    kinds = [hints[name] for name in inspect.signature(function).parameters]
+    if not any(map(is_group, kinds)):
+        return function
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        grouped, start = [], 0
+        for kind in kinds:
+            if is_group(kind):
+                stop = start + len(kind._fields)
+                grouped.append(kind(*arguments[start:stop]))
+            else:
+                stop = start + 1
+                grouped.append(arguments[start])
+            start = stop
+        return function(*grouped)
+
+    return call
+
+
 def in_place_of_kernels(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference, which says so where it serves a CUDA tensor because a piece is missing."""
 
     @functools.wraps(reference)
     def serve(*arguments: Any) -> Any:
-        if any(isinstance(argument, torch.Tensor) and argument.is_cuda for argument in arguments):
+        if any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments):
             warn_of_missing_on_cuda()
         return reference(*arguments)
 
     return serve
 
 
+def in_float32(*arguments: Any) -> bool:
+    """Whether the arithmetic is float32, in which all Triton kernels compute."""
+    return all(not isinstance(argument, Tensor) or argument.dtype != torch.float64 for argument in arguments)
+
+
 def define_op(
-    schema: str,
+    name: str,
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
+    triton_takes: Callable[..., bool] = in_float32,
 ) -> Any:
     """Declare `torch.ops.efe.<name>` and say who serves it; the dispatcher picks by device.
 
-    schema: name, arguments and results, as torch.library writes them.
-    reference: plain PyTorch; serves every device that has no kernel of its own.
-    fake: shapes and dtypes of the results, for torch.compile.
+    reference: plain PyTorch; its signature is the op's. Serves every device that has no kernel of its own.
+    fake: shapes and dtypes of the results, for torch.compile, from the same arguments.
     triton: launcher of the Triton kernels; serves CUDA, and the CPU under Triton's interpreter.
+    triton_takes: which arguments of the op it serves; the reference serves the others.
 
     The C++ kernels register themselves for CPU and CUDA when `efe_kernels._C` is imported.
     """
-    name = schema[: schema.index("(")]
+    schema, plain = schema_of(name, reference), with_groups(reference)
     try:
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     except RuntimeError as error:
@@ -67,16 +152,23 @@ def define_op(
             f"the C++ extension was built from other sources than these: its op {name} takes other arguments. "
             f"Rebuild it: {REBUILD} in the source folder"
         ) from error
-    LIBRARY.impl(name, in_place_of_kernels(reference), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"efe::{name}", fake, lib=LIBRARY)
-    OPS[name] = triton
+    LIBRARY.impl(name, in_place_of_kernels(plain), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"efe::{name}", with_groups(fake), lib=LIBRARY)
+    serve = None
     if triton is not None:
-        LIBRARY.impl(name, triton, "CUDA")
+        kernels = with_groups(triton)
+
+        @functools.wraps(triton)
+        def serve(*arguments: Any) -> Any:
+            return (kernels if triton_takes(*arguments) else plain)(*arguments)
+
+        LIBRARY.impl(name, serve, "CUDA")
         if INTERPRET:
-            LIBRARY.impl(name, triton, "CPU", allow_override=True)
+            LIBRARY.impl(name, serve, "CPU", allow_override=True)
+    OPS[name] = Served(plain, serve)
     return getattr(torch.ops.efe, name)
 
 
-def accumulate_dtype(tensor: torch.Tensor) -> torch.dtype:
+def accumulate_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float64 for float64 inputs, float32 for every other."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -49,14 +49,20 @@ class Settings(NamedTuple):
     ignore_index: int
 
 
-# Total [B], terms [B, 7], mask ratio [B], hard-cell scale [B] and residual [B, residual_width]: what the op gives.
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+class Outputs(NamedTuple):
+    """What the op gives."""
+
+    total: Tensor  # [B]
+    terms: Tensor  # [B, 7] in the order of TERMS
+    mask_ratio: Tensor  # [B]
+    hard_cell_scale: Tensor  # [B]
+    saved: Tensor  # [B, saved_width], for backward; the reference computes everything again and leaves it at zero
 
 
-def residual_width(inputs: Inputs) -> int:
-    """Columns of the residual: the cell count, then what the prompt term needs again (see kernels.py)."""
+def saved_width(inputs: Inputs) -> int:
+    """Columns of `saved`: the cell count, then what the prompt term needs again (see kernels.py)."""
     steps, outcomes = inputs.logits.shape[1], inputs.logits.shape[-1]
-    return 1 if inputs.projection is None else 1 + (steps + 1) * outcomes
+    return 1 if inputs.prompt is None or inputs.projection is None else 1 + (steps + 1) * outcomes
 
 
 def counted_cells(target: Tensor, valid: Tensor | None, ignore_index: int) -> Tensor:
@@ -164,8 +170,8 @@ def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
     return torch.where(counted[:, None, ..., None], centred, 0).sum((2, 3)) / cells[:, None, None]
 
 
-def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Total [B], terms [B, 7] in the order of TERMS, mask ratio [B] and hard-cell scale [B]."""
+def efe_loss(inputs: Inputs, settings: Settings) -> Outputs:
+    """The loss of each episode."""
     logits, preference_logits, target_preference = inputs.logits, inputs.preference_logits, inputs.target_preference
     backward_logits, observation_probs = inputs.backward_logits, inputs.observation_probs
     prompt, projection = inputs.prompt, inputs.projection
@@ -214,7 +220,7 @@ def efe_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor
     if settings.hard_cell:
         scale = torch.where(mask_ratio < settings.hard_cell_min_ratio, scale, 0.5 + 0.5 * mask_ratio)
     total = scale * sum((w * terms[:, k] for k, w in enumerate(settings.weights) if w != 0), zero)
-    return total, terms, mask_ratio, scale
+    return Outputs(total, terms, mask_ratio, scale, zero.new_zeros(logits.shape[0], saved_width(inputs)))
 
 
 def through_softmax(log_p: Tensor, f: Tensor) -> Tensor:
@@ -303,6 +309,9 @@ def efe_loss_backward(
         grad_u = upstream[5][:, 0, 0] * grad_u
         found["prompt"] += project(grad_u, projection.T)
         found["projection"] = project(grad_u.T, prompt.T)
+    elif projection is not None:
+        # Whoever trains on several devices waits for the gradient of every parameter, also of one that is not read.
+        found["projection"] = torch.zeros_like(projection)
     return found
 
 

@@ -6,7 +6,6 @@ All tensors have one shape and one floating dtype; mask is bool.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,10 +32,27 @@ class Settings(NamedTuple):
     entropy_coef: float
 
 
-def policy_gradient_loss_forward(
-    entropy: Tensor, inputs: Inputs, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total, policy loss, value loss, entropy (0-d), and clip_fraction, approx_kl, explained_variance, count [4]."""
+class Outputs(NamedTuple):
+    """The losses are 0-d."""
+
+    total: Tensor
+    policy: Tensor
+    value_loss: Tensor
+    mean_entropy: Tensor
+    diagnostics: Tensor  # clip_fraction, approx_kl, explained_variance, count
+
+
+class Upstream(NamedTuple):
+    """The gradients that arrive at the losses."""
+
+    grad_total: Tensor | None
+    grad_policy: Tensor | None
+    grad_value_loss: Tensor | None
+    grad_mean_entropy: Tensor | None
+
+
+def policy_gradient_loss_forward(entropy: Tensor, inputs: Inputs, settings: Settings) -> Outputs:
+    """The losses as means over the elements that count."""
     log_prob, value, advantage, value_target, old_log_prob, mask = inputs
     clip, value_coef, entropy_coef = settings
     dtype = accumulate_dtype(log_prob)
@@ -78,16 +94,13 @@ def policy_gradient_loss_forward(
     if entropy_coef != 0:
         total = total - entropy_coef * mean_entropy
     diagnostics = torch.stack([clip_fraction, approx_kl, explained_variance, count])
-    return total, policy, value_loss, mean_entropy, diagnostics
+    return Outputs(total, policy, value_loss, mean_entropy, diagnostics)
 
 
 def policy_gradient_loss_backward(
-    grads: Sequence[Tensor | None], needs: list[bool], diagnostics: Tensor, inputs: Inputs, settings: Settings
+    grads: Upstream, needs: list[bool], diagnostics: Tensor, inputs: Inputs, settings: Settings
 ) -> list[Tensor]:
-    """Gradients of entropy, log_prob and value, those of them that are needed; the derivation is beside the kernel.
-
-    grads: of the total, the policy loss, the value loss and the entropy.
-    """
+    """Gradients of entropy, log_prob and value, those of them that are needed; the derivation is beside the kernel."""
     grad_total, grad_policy, grad_value, grad_entropy = grads
     log_prob, value, advantage, value_target, old_log_prob, mask = inputs
     clip, value_coef, entropy_coef = settings

@@ -34,9 +34,9 @@ def reciprocal_count(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(count > 0, 1 / count.clamp_min(1).to(dtype), 0)
 
 
-def masked_mean_pool_backward(grad: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """grad [N, E], mask [N, L] bool, scale [N] = reciprocal_count -> gradient of hidden [N, L, E]."""
-    row = (grad.to(scale.dtype) * scale[:, None]).to(grad.dtype)
+def masked_mean_pool_backward(grad_pooled: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """grad_pooled [N, E], mask [N, L] bool, scale [N] = reciprocal_count -> gradient of hidden [N, L, E]."""
+    row = (grad_pooled.to(scale.dtype) * scale[:, None]).to(grad_pooled.dtype)
     return torch.where(mask[..., None], row[:, None, :], 0)
 
 

@@ -30,29 +30,36 @@ class Settings(NamedTuple):
     reward_scale: float
 
 
+class Trace(NamedTuple):
+    advantage: Tensor
+    value_target: Tensor
+
+
 def trace_forward(
     value: Tensor, next_value: Tensor, reward: Tensor, transitions: Transitions, settings: Settings
-) -> tuple[Tensor, Tensor]:
+) -> Trace:
     """Advantage and value target, from the errors reward + gamma · next_value · (1 - terminated) - value."""
     dtype = accumulate_dtype(reward)
     bootstrap = torch.where(transitions.terminated, 0, next_value.to(dtype))
     error = reward.to(dtype) * settings.reward_scale + settings.gamma * bootstrap - value.to(dtype)
     loop = gae if transitions.log_ratio is None else vtrace
     advantage, excess = loop(error, transitions, settings)
-    return advantage.to(reward.dtype), (excess + value).to(reward.dtype)
+    return Trace(advantage.to(reward.dtype), (excess + value).to(reward.dtype))
 
 
 def trace_backward(
     grad_advantage: Tensor | None,
-    grad_target: Tensor | None,
+    grad_value_target: Tensor | None,
     needs: list[bool],
     transitions: Transitions,
     settings: Settings,
 ) -> list[Tensor]:
     """Gradients of value and next_value, those of them that are needed; the derivation stands beside the kernel."""
-    upstream = given(grad_advantage, grad_target)
+    upstream = given(grad_advantage, grad_value_target)
     zero = torch.zeros_like(upstream, dtype=accumulate_dtype(upstream))
-    to_advantage, to_target = (zero if grad is None else grad.to(zero.dtype) for grad in (grad_advantage, grad_target))
+    to_advantage, to_target = (
+        zero if grad is None else grad.to(zero.dtype) for grad in (grad_advantage, grad_value_target)
+    )
     loop = gae_backward if transitions.log_ratio is None else vtrace_backward
     grad_error = loop(to_advantage, to_target, transitions, settings)
     terminated, found = transitions.terminated, []
@@ -63,9 +70,9 @@ def trace_backward(
     return found
 
 
-def given(grad_advantage: Tensor | None, grad_target: Tensor | None) -> Tensor:
+def given(grad_advantage: Tensor | None, grad_value_target: Tensor | None) -> Tensor:
     """One of the two upstream gradients, which are alike."""
-    found = grad_advantage if grad_advantage is not None else grad_target
+    found = grad_advantage if grad_advantage is not None else grad_value_target
     assert found is not None, "an op's backward is called with at least one gradient"
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,42 +15,22 @@ from efe_kernels.reward import reference
 kernels: Any = triton_module("efe_kernels.reward.kernels")
 
 
-def check_grid_colours(before: Tensor, after: Tensor, target: Tensor, valid: Tensor | None, num_colors: int) -> None:
-    """Range of every colour, on the CPU only: on a GPU it would wait for the device."""
-    if target.device.type != "cpu":
-        return
-    counted = reference.counted_cells(target, valid)
-    reference.check_colours("target", target, counted, num_colors)
-    for name, prediction in (("before", before), ("after", after)):
-        if not prediction.is_floating_point():
-            padding = counted if prediction.shape == target.shape else None
-            reference.check_colours(name, prediction, padding, num_colors)
+def in_palette(grid_reward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """grid_reward after a look at the range of every colour, on the CPU only: on a GPU it would wait for the device."""
 
+    @functools.wraps(grid_reward)
+    def serve(before: Tensor, after: Tensor, target: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
+        if target.device.type == "cpu":
+            *_, num_colors = rest
+            counted = reference.counted_cells(target, valid)
+            reference.check_colours("target", target, counted, num_colors)
+            for name, prediction in (("before", before), ("after", after)):
+                if not prediction.is_floating_point():
+                    padding = counted if prediction.shape == target.shape else None
+                    reference.check_colours(name, prediction, padding, num_colors)
+        return grid_reward(before, after, target, valid, *rest)
 
-def grid_reward_reference(
-    before: Tensor,
-    after: Tensor,
-    target: Tensor,
-    valid: Tensor | None,
-    reversibility: Tensor | None,
-    weights: list[float],
-    num_colors: int,
-) -> Tensor:
-    check_grid_colours(before, after, target, valid, num_colors)
-    return reference.grid_reward(before, after, target, valid, reversibility, weights, num_colors)
-
-
-def grid_reward_triton(
-    before: Tensor,
-    after: Tensor,
-    target: Tensor,
-    valid: Tensor | None,
-    reversibility: Tensor | None,
-    weights: list[float],
-    num_colors: int,
-) -> Tensor:
-    check_grid_colours(before, after, target, valid, num_colors)
-    return kernels.grid_reward(before, after, target, valid, reversibility, weights, num_colors)
+    return serve
 
 
 def grid_reward_fake(before: Tensor, after: Tensor, target: Tensor, *_: Any) -> Tensor:
@@ -56,9 +38,9 @@ def grid_reward_fake(before: Tensor, after: Tensor, target: Tensor, *_: Any) -> 
 
 
 grid_reward = define_op(
-    "grid_reward(Tensor before, Tensor after, Tensor target, Tensor? valid, Tensor? reversibility, float[] weights, "
-    "int num_colors) -> Tensor",
-    reference=grid_reward_reference,
+    "grid_reward",
+    reference=in_palette(reference.grid_reward),
     fake=grid_reward_fake,
-    triton=grid_reward_triton if kernels else None,
+    triton=in_palette(kernels.grid_reward) if kernels else None,
+    triton_takes=lambda *_: True,
 )

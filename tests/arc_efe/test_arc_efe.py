@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from efe_kernels.arc_efe import EFELoss, PlanTerms
+from efe_kernels.arc_efe import EFELoss
+from efe_kernels.arc_efe.terms import PlanTerms
 from tests.arc_efe.definition import definition
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "arc_efe").glob("*.npz"))

@@ -21,6 +21,10 @@ import efe_kernels
 from efe_kernels.common import extension, library
 
 
+def negated(x: torch.Tensor) -> torch.Tensor:
+    return -x
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> list[str]:
     """torch 2.9.1+cu128 and this extension, or none. What is imported is recorded and not loaded."""
     imported: list[str] = []
@@ -95,7 +99,7 @@ def test_every_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "OPS", {})
     monkeypatch.setattr(torch.ops.efe, "an_op", None, raising=False)
     cuda_torch(monkeypatch)
-    library.define_op("an_op(Tensor x) -> Tensor", reference=torch.neg, fake=torch.neg)
+    library.define_op("an_op", reference=negated, fake=negated)
     with FakeTensorMode(), pytest.warns(UserWarning, match="without its CUDA sources"):
         implemented["CompositeExplicitAutograd"](torch.ones(1, device="cuda"))
 
@@ -209,5 +213,5 @@ def test_an_extension_of_other_sources_is_named_with_its_remedy(monkeypatch: pyt
 
     monkeypatch.setattr(library, "LIBRARY", Refusing())
     with pytest.raises(ImportError, match="its op an_op takes other arguments") as caught:
-        library.define_op("an_op(Tensor x) -> Tensor", reference=torch.neg, fake=torch.neg)
+        library.define_op("an_op", reference=negated, fake=negated)
     assert extension.REBUILD in str(caught.value)

@@ -32,7 +32,7 @@ def serves(op: str, key: str) -> str:
 @pytest.mark.skipif(extension.PROBLEM is not None, reason="without the extension")
 @pytest.mark.parametrize("op", OPS)
 def test_the_cpu_is_served_by_the_cpp_of_the_extension(op: str) -> None:
-    if INTERPRET and OPS[op]:
+    if INTERPRET and OPS[op].triton:
         assert serves(op, "CPU").endswith(TRITON_REGISTERS)
         assert info.backend(op, "CPU") == "Triton (interpreter)"
     else:
@@ -40,14 +40,14 @@ def test_the_cpu_is_served_by_the_cpp_of_the_extension(op: str) -> None:
         assert info.backend(op, "CPU") == "C++"
 
 
-@pytest.mark.parametrize("op", [op for op, triton in OPS.items() if triton])
+@pytest.mark.parametrize("op", [op for op, served in OPS.items() if served.triton])
 def test_cuda_is_served_by_triton_where_an_op_has_such_kernels(op: str) -> None:
     assert serves(op, "CUDA").endswith(TRITON_REGISTERS)
     assert info.backend(op, "CUDA") == "Triton"
 
 
 @pytest.mark.skipif(not (with_cuda() or CUDA_DEMANDED), reason="without the CUDA sources")
-@pytest.mark.parametrize("op", [op for op, triton in OPS.items() if not triton])
+@pytest.mark.parametrize("op", [op for op, served in OPS.items() if not served.triton])
 def test_cuda_is_served_by_the_cuda_cpp_of_the_extension_where_an_op_has_no_triton_kernels(op: str) -> None:
     assert serves(op, "CUDA").endswith(CUDA_CPP_REGISTERS)
     assert info.backend(op, "CUDA") == "CUDA C++"

@@ -13,7 +13,9 @@ def compiled_for(argument: Any) -> Hashable:
     """What Triton compiles differently for, of one argument of a kernel."""
     if isinstance(argument, torch.Tensor):
         return launch.signature(argument)
-    return type(argument)
+    if isinstance(argument, tuple):
+        return tuple(map(compiled_for, argument))
+    return argument.value if hasattr(argument, "value") else type(argument)
 
 
 @pytest.fixture(autouse=True)

@@ -516,18 +516,17 @@ def test_compiles_without_a_graph_break(promised: bool, device: str) -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
 def test_ops_are_declared_truthfully(device: str) -> None:
-    from efe_kernels.efe_loss.ops import efe_loss_backward, efe_loss_forward
-
+    forward, backward = torch.ops.efe.efe_loss_forward.default, torch.ops.efe.efe_loss_backward.default
     case = Case(steps=3, backward=True, final=True, observation=True)
     inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
     inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
     arguments = [inputs[name] for name in Inputs._fields]
     settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
-    torch.library.opcheck(efe_loss_forward, (*arguments, *settings))
-    total, terms, _, scale, residual = efe_loss_forward(*arguments, *settings)
+    torch.library.opcheck(forward, (*arguments, *settings))
+    total, terms, _, scale, saved = forward(*arguments, *settings)
     needs = [True] * 7
     upstream = (torch.ones_like(total), torch.ones_like(terms))
-    torch.library.opcheck(efe_loss_backward, (*upstream, *arguments, *settings, scale, residual, needs))
+    torch.library.opcheck(backward, (*upstream, *arguments, *settings, scale, saved, needs))
 
 
 @pytest.mark.parametrize("promised", [False, True])

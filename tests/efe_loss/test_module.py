@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "colour -1": ({"target": torch.full((2, 3, 4), -1)}, r"target must be in \[0, 5\) or ignore_index"),
     "large": ({"target": torch.zeros(2, 3, 5, dtype=torch.int64)}, "target must be a grid of at most 4 x 4 cells"),
     "floating valid": ({"valid": torch.ones(2, 3, 4)}, "valid must be a bool tensor"),
-    "other valid": ({"valid": torch.ones(3, 4, dtype=torch.bool)}, "valid must have the shape of target"),
+    "other valid": ({"valid": torch.ones(3, 4, dtype=torch.bool)}, "valid must have the shape \\[B, H, W\\]"),
     "valid elsewhere": (
         {"valid": torch.ones(2, 3, 4, dtype=torch.bool, device="meta")},
         "valid must be on the device of target",

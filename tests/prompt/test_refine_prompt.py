@@ -15,6 +15,7 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, TanhT
 from efe_kernels import RefinedPrompt, refine_prompt
 from efe_kernels.prompt import reference
 from tests.prompt.close import assert_close
+from tests.served_by import recorded_calls
 
 # Of the largest value, per dtype of the prompt. float32: about ten roundings of 2^-24 in a row, among them those of
 # exp, log1p and a quotient. Half precision: one rounding of the result.
@@ -217,19 +218,11 @@ def test_gradient_of_each_output_alone(output: int, device: str) -> None:
 def test_only_the_requested_gradient_is_computed(name: str, device: str) -> None:
     inputs = {key: tensor.detach() for key, tensor in arguments(3, 7, torch.float32, device).items()}
     inputs[name].requires_grad_()
-    calls: list[Any] = []
-    backward = torch.ops.efe.refine_prompt_backward
-
-    def recorded(*args: Any) -> list[Tensor]:
-        calls.append(args[-1])
-        return backward(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efe_kernels.prompt.ops.refine_prompt_backward", recorded)
+    with recorded_calls("refine_prompt_backward", device) as calls:
         sum(output.sum() for output in refine_prompt(**inputs, seed=1)).backward()
     assert inputs[name].grad is not None
     assert all(tensor.grad is None for key, tensor in inputs.items() if key != name)
-    assert calls == ([] if name == "prompt" else [[name == "mean", name == "log_std"]])
+    assert [needs for *_, needs in calls] == ([] if name == "prompt" else [[name == "mean", name == "log_std"]])
 
 
 def test_noise_is_a_constant(device: str) -> None:

@@ -12,6 +12,7 @@ from efe_kernels import refine_prompt, squashed_log_prob
 from efe_kernels.prompt import reference
 from tests.prompt.close import assert_close
 from tests.prompt.test_refine_prompt import DISTRIBUTIONS_CUT_OFF, distribution_log_prob
+from tests.served_by import recorded_calls
 
 # Of the largest value: about ten roundings in a row, and sums of D + 1 addends.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6}
@@ -100,18 +101,10 @@ def test_score_function_and_path_gradient_are_kept_apart(device: str) -> None:
 def test_only_the_requested_gradient_is_computed(name: str, device: str) -> None:
     inputs = {key: tensor.detach() for key, tensor in arguments(3, 7, torch.float32, device).items()}
     inputs[name].requires_grad_()
-    calls: list[Any] = []
-    backward = torch.ops.efe.squashed_log_prob_backward
-
-    def recorded(*args: Any) -> list[Tensor]:
-        calls.append(args[-1])
-        return backward(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efe_kernels.prompt.ops.squashed_log_prob_backward", recorded)
+    with recorded_calls("squashed_log_prob_backward", device) as calls:
         squashed_log_prob(**inputs)[0].sum().backward()
     assert inputs[name].grad is not None
-    assert calls == [[key == name for key in inputs]]
+    assert [needs for *_, needs in calls] == [[key == name for key in inputs]]
 
 
 def test_half_precision_is_computed_in_float32(device: str) -> None:

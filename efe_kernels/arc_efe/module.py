@@ -1,9 +1,4 @@
-"""`EFELoss` with the constructor, the call, the parameters and the numbers of an ARC-EFE project's: change the import.
-
-    from efe_kernels.arc_efe import EFELoss
-
-Its docstring says where it is not what the names of its terms promise; `efe_kernels.EFELoss` is the equation.
-"""
+"""The module that an ARC-EFE project's `EFELoss` is replaced by."""
 
 from __future__ import annotations
 
@@ -18,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efe_kernels.arc_efe.terms import (
+    EPS,
+    FILL,
+    PlanTerms,
+    mean_cross_entropy,
+    movement_reversal,
+    renormalize,
+    renormalizer,
+    wide_dtype,
+)
 from efe_kernels.common import checks
-from efe_kernels.common.autograd import apply, first_order, spread
 from efe_kernels.common.library import accumulate_dtype
+from efe_kernels.common.op import apply
 
-EPS = 1e-8
-# What masked cells are filled with: their logits, and their preference *probabilities*.
-FILL = -1e9
-IGNORE_INDEX = -100
 INITIAL_PREFERENCE_STD = 0.01
 MAPPER_WIDTH = 128
 TOTAL = (
@@ -40,172 +41,6 @@ TOTAL = (
 )
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it. Everything without a step dimension is so small that it is computed in it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def renormalizer(probs: Tensor, mask: Tensor | None) -> Tensor | None:
-    """m / (Σ_c p·m + eps) for probs [C, ..., H, W]: what R multiplies them with. None without a mask."""
-    return None if mask is None else mask / (probs.sum(0) * mask + EPS)
-
-
-def renormalize(probs: Tensor, scale: Tensor | None) -> Tensor:
-    return probs if scale is None else probs * scale
-
-
-def renormalize_backward_(grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
-    """R_c = a p_c with a = m / (m Σ p + eps), so dR_c/dp_k = a (δ_ck − R_c). Overwrites grad g with a (g − Σ_c g R)."""
-    return grad if scale is None else grad.sub_((grad * kept).sum(0)).mul_(scale)
-
-
-def inside_clamp(clamped: Tensor, values: Tensor) -> Tensor:
-    """1 where clamp passes a gradient, else 0. As floats: into bool, a comparison takes the CPU three times as long."""
-    return torch.eq(clamped, values, out=torch.empty_like(values))
-
-
-def movement_reversal(colours: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖mv_t + mv_{T−1−t}‖ for t ≤ T−2 and 0 for T−1, [T, H, W], from colours [T, H, W].
-
-    mv_t is the mean offset (dy, dx) at which the 3x3 window around an interior cell, its centre included, has at step
-    t+1 the colour that the cell has at step t. Zero where it does not have it, on the border and at t = T−1.
-    """
-    steps, height, width = colours.shape
-    moves = torch.zeros(2, steps, height, width, dtype=dtype, device=colours.device)
-    if steps > 1 and height > 2 and width > 2:
-        window = colours[1:].unfold(1, 3, 1).unfold(2, 3, 1).movedim((3, 4), (0, 1))
-        found = (window == colours[:-1, 1:-1, 1:-1]).to(dtype)
-        rows, columns = found.sum(1), found.sum(0)
-        offsets = torch.stack((rows[2] - rows[0], columns[2] - columns[0]))
-        moves = F.pad(offsets / rows.sum(0).clamp_min_(1), (1, 1, 1, 1, 0, 1))
-    both = moves + moves.flip(1)
-    both[:, -1] = 0
-    return both.square_().sum(0).sqrt_()
-
-
-class PlanTerms(torch.autograd.Function):
-    """What the loss needs of the plan, in few passes and with the gradient in closed form.
-
-    Forward and backward logits are one channel-first tensor [C, 2, T, H, W] inside: sums over C are sums of long rows.
-    """
-
-    @staticmethod
-    def plain(
-        forward: Tensor, backward: Tensor, state: Tensor, observation: Tensor, preference: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """What `forward` gives, differentiable by autograd."""
-        logits = torch.stack((forward.movedim(-1, 0), backward.movedim(-1, 0)), 1)
-        if mask is not None:
-            logits = logits.masked_fill(mask == 0, FILL)
-        probs = logits.softmax(0)
-        clamped = probs.clamp(EPS, 1)
-        middle = 0.5 * (clamped[:, 0] + clamped[:, 1])
-        kept, middle = (renormalize(p, renormalizer(p, mask)) for p in (clamped, middle))
-        observed = observation.clamp(EPS, 1)
-        return (
-            -(preference * (kept[:, 0] + EPS).log().sum(1)).sum(),
-            -0.5 * (kept.sum(1) * (middle + EPS).log()).sum(),
-            -(observed * observed.log()).sum(),
-            1 / (1 - 0.5 * (probs * (probs + EPS).log()).sum((0, 1))),
-            logits[:, 0].mean((2, 3), dtype=wide_dtype(logits.device)).T,
-            probs[:, 0].amax(0).detach(),
-            logits[:, 0].argmax(0),
-        )
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        forward: Tensor,  # [T, H, W, C]
-        backward: Tensor,  # [T, H, W, C]
-        state: Tensor,  # [T, H, W, C], not read
-        observation: Tensor,  # [T, H, W, C]
-        preference: Tensor,  # [C, H, W], R(clamp P)
-        mask: Tensor | None,  # [H, W], in the dtype of the plans
-    ) -> tuple[Tensor, ...]:
-        """The sums of risk, Bi and ambiguity, conf [T, H, W] and the mean logits [T, C].
-
-        Also, without gradient, max_c q and argmax_c q, both [T, H, W].
-        """
-        logits = torch.stack((forward.movedim(-1, 0), backward.movedim(-1, 0)), 1)
-        if mask is not None:
-            logits.masked_fill_(mask == 0, FILL)
-        probs = logits.softmax(0)
-        mean_logits = logits[:, 0].mean((2, 3), dtype=wide_dtype(logits.device)).T
-
-        clamped = probs.clamp(EPS, 1)
-        scale = renormalizer(clamped, mask)
-        kept = renormalize(clamped, scale)
-        log_kept = (kept[:, 0] + EPS).log_().sum(1)
-        risk = -(preference * log_kept).sum()
-
-        middle = (clamped[:, 0] + clamped[:, 1]).mul_(0.5)
-        middle_scale = renormalizer(middle, mask)
-        middle = renormalize(middle, middle_scale)
-        log_middle = (middle + EPS).log_()
-        bidirectional = -0.5 * (kept.sum(1) * log_middle).sum()
-
-        log_probs = (probs + EPS).log_()
-        conf = 1 / (1 - 0.5 * (probs * log_probs).sum((0, 1)))
-
-        observed = observation.clamp(EPS, 1)
-        log_observed = observed.log()
-        ambiguity = -(observed * log_observed).sum()
-
-        # Through max: on the CPU argmax over a leading dimension takes ten times as long.
-        largest, colours = probs[:, 0].amax(0), logits[:, 0].max(0).indices
-        ctx.mark_non_differentiable(largest, colours)
-        inputs = (forward, backward, state, observation, preference, mask)
-        results = (probs, clamped, kept, scale, log_kept, middle, middle_scale, log_middle, log_probs, conf)
-        ctx.save_for_backward(*inputs, *results, observed, log_observed)
-        return risk, bidirectional, ambiguity, conf, mean_logits, largest, colours
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:5])
-        gradients = first_order("arc_efe.EFELoss", plan_gradients, needs, *upstream[:5], *ctx.saved_tensors)
-        return spread(gradients, needs, 6)
-
-
-def plan_gradients(
-    needs: list[bool],
-    risk: Tensor,
-    bidirectional: Tensor,
-    ambiguity: Tensor,
-    conf: Tensor,
-    mean_logits: Tensor,
-    *saved: Tensor,
-) -> list[Tensor]:
-    """The needed gradients of PlanTerms' first five arguments, from those of its first five results.
-
-    With g the upstream gradients, K = R(clamp p) and k = R(M):
-    dK = −½ g_Bi log(k + eps), for the forward plan also − g_risk P / (K + eps); dk = −½ g_Bi Σ_plans K / (k + eps).
-    conf = 1 / (1 − ½ Σ p log(p + eps)), so dp = ½ g_conf conf² (log(p + eps) + p / (p + eps)).
-    Softmax: dx = p (g − Σ_c p g).
-    """
-    _, _, state, observation, preference, mask, *results, observed, log_observed = saved
-    probs, clamped, kept, scale, log_kept, middle, middle_scale, log_middle, log_probs, certainty = results
-    gradients = []
-    if needs[0] or needs[1]:
-        shared = log_middle * (-0.5 * bidirectional)
-        own = torch.addcdiv(shared, (-risk * preference).unsqueeze(1), kept[:, 0] + EPS)
-        grad = renormalize_backward_(torch.stack((own, shared), 1), kept, scale)
-        grad_middle = renormalize_backward_(kept.sum(1).div_(middle + EPS), middle, middle_scale)
-        # clamp is the identity on M, which is the mean of two numbers in [eps, 1].
-        grad.addcmul_(grad_middle.unsqueeze(1), -0.25 * bidirectional).mul_(inside_clamp(clamped, probs))
-        grad.addcmul_(torch.addcdiv(log_probs, probs, probs + EPS), 0.5 * conf * certainty**2)
-        grad.sub_((grad * probs).sum(0)).mul_(probs)
-        grad_mean = (mean_logits.T / probs.shape[-2:].numel()).to(probs.dtype)[..., None, None]
-        grad[:, 0] += grad_mean if mask is None else grad_mean * (mask != 0)
-        gradients += [plan for plan, needed in zip(grad.movedim(0, -1), needs[:2], strict=True) if needed]
-    if needs[2]:
-        gradients.append(torch.zeros_like(state))
-    if needs[3]:
-        gradients.append((log_observed + 1).mul_(-ambiguity).mul_(inside_clamp(observed, observation)))
-    if needs[4]:
-        gradients.append(-risk * log_kept)
-    return gradients
-
-
 def height_and_width(size: Any) -> tuple[int, int]:
     """An entry of grid_sizes, of ints or of integer tensors."""
     try:
@@ -213,17 +48,6 @@ def height_and_width(size: Any) -> tuple[int, int]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"grid_sizes must hold pairs (H, W) of integers, it held {size!r}.") from error
     return height, width
-
-
-def mean_cross_entropy(final: Tensor, target: Tensor, outside: Tensor | None) -> Tensor:
-    """Mean CE of final [H, W, C] against target [H, W] over the cells that are not outside; 0 where there is none."""
-    target = target.long()
-    if outside is not None:
-        target = target.masked_fill(outside, IGNORE_INDEX)
-        final = final.masked_fill(outside[..., None], 0)
-    final = final.to(wide_dtype(final.device)).flatten(0, 1)
-    total = F.cross_entropy(final, target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (target != IGNORE_INDEX).sum().clamp_min(1)
 
 
 class EFELoss(nn.Module):
@@ -387,7 +211,7 @@ class EFELoss(nn.Module):
             raise TypeError(f"successful_outcomes must hold grids of integers, it held {found}: {error}.") from error
         checks.check_integer("successful_outcomes", grid)
         grid = grid[: size[0], : size[1]].long()
-        checks.check_shape("successful_outcomes", grid, "[H, W]", size)
+        checks.Sizes("successful_outcomes", grid, "H W", H=size[0], W=size[1])
         outside = (grid < 0) | (grid >= self.num_colors)
         if grid.device.type == "cpu" and outside.any():
             raise ValueError(
@@ -449,6 +273,7 @@ class EFELoss(nn.Module):
         preference = self._preference(height, width, prompt, outside)
         risk, bidirectional, ambiguity, conf, mean_logits, largest, colours = apply(
             PlanTerms,
+            PlanTerms.plain,
             forward_predictions.to(dtype),
             backward_predictions.to(dtype),
             state_predictions,
@@ -501,39 +326,26 @@ class EFELoss(nn.Module):
         grid_mask: Tensor | None,
     ) -> tuple[int, int, int]:
         """Raises for a wrong dtype, shape or device; returns T, H, W."""
-        checks.check_floating("forward_predictions", forward_predictions)
-        checks.check_dim("forward_predictions", forward_predictions, "[T, H, W, C]")
-        steps, height, width = forward_predictions.shape[:3]
-        checks.check_shape(
-            "forward_predictions", forward_predictions, "[T, H, W, C]", (steps, height, width, self.num_colors)
-        )
-        plan = {
-            "backward_predictions": backward_predictions,
-            "state_predictions": state_predictions,
-            "observation_probs": observation_probs,
-        }
-        for name, tensor in plan.items():
-            checks.check_floating(name, tensor)
-            checks.check_shape(name, tensor, "[T, H, W, C]", forward_predictions.shape)
-        checks.check_floating("final_prediction", final_prediction)
-        checks.check_shape("final_prediction", final_prediction, "[H, W, C]", forward_predictions.shape[1:])
-        checks.check_integer("target_outcome", target_outcome)
-        checks.check_shape("target_outcome", target_outcome, "[H, W]", (height, width))
-        tensors = plan | {"final_prediction": final_prediction, "target_outcome": target_outcome}
+        floating = checks.check_floating
+        floating("forward_predictions", forward_predictions)
+        sizes = checks.Sizes("forward_predictions", forward_predictions, "T H W C", C=self.num_colors)
+        sizes.check("backward_predictions", backward_predictions, "T H W C", floating)
+        sizes.check("state_predictions", state_predictions, "T H W C", floating)
+        sizes.check("observation_probs", observation_probs, "T H W C", floating)
+        sizes.check("final_prediction", final_prediction, "H W C", floating)
+        sizes.check("target_outcome", target_outcome, "H W", checks.check_integer)
         if prompt_embedding is not None:
-            checks.check_floating("prompt_embedding", prompt_embedding)
+            floating("prompt_embedding", prompt_embedding)
             if tuple(prompt_embedding.shape) not in ((self.prompt_dim,), (self.num_colors,)):
                 raise ValueError(
                     f"prompt_embedding must have the shape [{self.prompt_dim}] or [{self.num_colors}], "
                     f"it was {list(prompt_embedding.shape)}."
                 )
-            tensors["prompt_embedding"] = prompt_embedding
-        if grid_mask is not None:
-            checks.check_shape("grid_mask", grid_mask, "[H, W]", (height, width))
-            tensors["grid_mask"] = grid_mask
-        tensors["the parameters of EFELoss"] = self.prompt_projector.weight
-        for name, tensor in tensors.items():
-            checks.check_same_device(name, tensor, "forward_predictions", forward_predictions)
+        sizes.check_optional("prompt_embedding", prompt_embedding, "D", floating)
+        sizes.check_optional("grid_mask", grid_mask, "H W")
+        weight = self.prompt_projector.weight
+        checks.check_device("the parameters of EFELoss", weight, "forward_predictions", forward_predictions.device)
+        steps, height, width = forward_predictions.shape[:3]
         return steps, height, width
 
     def _preference(self, height: int, width: int, prompt: Tensor | None, outside: Tensor | None) -> Tensor:
@@ -564,9 +376,7 @@ class EFELoss(nn.Module):
         running = self.target_preferences_dict.get(f"{height}x{width}")
         if running is None:
             return preference.new_zeros(())
-        checks.check_shape(
-            f"target_preferences_dict['{height}x{width}']", running, "[H, W, C]", (height, width, outcomes)
-        )
+        checks.Sizes(f"target_preferences_dict['{height}x{width}']", running, "H W C", H=height, W=width, C=outcomes)
         anchor = running.detach().to(preference).clamp(EPS, 1).movedim(-1, 0)
         return (anchor * ((anchor + EPS).log() - (preference + EPS).log())).mean()
 

@@ -1,0 +1,356 @@
+"""What one lane of the EFE loss's Triton kernels does with its cells: load, score, differentiate, store.
+
+A lane holds one cell (or two) with its C outcomes in C separate registers, so that a softmax needs no exchange between
+lanes. Logarithms are to base 2 inside; what the kernels write is in nats.
+
+An absent tensor is None, and what only it needs is not compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from efe_kernels.common.triton import LN_2, LOG2_E, log2, reciprocal
+from efe_kernels.efe_loss import reference
+
+LOWEST = tl.constexpr(reference.LOWEST_LOGIT)
+PROMPT_LOGIT_RANGE = tl.constexpr(reference.PROMPT_LOGIT_RANGE)
+TARGET_PREFERENCE_FLOOR = tl.constexpr(reference.TARGET_PREFERENCE_FLOOR)
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+
+
+class Array(NamedTuple):
+    """A tensor. The fields of `reference.Inputs` reach the kernels as one each, [B, H, W, C] as a plan of one step."""
+
+    ptr: Any
+    strides: Any  # constants
+
+
+class Shape(NamedTuple):
+    """Constants of a launch; the capitals are the sizes of SPEC's shapes."""
+
+    T: Any
+    CELLS: Any  # H * W
+    WIDTH: Any
+    C: Any
+    D: Any  # 0 without a prompt
+    PAIRS: Any  # of steps, the one in which a step is alone included
+    ALONE: Any  # 1 where the middle step of a plan read backwards is its own partner
+    SAVED: Any  # columns of what forward saves for backward
+    IGNORE_INDEX: Any
+    APPROX: Any  # whether the approximate instructions exist
+
+
+class Tile(NamedTuple):
+    """Some cells of one episode."""
+
+    episode: Any
+    cell: Any  # flat index
+    mask: Any  # inside the grid
+    counted: Any
+    target: Any  # -1 where it is out of range
+
+
+class Sums(NamedTuple):
+    """Of each cell over the steps, in bits; `missed` is 0 or 1."""
+
+    risk: Any
+    ambiguity: Any
+    consistency: Any
+    agreement: Any
+    missed: Any
+
+
+@triton.jit
+def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """Element offset of flat cell indices; grids whose rows follow each other need no division."""
+    if STRIDE_H > 65536 or STRIDE_W > 65536:
+        cell = cell.to(tl.int64)
+    if STRIDE_H == WIDTH * STRIDE_W:
+        offset = cell * STRIDE_W
+    else:
+        offset = (cell // WIDTH) * STRIDE_H + (cell % WIDTH) * STRIDE_W
+    return offset
+
+
+@triton.jit
+def step_offset(array, step, tile, shape):
+    """Element offset of each cell at one step of [B, T, H, W, C]."""
+    s: tl.constexpr = array.strides
+    return tile.episode * s[0] + tl.cast(step, tl.int64) * s[1] + cell_offset(tile.cell, shape.WIDTH, s[2], s[3])
+
+
+@triton.jit
+def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
+    """C float32 tensors, one per outcome.
+
+    The mask is that of the tile, not of the cells that count: one that varies from cell to cell forbids wide loads.
+    So NaN may lie in a cell that does not count, and every sum and store selects by `counted`.
+    """
+    xs = ()
+    for c in tl.static_range(C):
+        xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0).to(tl.float32),)
+    return xs
+
+
+@triton.jit
+def load_step(array, step, tile, shape):
+    """The C values of each cell at one step of [B, T, H, W, C]."""
+    return load_outcomes(array.ptr, step_offset(array, step, tile, shape), tile.mask, array.strides[4], shape.C)
+
+
+@triton.jit
+def store_step(array, gradients, step, tile, shape):
+    """C gradients per cell at one step of [B, T, H, W, C], rounded once; 0 in cells that do not count."""
+    offset = step_offset(array, step, tile, shape)
+    for c in tl.static_range(shape.C):
+        grad = tl.where(tile.counted, gradients[c], 0.0)
+        tl.store(array.ptr + offset + c * array.strides[4], grad.to(array.ptr.dtype.element_ty), mask=tile.mask)
+
+
+@triton.jit
+def tile_of(inputs, episode, cell, mask, shape):
+    """Which of the cells count, and their targets."""
+    s: tl.constexpr = inputs.target.strides
+    offset = episode * s[0] + cell_offset(cell, shape.WIDTH, s[1], s[2])
+    target = tl.load(inputs.target.ptr + offset, mask=mask, other=0).to(tl.int64)
+    counted = mask & (target != shape.IGNORE_INDEX)
+    if inputs.valid is not None:
+        v: tl.constexpr = inputs.valid.strides
+        offset = episode * v[0] + cell_offset(cell, shape.WIDTH, v[1], v[2])
+        counted = counted & (tl.load(inputs.valid.ptr + offset, mask=mask, other=0) != 0)
+    target = tl.where((target >= 0) & (target < shape.C), target, -1).to(tl.int32)
+    return Tile(episode, cell, mask, counted, target)
+
+
+@triton.jit
+def repeated(x, C: tl.constexpr):
+    """x for each outcome."""
+    xs = ()
+    for _c in tl.static_range(C):
+        xs = xs + (x,)
+    return xs
+
+
+@triton.jit
+def add_all(sums, xs, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        added = added + (sums[c] + xs[c],)
+    return added
+
+
+@triton.jit
+def weighted_sum(ps, xs, C: tl.constexpr):
+    total = ps[0] * xs[0]
+    for c in tl.static_range(1, C):
+        total += ps[c] * xs[c]
+    return total
+
+
+@triton.jit
+def finite(x):
+    """x with a finite stand-in for -inf, so that 0 * log 0 is 0; a NaN stays one."""
+    return tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def softmax(xs, shape):
+    """Probabilities p, d and l with log2 p = d - l. Shifting before the product keeps logits of 1e4 exact."""
+    top = xs[0]
+    for c in tl.static_range(1, shape.C):
+        top = tl.maximum(top, xs[c])
+    top = top * LOG2_E
+    ds = ()
+    es = ()
+    total = tl.zeros_like(top)
+    for c in tl.static_range(shape.C):
+        d = finite(xs[c] * LOG2_E - top)
+        e = tl.exp2(d)
+        ds = ds + (d,)
+        es = es + (e,)
+        total += e
+    inverse = reciprocal(total, shape.APPROX)
+    ps = ()
+    for c in tl.static_range(shape.C):
+        ps = ps + (es[c] * inverse,)
+    return ps, ds, log2(total, shape.APPROX)
+
+
+@triton.jit
+def log2_of_sum(p, q, shape):
+    """log2(p + q), finite where both have underflowed to 0: their weights there are 0."""
+    return log2(tl.maximum(p + q, SMALLEST_NORMAL), shape.APPROX)
+
+
+@triton.jit
+def preference_scales(prompt, episode, shape):
+    """sigmoid(prompt[:C]) of one episode as C scalars; ones without a prompt."""
+    scales = ()
+    for c in tl.static_range(shape.C):
+        if prompt is not None:
+            e = tl.load(prompt.ptr + episode * prompt.strides[0] + c * prompt.strides[1]).to(tl.float32)
+            scales = scales + (reciprocal(1.0 + tl.exp2(-e * LOG2_E), shape.APPROX),)
+        else:
+            scales = scales + (1.0,)
+    return scales
+
+
+@triton.jit
+def log_preference(inputs, tile, shape):
+    """log2 c of each cell."""
+    scales = preference_scales(inputs.prompt, tile.episode, shape)
+    loaded = load_step(inputs.preference_logits, 0, tile, shape)
+    scaled = ()
+    for c in tl.static_range(shape.C):
+        scaled = scaled + (finite(loaded[c]) * scales[c],)
+    _ps, ds, l = softmax(scaled, shape)
+    logs = ()
+    for c in tl.static_range(shape.C):
+        logs = logs + (ds[c] - l,)
+    return logs
+
+
+@triton.jit
+def observation_entropy(observation_probs, step, tile, shape):
+    """Entropy in bits of the observation probabilities of each cell at one step."""
+    total = tl.zeros(tile.cell.shape, tl.float32)
+    ps = load_step(observation_probs, step, tile, shape)
+    for c in tl.static_range(shape.C):
+        total -= ps[c] * log2(tl.maximum(ps[c], SMALLEST_NORMAL), shape.APPROX)
+    return total
+
+
+@triton.jit
+def observation_gradient(ps, weight, shape):
+    """d H(p) / d p = -(ln p + 1), with the logarithm clamped at the smallest normal number."""
+    gradients = ()
+    for c in tl.static_range(shape.C):
+        above = tl.where(ps[c] >= SMALLEST_NORMAL, 1.0, 0.0)
+        grad = -LN_2 * log2(tl.maximum(ps[c], SMALLEST_NORMAL), shape.APPROX) - above
+        gradients = gradients + (weight * grad,)
+    return gradients
+
+
+@triton.jit
+def anchor_divergence(logs, target_preference, tile, shape):
+    """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
+    s: tl.constexpr = target_preference.strides
+    anchors = load_outcomes(
+        target_preference.ptr, cell_offset(tile.cell, shape.WIDTH, s[0], s[1]), tile.mask, s[2], shape.C
+    )
+    row = anchors[0]
+    for c in tl.static_range(1, shape.C):
+        row += anchors[c]
+    log_anchors = ()
+    divergence = tl.zeros_like(row)
+    for c in tl.static_range(shape.C):
+        log_anchor = log2(tl.maximum(anchors[c], TARGET_PREFERENCE_FLOOR), shape.APPROX)
+        log_anchors = log_anchors + (log_anchor,)
+        divergence += tl.exp2(logs[c]) * (logs[c] - log_anchor)
+    is_set = tile.counted & (row != 0)
+    return tl.where(is_set, divergence, 0.0), log_anchors, is_set
+
+
+@triton.jit
+def missed_target(xs, tile, C: tl.constexpr):
+    """1 where the argmax of a counted cell is not its target, 0 elsewhere."""
+    top = xs[0]
+    best = tl.zeros(tile.target.shape, tl.int32)
+    for c in tl.static_range(1, C):
+        better = xs[c] > top
+        top = tl.where(better, xs[c], top)
+        best = tl.where(better, c, best)
+    return tl.where(tile.counted & (best != tile.target), 1.0, 0.0)
+
+
+@triton.jit
+def cross_entropy(xs, ds, l, tile, C: tl.constexpr):
+    """Cross-entropy in bits. A target out of range gives NaN."""
+    d_target = ds[0]
+    x_target = xs[0]
+    for c in tl.static_range(1, C):
+        d_target = tl.where(tile.target == c, ds[c], d_target)
+        x_target = tl.where(tile.target == c, xs[c], x_target)
+    loss = tl.where(x_target == float("-inf"), float("inf"), l - d_target)
+    loss = tl.where(tile.target >= 0, loss, float("nan"))
+    return tl.where(tile.counted, loss, 0.0)
+
+
+@triton.jit
+def softmax_gradient(ps, fs, C: tl.constexpr):
+    """p (f - sum p f): the gradient of sum p f(log p) for every f whose other parts cancel."""
+    mean = weighted_sum(ps, fs, C)
+    gradients = ()
+    for c in tl.static_range(C):
+        gradients = gradients + (ps[c] * (fs[c] - mean),)
+    return gradients
+
+
+@triton.jit
+def add_cross_entropy(gradients, ps, tile, weight, C: tl.constexpr):
+    added = ()
+    for c in tl.static_range(C):
+        added = added + (gradients[c] + weight * tl.where(tile.target == c, ps[c] - 1.0, ps[c]),)
+    return added
+
+
+@triton.jit
+def add_direction(
+    gradients,
+    xs,
+    saved_ptr,  # [SAVED] of this episode
+    step,
+    weight,
+    C: tl.constexpr,
+):
+    """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * tl.load(saved_ptr + 1 + step * C + c)
+        added = added + (gradients[c] + tl.where(tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def add_anchor(gradients, logs, log_anchors, distance, is_set, weight, C: tl.constexpr):
+    """d KL(c || target preference) / d (s l), where the target preference is set."""
+    added = ()
+    for c in tl.static_range(C):
+        grad = weight * LN_2 * tl.exp2(logs[c]) * (logs[c] - log_anchors[c] - distance)
+        added = added + (gradients[c] + tl.where(is_set, grad, 0.0),)
+    return added
+
+
+@triton.jit
+def add_step(sums, xs, information, step, inputs, direction_ptr, tile, shape):
+    """What each cell at one step says alone.
+
+    With direction_ptr [T, C] also the sums over the tile of the clamped logits, for the prompt term. A clamped NaN is a
+    finite number: a weight of 0 removes it.
+    """
+    ambiguity = sums.ambiguity
+    if inputs.observation_probs is not None:
+        ambiguity += observation_entropy(inputs.observation_probs, step, tile, shape)
+    if direction_ptr is not None:
+        weight = tl.where(tile.counted, 1.0, 0.0)
+        for c in tl.static_range(shape.C):
+            clamped = weight * tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
+            tl.store(direction_ptr + step * shape.C + c, tl.sum(clamped))
+    return Sums(sums.risk + information, ambiguity, sums.consistency, sums.agreement, sums.missed)
+
+
+@triton.jit
+def add_agreement(sums, divergence):
+    return Sums(sums.risk, sums.ambiguity, sums.consistency, sums.agreement + divergence, sums.missed)
+
+
+@triton.jit
+def add_final(sums, xs, ds, l, tile, C: tl.constexpr):
+    """What compares the final step with the target."""
+    consistency = sums.consistency + cross_entropy(xs, ds, l, tile, C)
+    missed = sums.missed + missed_target(xs, tile, C)
+    return Sums(sums.risk, sums.ambiguity, consistency, sums.agreement, missed)
