@@ -43,7 +43,8 @@ def made_up_examples(count: int, side: int) -> list[Example]:
     """Queries of recolouring tasks with two demonstrations each."""
     import numpy as np
 
-    from efe_train.data import Pair, Task, training_examples
+    from efe_train.data import training_examples
+    from efe_train.tasks import Pair, Task
 
     generator = np.random.default_rng(0)
     tasks = []

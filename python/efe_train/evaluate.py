@@ -18,20 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
-from efe_train.data import (
-    Grid,
-    Query,
-    by_longer_side,
-    collate,
-    evaluates_on_training_tasks,
-    evaluation_queries,
-    load_tasks,
-)
+from efe_train.data import Query, by_longer_side, collate, evaluation_queries
 from efe_train.files import replaced
 from efe_train.planner import Planner
 from efe_train.policy import Policy, policy_state
 from efe_train.qwen import Prompter, load_architecture
 from efe_train.report import RunFolder, make_folder
+from efe_train.tasks import Grid, evaluates_on_training_tasks, load_tasks
 
 
 @dataclass(frozen=True)

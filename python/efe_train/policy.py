@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine_prompt, rl_advantage, squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
-from efe_train.data import NUM_FEATURES
+from efe_train.facts import NUM_FEATURES
 
 NUM_CONTROLS = NUM_COLORS + 2
 LOG_STD_RANGE = (-3.0, 0.0)

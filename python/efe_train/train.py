@@ -24,22 +24,14 @@ from efe_train.config import (
     parse_train_arguments,
     resumed,
 )
-from efe_train.data import (
-    Batch,
-    Example,
-    collate,
-    epoch_batches,
-    evaluates_on_training_tasks,
-    fingerprint,
-    load_tasks,
-    training_examples,
-)
+from efe_train.data import Batch, Example, collate, epoch_batches, fingerprint, training_examples
 from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.planner import Planner
 from efe_train.policy import Policy, Rollout, policy_state
 from efe_train.qwen import PromptCache, Prompter, build_prompter, load_architecture
 from efe_train.report import RunFolder, check_tracker, closing_table, log_line, start_tracker
+from efe_train.tasks import evaluates_on_training_tasks, load_tasks
 
 EFE_WEIGHT = 0.7
 REWARD_WEIGHT = 0.3

@@ -5,7 +5,8 @@ import torch
 
 from efe_kernels import squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
-from efe_train.data import NUM_FEATURES, Example, collate
+from efe_train.data import Example, collate
+from efe_train.facts import NUM_FEATURES
 from efe_train.policy import NUM_CONTROLS, Policy, Rollout, policy_state
 
 STATE = PROMPT_DIM + NUM_CONTROLS + NUM_FEATURES
