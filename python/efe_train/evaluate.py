@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -16,55 +15,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from efe_train.agent import Agent
 from efe_train.config import COUNT, DATASET, Parser, UserError, choose_device, choose_precision, flag
 from efe_train.data import Query, by_longer_side, collate, evaluation_queries
 from efe_train.files import replaced
+from efe_train.folder import RunFolder, make_folder
 from efe_train.planner import Planner
-from efe_train.policy import Policy, policy_state
-from efe_train.qwen import Prompter, load_architecture
-from efe_train.report import RunFolder, make_folder
+from efe_train.policy import Policy
+from efe_train.qwen import load_architecture
 from efe_train.tasks import Grid, evaluates_on_training_tasks, load_tasks
 
 
-@dataclass(frozen=True)
-class Solver:
-    """A trained model that answers queries."""
+def load_agent(folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Agent:
+    """The agent of a checkpoint.
 
-    prompter: Prompter
-    planner: Planner
-    policy: Policy
-    device: torch.device
-    dtype: torch.dtype
+    Raises:
+        UserError: the run folder is damaged, or of another version of the model.
+    """
+    state, config = folder.read_checkpoint(), folder.read_config()
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
+    agent = Agent(prompter, Planner(), Policy(), device, dtype)
+    for name, module in agent.named_children():
+        with folder.fitting():
+            module.load_state_dict(state["modules"][name])
+    return agent.eval()
 
-    @classmethod
-    def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
-        state, config = folder.read_checkpoint(), folder.read_config()
-        prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
-        planner, policy = Planner(), Policy(learning_rate=0.0)
-        for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
-            with folder.fitting():
-                module.load_state_dict(state["modules"][name])
-            module.to(device).eval()
-        return cls(prompter, planner, policy, device, dtype)
 
-    @torch.no_grad()
-    def attempts(self, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
-        """Two grids for each query: the most probable one, and the most probable of all others.
-
-        The steps 1 to 4 of training, with the policy's mean in place of a sample.
-        """
-        batch = collate(queries, few_shapes=self.device.type == "cuda").to(self.device)
-        with self.autocast():
-            prompt = self.prompter(queries)
-            before = self.planner(batch.views, batch.valid, prompt)[:, -1]
-        state = policy_state(prompt, before, batch.views, batch.valid, batch.features)
-        refined = self.policy.refine_prompt(prompt, state, seed=None).prompt
-        with self.autocast():
-            logits = self.planner(batch.views, batch.valid, refined)[:, -1].float().cpu()
-        return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
-
-    def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+@torch.no_grad()
+def attempt(agent: Agent, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
+    """Two grids for each query: the most probable one, and the most probable of all others."""
+    batch = collate(queries, few_shapes=agent.device.type == "cuda").to(agent.device)
+    # Without a seed the policy's mean refines, where training draws a sample to learn from.
+    logits = agent.plan(batch, seed=None).logits[:, -1].float().cpu()
+    return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
 
 
 def two_best(logits: Tensor) -> tuple[Grid, Grid]:
@@ -98,13 +81,13 @@ def score(answers: Sequence[Grid | None], attempts: Sequence[tuple[Grid, Grid]])
     return Score(len(pixels), float(np.mean(pixels)) if pixels else None, exact, sizes)
 
 
-def solve(solver: Solver, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
+def solve(agent: Agent, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
     """Attempts in the order of the queries; grids of about one size are solved together."""
     order = sorted(range(len(queries)), key=lambda index: by_longer_side(queries[index]))
     attempts: dict[int, tuple[Grid, Grid]] = {}
     for first in tqdm(range(0, len(order), batch_size), unit="batch", desc="evaluate"):
         part = order[first : first + batch_size]
-        attempts.update(zip(part, solver.attempts([queries[index] for index in part]), strict=True))
+        attempts.update(zip(part, attempt(agent, [queries[index] for index in part]), strict=True))
     return [attempts[index] for index in range(len(queries))]
 
 
@@ -158,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     owners = [task.id for task in tasks for _ in task.tests]
     if not queries:
         raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
-    attempts = solve(Solver.load(folder, device, dtype), queries, config.batch_size)
+    attempts = solve(load_agent(folder, device, dtype), queries, config.batch_size)
     result = score(answers, attempts)
     out = make_folder(config.out) if config.out else folder.path
     with replaced(out / "submission.json") as file:
