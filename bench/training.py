@@ -43,7 +43,8 @@ def made_up_examples(count: int, side: int) -> list[Example]:
     """Queries of recolouring tasks with two demonstrations each."""
     import numpy as np
 
-    from efe_train.data import Pair, Task, training_examples
+    from efe_train.data import training_examples
+    from efe_train.tasks import Pair, Task
 
     generator = np.random.default_rng(0)
     tasks = []
@@ -99,17 +100,17 @@ class Parts:
     def watch(self, trainer: Trainer) -> None:
         import torch
 
-        from efe_train import train
+        from efe_train import agent
 
         self.wrap(trainer.cache, "prompts", "Qwen")
-        self.wrap(trainer.planner, "forward", "planner")
-        self.wrap(train, "policy_state", "policy state")
-        self.wrap(trainer.policy, "refine_prompt", "refine_prompt")
+        self.wrap(trainer.agent.planner, "forward", "planner")
+        self.wrap(agent, "policy_state", "policy state")
+        self.wrap(trainer.agent.policy, "refine_prompt", "refine_prompt")
         self.wrap(trainer.efe_loss, "forward", "efe_loss")
-        self.wrap(trainer.policy, "compute_reward", "grid_reward")
+        self.wrap(trainer.agent.policy, "compute_reward", "grid_reward")
         self.wrap(torch.Tensor, "backward", "backward")
         self.wrap(trainer.optimizer, "step", "optimizer")
-        self.wrap(trainer.policy, "update", "policy update")
+        self.wrap(trainer.agent.policy, "update", "policy update")
 
 
 def step_seconds(trainer: Trainer, batch: Batch, wait: Callable[[], None], *, refresh: bool) -> float:

@@ -1,4 +1,9 @@
-"""Trains an ARC planner and its language model with the Expected Free Energy loss of `efe_kernels`."""
+"""Trains an ARC planner and its language model with the Expected Free Energy loss of `efe_kernels`.
+
+The way in: `__main__` hands the flags (`config`) to `run` or to `evaluate`. `run` reads the data (`tasks`, `data`,
+`facts`), and trains batch by batch with `train`, whose step asks the `agent` (`qwen`, `planner`, `policy`) for a plan.
+What comes of it goes through `metrics`, `monitor` and `report` into the run `folder`.
+"""
 
 import os
 

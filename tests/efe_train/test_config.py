@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -35,6 +37,17 @@ def test_flags_work_with_underscore_and_with_hyphen() -> None:
         "log_with": "wandb", "qwen_model": "here", "lora_rank": 8, "gradient_checkpointing": True,
     }  # fmt: skip
     assert parse_train_arguments(underscore) == parse_train_arguments(hyphen) == expected
+
+
+def test_every_setting_has_a_flag_that_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        parse_train_arguments(["--help"])
+    assert done.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in shown
+        if "{default}" in field.metadata["help"]:
+            assert field.metadata["help"].format(default=field.default) in shown
 
 
 def test_without_flags_the_defaults_hold() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from efe_train.__main__ import main
 from efe_train.config import TrainConfig, UserError
-from efe_train.report import RunFolder
+from efe_train.folder import RunFolder
 from tests.efe_train.conftest import recolouring_task, write_tasks
 
 NEEDED = ("checkpoint.pt", "config.json", "qwen/config.json", "qwen/tokenizer.json", "qwen/tokenizer_config.json")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efe_kernels import squashed_log_prob
-from efe_train import train
+from efe_train import agent
 from efe_train.config import TrainConfig
 from efe_train.data import Batch, Example, collate
 from efe_train.policy import Policy, Rollout, policy_state
@@ -45,17 +45,17 @@ def gradients_at_the_step(trainer: Trainer) -> list[Tensor | None]:
 def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_step(
     trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planner = copy_of(trainer.planner)
-    policy = copy_of(trainer.policy)
+    planner = copy_of(trainer.agent.planner)
+    policy = copy_of(trainer.agent.policy)
     update = Policy.update
     seen: dict[str, Any] = {}
 
-    def spy(self: Policy, rollout: Rollout) -> Any:
+    def spy(self: Policy, rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
         seen["gradients"] = [parameter.grad for parameter in self.parameters()]
-        seen["planner moved"] = not same(planner, trainer.planner.state_dict())
+        seen["planner moved"] = not same(planner, trainer.agent.planner.state_dict())
         seen["policy unmoved"] = same(policy, self.state_dict())
         seen["graphs"] = [tensor.requires_grad for tensor in (rollout.state, rollout.action, rollout.reward)]
-        return update(self, rollout)
+        return update(self, rollout, optimizer)
 
     monkeypatch.setattr(Policy, "update", spy)
     trainer.step(batch, 0)
@@ -63,7 +63,7 @@ def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_ste
     assert seen["planner moved"]
     assert seen["policy unmoved"]
     assert seen["graphs"] == [False, False, False]
-    assert not same(policy, trainer.policy.state_dict())
+    assert not same(policy, trainer.agent.policy.state_dict())
 
 
 def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
@@ -77,7 +77,7 @@ def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
             swap_order(trainer, monkeypatch)
         trainer.step(batch, 0)
         monkeypatch.undo()
-        return seen, copy_of(trainer.planner), copy_of(trainer.policy)
+        return seen, copy_of(trainer.agent.planner), copy_of(trainer.agent.policy)
 
     gradients, planner, policy = one_step(policy_first=False)
     swapped_gradients, swapped_planner, swapped_policy = one_step(policy_first=True)
@@ -93,11 +93,11 @@ def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_upda
     trainer: Trainer, batch: Batch
 ) -> None:
     trainer.step(batch, 0)
-    left = [parameter.grad for parameter in trainer.policy.parameters()]
+    left = [parameter.grad for parameter in trainer.agent.policy.parameters()]
     copies = [gradient.clone() for gradient in left if gradient is not None]
     assert len(copies) == len(left)
     seen: list[Tensor | None] = []
-    trainer.optimizer.register_step_post_hook(lambda *_: seen.extend(p.grad for p in trainer.policy.parameters()))
+    trainer.optimizer.register_step_post_hook(lambda *_: seen.extend(p.grad for p in trainer.agent.policy.parameters()))
     trainer.step(batch, 0)
     for found, gradient, copied in zip(seen, left, copies, strict=True):
         assert found is gradient and torch.equal(gradient, copied)
@@ -105,7 +105,7 @@ def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_upda
 
 def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the policy's update happen after the forward pass and before the main backward."""
-    policy = trainer.policy
+    policy = trainer.agent.policy
     update, compute_reward = policy.update, policy.compute_reward
     known: dict[str, Any] = {}
 
@@ -118,31 +118,33 @@ def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def update_early(*args: Any) -> Any:
         reward = compute_reward(*args)
-        known["update"] = update(Rollout(known["state"], known["refined"].action.detach(), reward))
+        known["update"] = update(
+            Rollout(known["state"], known["refined"].action.detach(), reward), trainer.policy_optimizer
+        )
         return reward
 
-    monkeypatch.setattr(train, "policy_state", keep("state", policy_state))
+    monkeypatch.setattr(agent, "policy_state", keep("state", policy_state))
     monkeypatch.setattr(policy, "refine_prompt", keep("refined", policy.refine_prompt))
     monkeypatch.setattr(policy, "compute_reward", update_early)
-    monkeypatch.setattr(policy, "update", lambda rollout: known["update"])
+    monkeypatch.setattr(policy, "update", lambda *_: known["update"])
 
 
 def test_qwen_trains_on_refresh_batches_and_only_there(trainer: Trainer, batch: Batch) -> None:
     moved = []
     for _ in range(6):
-        before = copy_of(trainer.prompter)
+        before = copy_of(trainer.agent.prompter)
         metrics = trainer.step(batch, 0)
-        moved.append(not same(before, trainer.prompter.state_dict()))
+        moved.append(not same(before, trainer.agent.prompter.state_dict()))
         assert metrics["qwen_grad"] > 0
     assert moved == [True, False, False, False, True, False]  # prompt_refresh is 4
 
 
 def test_the_gradient_of_the_loss_reaches_qwens_first_layer(trainer: Trainer, batch: Batch) -> None:
     trainer.step(batch, 0)
-    model: Any = trainer.prompter.language_model
+    model: Any = trainer.agent.prompter.language_model
     first_layer = [model.embed_tokens.weight, *model.layers[0].parameters()]
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in first_layer)
-    assert all(parameter.grad is not None for parameter in trainer.prompter.projection.parameters())
+    assert all(parameter.grad is not None for parameter in trainer.agent.prompter.projection.parameters())
 
 
 def test_over_two_steps_a_gradient_arrives_at_qwens_first_layer(prompter: Prompter, batch: Batch) -> None:
@@ -158,12 +160,12 @@ def test_over_two_steps_a_gradient_arrives_at_qwens_first_layer(prompter: Prompt
 
 def test_the_prompt_cache_is_part_of_a_checkpoint(trainer: Trainer, prompter: Prompter, batch: Batch) -> None:
     trainer.step(batch, 0)
-    expected = trainer.cache.prompts(trainer.prompter, batch.queries, refresh=False)
-    other = Trainer(trainer.config, copy.deepcopy(prompter), trainer.device, trainer.dtype)
+    expected = trainer.cache.prompts(trainer.agent.prompt, batch.queries, refresh=False)
+    other = Trainer(trainer.config, copy.deepcopy(prompter), trainer.device, torch.float32)
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
     # Qwen has taken a step since it gave these prompts: computed again, they would be others.
-    other.prompter.register_forward_pre_hook(lambda *_: pytest.fail("the cached prompts were computed again"))
-    assert torch.equal(other.cache.prompts(other.prompter, batch.queries, refresh=False), expected)
+    other.agent.prompter.register_forward_pre_hook(lambda *_: pytest.fail("the cached prompts were computed again"))
+    assert torch.equal(other.cache.prompts(other.agent.prompt, batch.queries, refresh=False), expected)
 
 
 def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action(
@@ -171,7 +173,7 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
 ) -> None:
     drawn: list[Tensor] = []
     evaluated: list[Tensor] = []
-    refine_prompt = trainer.policy.refine_prompt
+    refine_prompt = trainer.agent.policy.refine_prompt
 
     def draw(*args: Any) -> Any:
         refined = refine_prompt(*args)
@@ -183,7 +185,7 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
         evaluated.append(log_prob.detach())
         return log_prob, entropy
 
-    monkeypatch.setattr(trainer.policy, "refine_prompt", draw)
+    monkeypatch.setattr(trainer.agent.policy, "refine_prompt", draw)
     monkeypatch.setattr("efe_train.policy.squashed_log_prob", evaluate)
     for _ in range(2):
         trainer.step(batch, 0)
@@ -194,8 +196,8 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
 
 
 def test_qwen_is_in_train_mode_and_every_parameter_has_an_optimizer(trainer: Trainer) -> None:
-    assert all(module.training for module in trainer.prompter.modules())
-    optimizers = (trainer.optimizer, trainer.policy.optimizer)
+    assert all(module.training for module in trainer.agent.prompter.modules())
+    optimizers = (trainer.optimizer, trainer.policy_optimizer)
     groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
     owned = [id(parameter) for group in groups for parameter in group]
     wanted = [id(parameter) for module in trainer.modules().values() for parameter in module.parameters()]
@@ -253,15 +255,15 @@ def test_padding_changes_nothing(trainer: Trainer, examples: list[Example]) -> N
 def test_an_overflow_under_loss_scaling_skips_the_step_and_lowers_the_scale(prompter: Prompter, batch: Batch) -> None:
     trainer = Trainer(TrainConfig(prompt_refresh=1), prompter, torch.device("cpu"), torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = copy_of(trainer.planner)
+    before = copy_of(trainer.agent.planner)
     metrics = trainer.step(batch, 0)
     assert metrics["loss"].isfinite() and not metrics["grad_norm"].isfinite()
-    assert same(before, trainer.planner.state_dict())
+    assert same(before, trainer.agent.planner.state_dict())
     assert trainer.scaler.get_scale() == 2.0**39
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     metrics = trainer.step(batch, 0)
     assert metrics["grad_norm"].isfinite()
-    assert not same(before, trainer.planner.state_dict())
+    assert not same(before, trainer.agent.planner.state_dict())
 
 
 def test_loss_scaling_does_not_change_the_reported_gradient(prompter: Prompter, batch: Batch) -> None:

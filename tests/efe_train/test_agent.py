@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from efe_train.agent import Agent
+from efe_train.data import Batch, Example, collate
+from efe_train.planner import Planner
+from efe_train.policy import Policy
+from efe_train.qwen import Prompter
+
+
+@pytest.fixture
+def agent(prompter: Prompter) -> Agent:
+    torch.manual_seed(0)
+    return Agent(prompter, Planner(), Policy(), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def batch(examples: list[Example]) -> Batch:
+    return collate([example.query for example in examples[:4]])
+
+
+def test_without_a_prompt_qwen_is_asked_and_with_one_it_is_not(agent: Agent, batch: Batch) -> None:
+    expected = agent.plan(batch, seed=3)
+    assert torch.equal(expected.prompt, agent.prompt(batch.queries))
+    agent.prompter.register_forward_pre_hook(lambda *_: pytest.fail("Qwen was asked for a prompt that is known"))
+    found = agent.plan(batch, seed=3, prompt=expected.prompt.detach())
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.before, expected.before)
+
+
+def test_a_seed_draws_the_refinement_and_without_one_it_is_the_mean(agent: Agent, batch: Batch) -> None:
+    mean = agent.plan(batch, seed=None)
+    assert torch.equal(mean.refined.action, agent.policy(mean.state).mean)
+    first, again, other = (agent.plan(batch, seed).refined.action for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other) and not torch.equal(first, mean.refined.action)
+
+
+def test_gradients_of_the_plan_reach_planner_and_qwen_and_not_the_policy(agent: Agent, batch: Batch) -> None:
+    plan = agent.plan(batch, seed=1)
+    assert not plan.before.requires_grad and not plan.state.requires_grad
+    plan.logits.square().sum().backward()
+    model: Any = agent.prompter.language_model
+    assert model.embed_tokens.weight.grad.norm() > 0
+    assert all(parameter.grad is not None for parameter in agent.planner.parameters())
+    assert all(parameter.grad is None for parameter in agent.policy.parameters())
+
+
+def test_the_unrefined_plan_is_the_planners_with_qwens_prompt(agent: Agent, batch: Batch) -> None:
+    plan = agent.plan(batch, seed=1)
+    assert torch.equal(plan.before, agent.planner(batch.views, batch.valid, plan.prompt)[:, -1])
+    assert torch.equal(plan.logits, agent.planner(batch.views, batch.valid, plan.refined.prompt))
