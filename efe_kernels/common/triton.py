@@ -49,9 +49,56 @@ def unit_clamp(x):
     return tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x))
 
 
+@triton.jit
+def load(
+    ptr,  # any shape, or None
+    offset,
+    ok,
+):
+    """float32; 0 where not ok, and everywhere for an absent tensor."""
+    if ptr is None:
+        x = tl.zeros(offset.shape, tl.float32)
+    else:
+        x = tl.load(ptr + offset, mask=ok, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def store(
+    ptr,  # any shape, or None: nothing is stored
+    offset,
+    x,
+    ok,
+):
+    """x rounded to the tensor's dtype."""
+    if ptr is not None:
+        tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def members(
+    mask_ptr,  # any shape, bytes, or None: all are
+    offset,
+    ok,
+):
+    """Which elements count: those that are ok and set in the mask."""
+    member = ok
+    if mask_ptr is not None:
+        member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
+    return member
+
+
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool tensor as bytes, which every version of Triton loads the same way."""
     return None if mask is None else mask.view(torch.uint8)
+
+
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, bool as bytes."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return as_bytes(tensor) if tensor.dtype == torch.bool else tensor
 
 
 def launch_guard(tensor: torch.Tensor) -> AbstractContextManager[object]:
