@@ -40,6 +40,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -98,28 +99,28 @@ class Report:
 
 def per_cell_step(launch: Launch, code: Code, executions: list[int] | None, target: GPUTarget) -> dict[str, float]:
     """Instructions and bytes of one cell at one step, and the bytes of all tensors, each read or written once."""
-    arguments = launch.arguments
     if launch.function not in WALKS_OVER_CELLS or executions is None:
         return {}
-    cells = arguments["TILE"] / (target.warp_size * launch.options["num_warps"])
-    cell_steps = cells * arguments["T"] * arguments.get("EPISODES", 1)
+    cells = launch.constant("TILE") / (target.warp_size * launch.options["num_warps"])
+    cell_steps = cells * launch.constant("T") * launch.arguments.get("EPISODES", 1)
+    batch = launch.arguments["inputs"].logits.ptr.shape[0]
     accesses = LOADS[target.backend] + STORES[target.backend]
     executed = zip(code.operations, executions, strict=True)
     moved = sum(width_of(operation) * times for operation, times in executed if operation.startswith(accesses))
     found = {
         "per_cell_step": sum(executions) / cell_steps,
         "bytes_per_cell_step": moved / cell_steps,
-        "least_bytes": least_bytes(launch) / (arguments["logits_ptr"].shape[0] * arguments["CELLS"] * arguments["T"]),
+        "least_bytes": least_bytes(launch) / (batch * launch.constant("CELLS") * launch.constant("T")),
     }
     return {name: round(value, 1) for name, value in found.items()}
 
 
 def whole_launch(launch: Launch, code: Code, executions: list[int] | None, lanes: int, backend: str) -> dict[str, Any]:
     """What all programs of a launch, of so many lanes each, move at least and execute."""
-    if launch.arguments.get("PROMISED"):
-        compared = {name: launch.arguments[name] for name in ("grad_total_ptr", "promise_ptr")}
-        least = least_bytes(replace(launch, arguments=compared))
-        return {"launch_bytes": least, "not_projected": "returns at once where the promise is kept"}
+    upstream = launch.arguments.get("upstream")
+    if launch.function in WALKS_OVER_CELLS and upstream is not None and upstream.grad_scale is not None:
+        least = least_bytes(replace(launch, arguments={"read": (upstream.grad_total, upstream.grad_scale)}))
+        return {"launch_bytes": least, "not_projected": "returns at once where grad_scale came true"}
     least = least_bytes(launch)
     if executions is None:
         return {"launch_bytes": least, "not_projected": "loops: not projected"}
@@ -131,8 +132,9 @@ def whole_launch(launch: Launch, code: Code, executions: list[int] | None, lanes
 
 def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
     target = TARGETS[arch]
-    if target.backend == "hip" and "APPROX" in launch.arguments:
-        launch = replace(launch, arguments={**launch.arguments, "APPROX": False})
+    shape = launch.arguments.get("shape")
+    if target.backend == "hip" and hasattr(shape, "APPROX"):
+        launch = replace(launch, arguments={**launch.arguments, "shape": shape._replace(APPROX=tl.constexpr(False))})
     compiled = triton.compile(source(launch), target=target, options=launch.options)
     code = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
     executions = code.executions(loop_trips(launch))
@@ -202,7 +204,7 @@ def efe_loss_launches(
     prompt_dim: int,
     separate: bool = False,
     everything: bool = False,
-    promised: bool = False,
+    grad_scale: bool = False,
 ) -> list[Launch]:
     """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
     logits = empty_plan(dtype, channel_first)
@@ -227,16 +229,14 @@ def efe_loss_launches(
     needs = [tensor is not None for tensor in inputs[:7]]
     grad = new(1).expand(batch)
     with recorded_launches(*logits.shape) as launches:
-        if promised:
-            outputs, gradients = efe_loss_launch.efe_loss_promised_forward(new(), inputs, settings, needs)
-            upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
+        if grad_scale:
+            outputs, ahead = efe_loss_launch.fused_forward(new(), inputs, settings, needs)
             launches.begin("backward")
-            efe_loss_launch.efe_loss_promised_backward(inputs, settings, upstream, new(), gradients)
+            efe_loss_launch.fused_backward(grad, new(), inputs, settings, *outputs[-2:], ahead)
         else:
             outputs = efe_loss_launch.efe_loss_forward(inputs, settings)
-            upstream = efe_loss_launch.Upstream(grad, None, *outputs[-2:])
             launches.begin("backward")
-            efe_loss_launch.efe_loss_backward(inputs, settings, upstream, needs)
+            efe_loss_launch.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
     return launches
 
 
@@ -314,8 +314,8 @@ VARIANTS: dict[str, Callable[[], list[Launch]]] = {
     "efe_loss bf16 channel-first prompt": partial(efe_loss_launches, torch.bfloat16, True, 256),
     "efe_loss bf16 channel-last": partial(efe_loss_launches, torch.bfloat16, False, 0),
     "efe_loss bf16 channel-last prompt": partial(efe_loss_launches, torch.bfloat16, False, 256),
-    "efe_loss bf16 channel-first promised": partial(efe_loss_launches, torch.bfloat16, True, 0, promised=True),
-    "efe_loss bf16 channel-last promised": partial(efe_loss_launches, torch.bfloat16, False, 0, promised=True),
+    "efe_loss bf16 channel-first grad_scale": partial(efe_loss_launches, torch.bfloat16, True, 0, grad_scale=True),
+    "efe_loss bf16 channel-last grad_scale": partial(efe_loss_launches, torch.bfloat16, False, 0, grad_scale=True),
     "efe_loss fp32 channel-first prompt": partial(efe_loss_launches, torch.float32, True, 256),
     "efe_loss fp32 channel-last prompt": partial(efe_loss_launches, torch.float32, False, 256),
     "efe_loss fp16 channel-first two plans": partial(efe_loss_launches, torch.float16, True, 256, separate=True),

@@ -181,7 +181,7 @@ def efe_loss(case: Case) -> Problem:
         reference,
         {
             "kernel": kernel,
-            "kernel, factor known": promised,
+            "kernel, grad_scale": promised,
             "eager": reference,
             "padded tile": lambda found: baselines.padded_tile_loss(found, weights),
             "Liger": peers.get(case.terms, baselines.liger_cross_entropy),
@@ -482,7 +482,7 @@ def headline() -> list[Case]:
     """What the goals are set on, and the batches of a whole training run: first, in case the time runs out."""
     first, last = "channel-first", "channel-last"
     # Only without a prompt term can one pass do it all.
-    known, padded = "kernel, factor known", "padded tile"
+    known, padded = "kernel, grad_scale", "padded tile"
     return [
         Case("efe_loss", "train", plan(64), layout=first, terms="all", opponents=COMPILED),
         Case("efe_loss", "train", plan(64), layout=first, terms="core", opponents=(*COMPILED, padded)),

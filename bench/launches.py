@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -45,6 +46,11 @@ class Launch:
     options: dict[str, Any]
     which: str
     sizes: tuple[int, ...]
+
+    def constant(self, name: str) -> Any:
+        """A constant by its name, be it an argument or in the tuple `shape`."""
+        found = self.arguments[name] if name in self.arguments else getattr(self.arguments["shape"], name)
+        return getattr(found, "value", found)
 
 
 class Recording(list[Launch]):
@@ -85,7 +91,7 @@ def case_launches(case: Case, implementation: str) -> list[Launch]:
         if served.triton is not None:
             LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
     problem = case.problem("cpu")
-    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a promise is taken then.
+    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a grad_scale is made use of then.
     served = patch.object(efe_loss_ops, "INTERPRET", True)
     with served, recorded_launches(*case.sizes) as launches:
         results = problem.implementations[implementation](problem.inputs)
@@ -105,37 +111,53 @@ SUITE = {
 
 
 def source(launch: Launch) -> ASTSource:
-    """The launch as Triton would compile it: 1 and None as constants, pointers and multiples of 16 aligned."""
-    signature, constants, attributes = {}, {}, {}
+    """The launch as Triton would compile it: 1 and None as constants, pointers and multiples of 16 aligned, tuples
+    element by element."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(value: Any, place: tuple[int, ...], specialised: bool) -> Any:
+        if isinstance(value, tuple):
+            types = [type_of(element, (*place, index), specialised) for index, element in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if isinstance(value, tl.constexpr) or value is None or (is_int and specialised and value == 1):
+            constants[place] = getattr(value, "value", value)
+            return "constexpr"
+        if isinstance(value, Tensor) or (is_int and specialised and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return POINTERS[value.dtype]
+        return ("i32" if value < 2**31 else "i64") if is_int else "fp32"
+
+    signature = {}
     for index, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        specialised = is_int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-        else:
-            signature[parameter.name] = ("i32" if value < 2**31 else "i64") if is_int else "fp32"
-        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        value = tl.constexpr(value) if parameter.is_constexpr else value
+        signature[parameter.name] = type_of(value, (index,), not parameter.do_not_specialize)
     return ASTSource(launch.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those of an argument, which may be a tuple of tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for element in value:
+            yield from tensors_in(element)
 
 
 def least_bytes(launch: Launch) -> int:
     """Every element of every tensor once: of a view only its own, of what several share at most the whole of it."""
     views: dict[int, dict[Any, int]] = defaultdict(dict)
     whole: dict[int, int] = {}
-    for tensor in launch.arguments.values():
-        if isinstance(tensor, Tensor):
-            memory = tensor.untyped_storage()
-            shared = memory._cdata  # not its address: a meta tensor has none
-            elements = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
-            place = (tensor.storage_offset(), tensor.shape, tensor.stride())
-            views[shared][place] = elements * tensor.element_size()
-            whole[shared] = memory.nbytes()
+    for tensor in tensors_in(tuple(launch.arguments.values())):
+        memory = tensor.untyped_storage()
+        shared = memory._cdata  # not its address: a meta tensor has none
+        elements = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        views[shared][place] = elements * tensor.element_size()
+        whole[shared] = memory.nbytes()
     return sum(min(whole[memory], sum(found.values())) for memory, found in views.items())
 
 
@@ -145,19 +167,19 @@ def loop_trips(launch: Launch) -> list[int]:
     The compilers leave these loops as they are or unroll them entirely. A kernel that is not named has no such loop, or
     one whose trips depend on the program.
     """
-    at = launch.arguments
+    at, given = launch.constant, launch.arguments
     trips = {
-        "efe_loss_forward_kernel": lambda: (at["PAIRS"] - at["ALONE"] - 1,),
+        "efe_loss_forward_kernel": lambda: (at("PAIRS") - at("ALONE") - 1,),
         "efe_loss_backward_kernel": lambda: (
-            at["PAIRS"] - at["ALONE"] - 1, at["T"] if at["NEED_OBSERVATION"] else 1, at["EPISODES"],
+            at("PAIRS") - at("ALONE") - 1, at("T") if given["gradients"].observation_probs else 1, at("EPISODES"),
         ),
         "efe_loss_episode_kernel": lambda: (
-            tile_trips := triton.cdiv(at["TILES"], at["TILE_BLOCK"]),
-            *((triton.cdiv(at["D"], at["D_BLOCK"]), tile_trips, at["T"]) if at["HAS_DIRECTION"] else ()),
+            tile_trips := triton.cdiv(at("TILES"), at("TILE_BLOCK")),
+            *((triton.cdiv(at("D"), at("D_BLOCK")), tile_trips, at("T")) if given["projection"] else ()),
         ),
-        "grid_reward_kernel": lambda: (at["BLOCKS"],),
-        "rl_advantage_kernel": lambda: (at["TILES"] - 1, at["TILES"] - 1),
-        "trace_scan_kernel": lambda: (at["CHUNKS"],),
-        "trace_scan_backward_kernel": lambda: (at["CHUNKS"],),
+        "grid_reward_kernel": lambda: (at("BLOCKS"),),
+        "rl_advantage_kernel": lambda: (at("TILES") - 1, at("TILES") - 1),
+        "trace_scan_kernel": lambda: (at("CHUNKS"),),
+        "trace_scan_backward_kernel": lambda: (at("CHUNKS"),),
     }.get(launch.function.__name__, tuple)  # fmt: skip
     return [count for count in trips() if count > 1]

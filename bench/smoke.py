@@ -25,7 +25,7 @@ SIZES = {
     "grid_reward": (2, 5, 7, 10),
     "masked_mean_pool": (2, 5, 9),
 }
-TRITON_BASELINES = ("kernel, factor known", "padded tile", "thread per row")
+TRITON_BASELINES = ("kernel, grad_scale", "padded tile", "thread per row")
 COMPILED = (*TRITON_BASELINES, "compile")
 
 

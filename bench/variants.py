@@ -77,7 +77,7 @@ def variants(sizes: tuple[int, ...]) -> list[Variant]:
         ("fp32", "channel-first", "all"),
     ):
         case = Case("efe_loss", "variants", sizes, dtype, layout, terms)
-        found += [Variant(case), *([Variant(case, "kernel, factor known")] if terms == "core" else [])]
+        found += [Variant(case), *([Variant(case, "kernel, grad_scale")] if terms == "core" else [])]
         found += [Variant(case, "kernel", cells, warps) for cells, warps in product(CELLS_PER_LANE, WARPS)]
     return found
 

@@ -30,6 +30,7 @@ MAX_CHUNKS = 128
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 16
 PROMPT = TERMS.index("prompt")
+NOTHING = Inputs(*[None] * len(Inputs._fields))
 
 
 class Layout:
@@ -156,14 +157,15 @@ class Forward:
 
     def survey(self, logits: Tensor) -> None:
         """What of the sums the gradients depend on."""
-        layout, arrays = self.layout, self.arrays
-        if arrays.final_logits is None:
+        layout, final = self.layout, self.arrays.final_logits
+        if final is None:
             last = logits[:, -1]
-            arrays = arrays._replace(final_logits=Array(last, one_step(last)))
-        key = (self.settings.ignore_index, signature(arrays.final_logits.ptr))
+            final = Array(last, one_step(last))
+        read = NOTHING._replace(final_logits=final, target=self.arrays.target, valid=self.arrays.valid)
+        key = (self.settings.ignore_index, signature(final.ptr))
         grid = (layout.batch * layout.tiles,)
         launch = layout.launch(kernels.efe_loss_survey_kernel, grid, key, TILE=layout.tile, TILES=layout.tiles)
-        launch(arrays, self.sums, self.shape)
+        launch(read, self.sums, self.shape)
 
     def finish_episodes(self) -> None:
         """From the sums over the cells to the terms and the total of each episode."""
@@ -179,8 +181,8 @@ class Forward:
             TILE_BLOCK=min(16, triton.next_power_of_2(layout.tiles)),
         )
         launch(
-            self.sums, self.direction, self.arrays, self.outputs, self.weights, settings.hard_cell_min_ratio,
-            float(settings.max_cells), self.shape,
+            self.sums, self.direction, self.arrays.prompt, self.arrays.projection, self.outputs, self.weights,
+            settings.hard_cell_min_ratio, float(settings.max_cells), self.shape,
         )  # fmt: skip
 
 
@@ -248,6 +250,7 @@ class Backward:
         """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
         layout, written = self.layout, self.written
         preference = written.preference_logits if layout.shared_preference else None
+        shared = kernels.Gradients(None, None, None, None, preference, *written[5:])
         if layout.batch == 0:
             for gradient in (preference, written.projection):
                 if gradient is not None:
@@ -275,9 +278,10 @@ class Backward:
                 PROMPT_BLOCK=128,
                 num_warps=4,
             )
+            arrays = layout.arrays(inputs)
             launch(
-                layout.arrays(inputs), upstream, written, settings.weights[PROMPT], layout.batch, layout.chunks,
-                layout.shape(settings.ignore_index),
+                arrays.prompt, arrays.projection, upstream, shared, settings.weights[PROMPT], layout.batch,
+                layout.chunks, layout.shape(settings.ignore_index),
             )  # fmt: skip
 
 

@@ -34,7 +34,8 @@ class Outputs(NamedTuple):
 def efe_loss_episode_kernel(
     sums_ptr,  # [B, TILES, NUM_SUMS] float32
     direction_ptr,  # [B, TILES, T, C] float32, or None without a prompt term
-    inputs,
+    prompt,  # [B, D]
+    projection,  # [C, D]
     outputs,
     weights,
     min_ratio,
@@ -61,18 +62,18 @@ def efe_loss_episode_kernel(
     anchor = pick(sums, 4) * share
     mask_ratio = pick(sums, MISSED) * share
     step = cells * shape.T / max_cells
-    prompt = 0.0
+    direction = 0.0
     if direction_ptr is not None:
         direction_ptr += episode * TILES * shape.T * shape.C
-        prompt = prompt_term(
-            direction_ptr, inputs, episode, saved_ptr, share, shape, TILES, C_BLOCK, D_BLOCK, TILE_BLOCK
+        direction = prompt_term(
+            direction_ptr, prompt, projection, episode, saved_ptr, share, shape, TILES, C_BLOCK, D_BLOCK, TILE_BLOCK
         )
     scale = 1.0
     if HARD_CELL:
         scale = tl.where(mask_ratio < min_ratio, 1.0, 0.5 + 0.5 * mask_ratio)
     total = weighted(weights.risk, risk) + weighted(weights.ambiguity, ambiguity)
     total += weighted(weights.consistency, consistency) + weighted(weights.agreement, agreement)
-    total += weighted(weights.anchor, anchor) + weighted(weights.prompt, prompt) + weighted(weights.step, step)
+    total += weighted(weights.anchor, anchor) + weighted(weights.prompt, direction) + weighted(weights.step, step)
     tl.store(outputs.total + episode, total * scale)
     tl.store(outputs.mask_ratio + episode, mask_ratio)
     tl.store(outputs.hard_cell_scale + episode, scale)
@@ -83,7 +84,7 @@ def efe_loss_episode_kernel(
     tl.store(terms_ptr + 2, consistency)
     tl.store(terms_ptr + 3, agreement)
     tl.store(terms_ptr + 4, anchor)
-    tl.store(terms_ptr + 5, prompt)
+    tl.store(terms_ptr + 5, direction)
     tl.store(terms_ptr + 6, step)
 
 
@@ -115,7 +116,8 @@ def pick(vector, INDEX: tl.constexpr):
 @triton.jit
 def prompt_term(
     direction_ptr,  # [TILES, T, C] sums over the cells of a tile of the clamped logits
-    inputs,
+    prompt,
+    projection,
     episode,
     saved_ptr,  # [SAVED] of this episode, written after the first
     share,
@@ -134,14 +136,14 @@ def prompt_term(
     C: tl.constexpr = shape.C
     outcome = tl.arange(0, C_BLOCK)
     real = outcome < C
-    prompt_ptr = inputs.prompt.ptr + episode * inputs.prompt.strides[0]
+    prompt_ptr = prompt.ptr + episode * prompt.strides[0]
     u = tl.zeros((C_BLOCK,), tl.float32)
     for start in range(0, shape.D, D_BLOCK):
         d = start + tl.arange(0, D_BLOCK)
-        e = tl.load(prompt_ptr + d * inputs.prompt.strides[1], mask=d < shape.D, other=0.0).to(tl.float32)
-        offset = outcome[:, None] * inputs.projection.strides[0] + d[None, :] * inputs.projection.strides[1]
+        e = tl.load(prompt_ptr + d * prompt.strides[1], mask=d < shape.D, other=0.0).to(tl.float32)
+        offset = outcome[:, None] * projection.strides[0] + d[None, :] * projection.strides[1]
         mask = real[:, None] & (d[None, :] < shape.D)
-        w = tl.load(inputs.projection.ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(projection.ptr + offset, mask=mask, other=0.0).to(tl.float32)
         u += tl.sum(w * e[None, :], axis=1)
     u_norm = tl.sqrt(tl.sum(u * u))
     total = 0.0
@@ -165,9 +167,10 @@ def prompt_term(
 
 @triton.jit(do_not_specialize=["num_episodes", "num_chunks"])
 def efe_loss_gradients_kernel(
-    inputs,
+    prompt,
+    projection,
     upstream,
-    gradients,
+    gradients,  # of what many cells share; None for the others
     weight_prompt,
     num_episodes,
     num_chunks,
@@ -197,37 +200,38 @@ def efe_loss_gradients_kernel(
     if PROJECTION_PROGRAMS > 0:
         if (program >= 0) & (program < PROJECTION_PROGRAMS):
             projection_gradient(
-                inputs.prompt, upstream, gradients.projection, program // shape.C, program % shape.C, weight_prompt,
+                prompt, upstream, gradients.projection, program // shape.C, program % shape.C, weight_prompt,
                 num_episodes, shape, D_BLOCK, EPISODE_BLOCK,
             )  # fmt: skip
     program -= PROJECTION_PROGRAMS
     if gradients.prompt is not None:
         if program >= 0:
-            prompt_gradient(
-                inputs, upstream, gradients, program.to(tl.int64), weight_prompt, shape, TILES, PROMPT_BLOCK
-            )
+            episode = program.to(tl.int64)
+            prompt_gradient(prompt, projection, upstream, gradients, episode, weight_prompt, shape, TILES, PROMPT_BLOCK)
 
 
 @triton.jit
-def prompt_gradient(inputs, upstream, gradients, episode, weight, shape, TILES: tl.constexpr, BLOCK: tl.constexpr):
+def prompt_gradient(
+    prompt, projection, upstream, gradients, episode, weight, shape, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
     """d loss / d prompt of one episode: through its direction, and for the first C through the preference."""
     C: tl.constexpr = shape.C
     for start in tl.static_range(0, shape.D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         grad = tl.zeros((BLOCK,), tl.float32)
-        if inputs.projection is not None:
+        if projection is not None:
             direction = upstream_of_direction(upstream, episode, True, weight)
             grad_u_ptr = upstream.saved + (episode + 1) * shape.SAVED - C
             for c in tl.static_range(C):
-                offset = c * inputs.projection.strides[0] + d * inputs.projection.strides[1]
-                w = tl.load(inputs.projection.ptr + offset, mask=d < shape.D, other=0.0)
+                offset = c * projection.strides[0] + d * projection.strides[1]
+                w = tl.load(projection.ptr + offset, mask=d < shape.D, other=0.0)
                 grad += direction * tl.load(grad_u_ptr + c) * w.to(tl.float32)
         if start == 0:
             scales = tl.zeros((BLOCK,), tl.float32)
             for tile in range(TILES):
                 scales += tl.load(gradients.scales + (episode * TILES + tile) * C + d, mask=d < C, other=0.0)
-            offset = episode * inputs.prompt.strides[0] + d * inputs.prompt.strides[1]
-            e = tl.load(inputs.prompt.ptr + offset, mask=d < C, other=0.0).to(tl.float32)
+            offset = episode * prompt.strides[0] + d * prompt.strides[1]
+            e = tl.load(prompt.ptr + offset, mask=d < C, other=0.0).to(tl.float32)
             s = 1.0 / (1.0 + tl.exp2(-e * LOG2_E))
             grad += scales * s * (1.0 - s)
         ptr = gradients.prompt.ptr + episode * gradients.prompt.strides[0] + d * gradients.prompt.strides[1]
