@@ -87,10 +87,12 @@ def schema_of(name: str, function: Callable[..., Any]) -> str:
     return f"{name}({arguments}) -> {results}"
 
 
-def with_groups(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function, called with the arguments of its op: the fields of its groups come one by one."""
-    hints = get_type_hints(function)
-    kinds = [hints[name] for name in inspect.signature(function).parameters]
+def with_groups(function: Callable[..., Any], reference: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """function, called with the arguments of its op: the fields of its groups, which are those of `reference` or its
+    own, come one by one."""
+    declared = reference or function
+    hints = get_type_hints(declared)
+    kinds = [hints[name] for name in inspect.signature(declared).parameters]
     if not any(map(is_group, kinds)):
         return function
 
@@ -156,7 +158,7 @@ def define_op(
     torch.library.register_fake(f"efe::{name}", with_groups(fake), lib=LIBRARY)
     serve = None
     if triton is not None:
-        kernels = with_groups(triton)
+        kernels = with_groups(triton, reference)
 
         @functools.wraps(triton)
         def serve(*arguments: Any) -> Any:

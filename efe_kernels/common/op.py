@@ -132,7 +132,8 @@ def function_of(title: str, forward: Any, backward: Any, wiring: Wiring) -> type
             results = output if several else (output,)
             known = (*arguments, *results)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*[results[place] for place in constant_results])
+            if constant_results:
+                ctx.mark_non_differentiable(*[results[place] for place in constant_results])
             ctx.save_for_backward(*[known[place] for place in wiring.saved])
             ctx.constants = [known[place] for place in wiring.constants]
             return output

@@ -194,8 +194,9 @@ def efe_loss_gradients_kernel(
     if PREFERENCE_PROGRAMS > 0:
         if program < PREFERENCE_PROGRAMS:
             preference_gradient(
-                gradients, program // shape.C, program % shape.C, num_chunks, shape, CELL_BLOCK, CHUNK_BLOCK
-            )
+                gradients.partial, gradients.preference_logits, program // shape.C, program % shape.C, num_chunks,
+                shape, CELL_BLOCK, CHUNK_BLOCK,
+            )  # fmt: skip
     program -= PREFERENCE_PROGRAMS
     if PROJECTION_PROGRAMS > 0:
         if (program >= 0) & (program < PROJECTION_PROGRAMS):
@@ -252,7 +253,14 @@ def upstream_of_direction(upstream, episode, mask, weight):
 
 @triton.jit
 def preference_gradient(
-    gradients, block, outcome, num_chunks, shape, CELL_BLOCK: tl.constexpr, CHUNK_BLOCK: tl.constexpr
+    partial_ptr,  # [CHUNKS, C, CELLS] float32
+    gradient,  # [H, W, C]
+    block,
+    outcome,
+    num_chunks,
+    shape,
+    CELL_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
 ):
     """d loss / d preference logits of one outcome of a block of cells, from the sums over chunks of episodes."""
     cell = block * CELL_BLOCK + tl.arange(0, CELL_BLOCK)
@@ -262,11 +270,10 @@ def preference_gradient(
         chunk = (first + tl.arange(0, CHUNK_BLOCK)).to(tl.int64)
         mask = (chunk < num_chunks)[:, None] & inside[None, :]
         offset = (chunk[:, None] * shape.C + outcome) * shape.CELLS + cell[None, :]
-        sums += tl.load(gradients.partial + offset, mask=mask, other=0.0)
-    grad = gradients.preference_logits
-    s: tl.constexpr = grad.strides
+        sums += tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    s: tl.constexpr = gradient.strides
     offset = cell_offset(cell, shape.WIDTH, s[0], s[1]) + outcome * s[2]
-    tl.store(grad.ptr + offset, tl.sum(sums, axis=0).to(grad.ptr.dtype.element_ty), mask=inside)
+    tl.store(gradient.ptr + offset, tl.sum(sums, axis=0).to(gradient.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
