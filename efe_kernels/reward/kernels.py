@@ -17,7 +17,10 @@ IGNORE = tl.constexpr(IGNORE_INDEX)
 
 class Prediction(NamedTuple):
     ptr: Any  # [B, height, width, C] logits or [B, height, width] integers, any strides
-    strides: tuple[int, ...]
+    stride_b: int
+    stride_h: int
+    stride_w: int
+    stride_c: int | None  # None: integers
     height: int
     width: int
     row_scale: float  # of a row of the target to one of the prediction
@@ -27,7 +30,9 @@ class Prediction(NamedTuple):
 
 class Grid(NamedTuple):
     ptr: Any  # [B, H, W], any strides
-    strides: tuple[int, ...]
+    stride_b: int
+    stride_h: int
+    stride_w: int
 
 
 class Shape(NamedTuple):
@@ -62,7 +67,7 @@ def load_colour(prediction, offset, ok, C: tl.constexpr):
         colour = tl.zeros(offset.shape, tl.int32)
         best = tl.full(offset.shape, float("-inf"), tl.float64 if dtype == tl.float64 else tl.float32)
         for c in tl.static_range(C):
-            logit = tl.load(prediction.ptr + offset + c * prediction.strides[3], mask=ok, other=0.0).to(best.dtype)
+            logit = tl.load(prediction.ptr + offset + c * prediction.stride_c, mask=ok, other=0.0).to(best.dtype)
             colour = tl.where(logit > best, c, colour)
             best = tl.where(logit > best, logit, best)
     else:
@@ -82,13 +87,13 @@ def resized_colour(prediction, b, row, column, ok, C: tl.constexpr):
     """Colour at the cell of the prediction that stands for the target's (row, column)."""
     source_row = source_index(row, prediction.row_scale, prediction.height)
     source_column = source_index(column, prediction.column_scale, prediction.width)
-    offset = b * prediction.strides[0] + source_row * prediction.strides[1] + source_column * prediction.strides[2]
+    offset = b * prediction.stride_b + source_row * prediction.stride_h + source_column * prediction.stride_w
     return load_colour(prediction, offset, ok, C)
 
 
 @triton.jit
 def cell_offset(grid, row, column):
-    return row.to(tl.int64) * grid.strides[1] + column.to(tl.int64) * grid.strides[2]
+    return row.to(tl.int64) * grid.stride_h + column.to(tl.int64) * grid.stride_w
 
 
 @triton.jit
@@ -175,11 +180,11 @@ def grid_reward_kernel(
         ok = cell < shape.height * shape.width
         row = cell // shape.width
         column = cell % shape.width
-        place = target.ptr + b * target.strides[0] + cell_offset(target, row, column)
+        place = target.ptr + b * target.stride_b + cell_offset(target, row, column)
         colour = tl.load(place, mask=ok, other=0).to(tl.int64)
         counted = ok & (colour != IGNORE)
         if valid is not None:
-            counted = counted & members(valid.ptr + b * valid.strides[0], cell_offset(valid, row, column), ok)
+            counted = counted & members(valid.ptr + b * valid.stride_b, cell_offset(valid, row, column), ok)
         colour = tl.where((colour >= 0) & (colour < C), colour, -2).to(tl.int32)
         colour_before = resized_colour(before, b, row, column, counted, C)
         colour_after = resized_colour(after, b, row, column, counted, C)
@@ -201,14 +206,15 @@ def grid_reward_kernel(
 
 
 def grid(tensor: Tensor | None) -> Grid | None:
-    return None if tensor is None else Grid(tensor, tensor.stride())
+    return None if tensor is None else Grid(tensor, *tensor.stride())
 
 
 def prediction(tensor: Tensor, height: int, width: int) -> Prediction:
     """height, width: of the target."""
     rows, columns = tensor.shape[1:3]
     score = size_score((rows, columns), (height, width))
-    return Prediction(tensor, tensor.stride(), rows, columns, rows / height, columns / width, score)
+    strides = (*tensor.stride(), None)[:4]
+    return Prediction(tensor, *strides, rows, columns, rows / height, columns / width, score)
 
 
 def grid_reward(
