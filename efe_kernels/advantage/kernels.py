@@ -1,8 +1,12 @@
-"""The Triton kernels of rl_advantage and their launchers."""
+"""The Triton kernels of rl_advantage and their launchers.
+
+The elements are groups of consecutive ones. A tile holds several groups side by side, or a part of one group; without
+whitening everything is one group.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,14 +14,22 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.advantage.reference import WHITEN_EPS
-from efe_kernels.common.moments import join_moments, load_moments, merge_moments, moments, store_moments
-from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, unit_clamp
+from efe_kernels.common.moments import (
+    NUM_MOMENTS,
+    Moments,
+    add_rows,
+    join_moments,
+    load_moments,
+    load_rows,
+    merge_moments,
+    moments,
+    store_moments,
+    store_row,
+)
+from efe_kernels.common.triton import OPTIONS, flat, launch_guard, load, members, store, unit_clamp
 
 EPS = tl.constexpr(WHITEN_EPS)
 
-NO_WHITENING = tl.constexpr(0)
-WHOLE_GROUPS = tl.constexpr(1)
-PARTS_OF_GROUPS = tl.constexpr(2)
 TILE_LIMIT = 4096
 # A group of up to so many tiles is gone through twice by one program: cheaper than a second launch.
 MOST_TILES = 8
@@ -25,6 +37,53 @@ MOST_TILES = 8
 # 32 KB. More parts are made one by a launch of its own, MERGED_AT_ONCE of them at a time.
 MOST_PARTS = 128
 MERGED_AT_ONCE = 1024
+
+
+class Inputs(NamedTuple):
+    """The arguments of the reference's plain_advantage."""
+
+    reward: Any  # [groups * group_size]
+    value: Any  # [groups * group_size]
+    mask: Any  # [groups * group_size] or None
+    reward_scale: float
+    normalize: Any  # a constant: "tanh", "clamp" or None
+
+
+class Groups(NamedTuple):
+    """How the elements are cut."""
+
+    count: int
+    size: int
+    parts: int  # of each group
+
+
+class Partial(NamedTuple):
+    """What the parts of the groups left behind, perhaps merged."""
+
+    rows: Any  # [groups, parts, width]
+    parts: int
+    lanes: Any  # a constant, no less than parts
+
+
+class Statistics(NamedTuple):
+    """Of each group."""
+
+    count: Any
+    mean: Any
+    std: Any
+
+
+NUM_STATISTICS = tl.constexpr(len(Statistics._fields))
+NUM_SUMS = tl.constexpr(2)  # of the upstream gradient, and of it times the whitened advantage
+
+
+class Tile(NamedTuple):
+    """A tile [GROUPS, TILE]: its groups, its part of them, offsets of the elements and which of them there are."""
+
+    group: Any
+    part: Any
+    offset: Any
+    ok: Any
 
 
 @triton.jit
@@ -43,219 +102,162 @@ def tanh(x):
 
 
 @triton.jit
-def load_advantage(
-    reward_ptr,  # [N]
-    value_ptr,  # [N]
-    mask_ptr,  # [N] or None
-    offset,
-    ok,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
-):
+def load_advantage(inputs, tile):
     """Normalised reward minus value, and which elements count.
 
     Those that do not count are loaded and dropped: loads under the bounds alone are 16 bytes wide.
     """
-    member = ok
-    if mask_ptr is not None:
-        member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
-    scaled = tl.load(reward_ptr + offset, mask=ok, other=0.0).to(tl.float32) * reward_scale
-    if NORMALIZE == "tanh":
+    member = members(inputs.mask, tile.offset, tile.ok)
+    scaled = load(inputs.reward, tile.offset, tile.ok) * inputs.reward_scale
+    if inputs.normalize == "tanh":
         scaled = tanh(scaled)
-    if NORMALIZE == "clamp":
+    if inputs.normalize == "clamp":
         scaled = unit_clamp(scaled)
-    return tl.where(member, scaled - tl.load(value_ptr + offset, mask=ok, other=0.0).to(tl.float32), 0.0), member
+    return tl.where(member, scaled - load(inputs.value, tile.offset, tile.ok), 0.0), member
 
 
 @triton.jit
-def tile_offset(groups, group_size, parts, tile, GROUPS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Groups of this program, its part of them, and the positions and bounds of a tile [GROUPS, TILE] of the part."""
+def tile_of(groups, index, GROUPS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Of the TILES tiles of this program's part the one of this index."""
     pid = tl.program_id(0).to(tl.int64)
-    part = pid % parts
-    group = (pid // parts) * GROUPS + tl.arange(0, GROUPS)
-    member = (part * TILES + tile) * TILE + tl.arange(0, TILE)
-    offset = group[:, None] * group_size + member[None, :]
-    ok = (group[:, None] < groups) & (member[None, :] < group_size)
-    return group, part, offset, ok
+    part = pid % groups.parts
+    group = (pid // groups.parts) * GROUPS + tl.arange(0, GROUPS)
+    member = (part * TILES + index) * TILE + tl.arange(0, TILE)
+    offset = group[:, None] * groups.size + member[None, :]
+    ok = (group[:, None] < groups.count) & (member[None, :] < groups.size)
+    return Tile(group, part, offset, ok)
 
 
 @triton.jit
 def rl_advantage_moments_kernel(
-    reward_ptr,  # [groups * group_size]
-    value_ptr,  # [groups * group_size]
-    mask_ptr,  # [groups * group_size] or None
-    partial_ptr,  # [groups, parts, 3]
+    inputs,
+    partial_ptr,  # [groups, parts, NUM_MOMENTS]
     groups,
-    group_size,
-    parts,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, TILES)
-    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
-    count, mean, squares = moments(advantage, member)
-    base = partial_ptr + (group * parts + part) * 3
-    tl.store(base, count, mask=group < groups)
-    tl.store(base + 1, mean, mask=group < groups)
-    tl.store(base + 2, squares, mask=group < groups)
+    tile = tile_of(groups, 0, GROUPS, TILE, 1)
+    advantage, member = load_advantage(inputs, tile)
+    row = tile.group * groups.parts + tile.part
+    store_row(partial_ptr + row * NUM_MOMENTS, moments(advantage, member), tile.group < groups.count)
 
 
 @triton.jit
 def rl_advantage_merge_moments_kernel(
-    partial_ptr,  # [groups, parts, 3]
-    merged_ptr,  # [groups, 1, 3]
+    partial_ptr,  # [groups, parts, NUM_MOMENTS]
+    merged_ptr,  # [groups, 1, NUM_MOMENTS]
     parts,
     PARTS: tl.constexpr,
 ):
     """Each lane joins every PARTS-th part of a group, then the lanes are merged."""
     group = tl.program_id(0).to(tl.int64)
-    group_ptr = partial_ptr + group * parts * 3
+    group_ptr = partial_ptr + group * parts * NUM_MOMENTS
     part = tl.arange(0, PARTS)[None, :]
-    count, mean, squares = load_moments(group_ptr, part, parts)
+    found = load_moments(group_ptr, part, parts)
     for first in range(PARTS, parts, PARTS):
-        more, more_mean, more_squares = load_moments(group_ptr, first + part, parts)
-        count, mean, squares = join_moments(count, mean, squares, more, more_mean, more_squares)
-    count, mean, squares = merge_moments(count, mean, squares)
-    store_moments(merged_ptr + group * 3, count, mean, squares)
+        found = join_moments(found, load_moments(group_ptr, first + part, parts))
+    store_moments(merged_ptr + group * NUM_MOMENTS, merge_moments(found))
+
+
+@triton.jit
+def load_partial(partial, groups, WIDTH: tl.constexpr):
+    """The rows of this program's group, a tuple of WIDTH values [1, lanes]."""
+    group = (tl.program_id(0) // groups.parts).to(tl.int64)
+    part = tl.arange(0, partial.lanes)[None, :]
+    return load_rows(partial.rows + group * partial.parts * WIDTH, part, partial.parts, WIDTH)
 
 
 @triton.jit
 def rl_advantage_kernel(
-    reward_ptr,  # [groups * group_size]
-    value_ptr,  # [groups * group_size]
-    mask_ptr,  # [groups * group_size] or None
-    partial_ptr,  # [groups, partials, 3], or None unless MODE is PARTS_OF_GROUPS
+    inputs,
+    partial,  # of NUM_MOMENTS, or None: a program has whole groups
+    statistics_ptr,  # [groups, NUM_STATISTICS], or None: no whitening
     out_ptr,  # [groups * group_size]
-    statistics_ptr,  # [groups, 3], or None without whitening
     groups,
-    group_size,
-    parts,
-    partials,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
-    MODE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    PARTIALS: tl.constexpr,
 ):
-    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, TILES)
-    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
-    if MODE != NO_WHITENING:
-        if MODE == WHOLE_GROUPS:
-            count, mean, squares = moments(advantage, member)
-            for tile in range(1, TILES):
-                _, _, further, inside = tile_offset(groups, group_size, parts, tile, GROUPS, TILE, TILES)
-                x, counts = load_advantage(reward_ptr, value_ptr, mask_ptr, further, inside, reward_scale, NORMALIZE)
-                more, more_mean, more_squares = moments(x, counts)
-                count, mean, squares = join_moments(count, mean, squares, more, more_mean, more_squares)
+    tile = tile_of(groups, 0, GROUPS, TILE, TILES)
+    advantage, member = load_advantage(inputs, tile)
+    if statistics_ptr is not None:
+        if partial is None:
+            found = moments(advantage, member)
+            for index in range(1, TILES):
+                further, counted = load_advantage(inputs, tile_of(groups, index, GROUPS, TILE, TILES))
+                found = join_moments(found, moments(further, counted))
         else:
-            group_ptr = partial_ptr + (tl.program_id(0) // parts).to(tl.int64) * partials * 3
-            count, mean, squares = load_moments(group_ptr, tl.arange(0, PARTIALS)[None, :], partials)
-            count, mean, squares = merge_moments(count, mean, squares)
-        std = tl.sqrt_rn(squares / tl.maximum(count - 1.0, 1.0))
-        advantage = whiten(advantage, member, mean, std)
-        first = group < tl.where(part == 0, groups, 0)  # one program of each group writes
-        tl.store(statistics_ptr + group * 3, count, mask=first)
-        tl.store(statistics_ptr + group * 3 + 1, mean, mask=first)
-        tl.store(statistics_ptr + group * 3 + 2, std, mask=first)
-    tl.store(out_ptr + offset, advantage.to(out_ptr.dtype.element_ty), mask=ok)
+            count, mean, squares = load_partial(partial, groups, NUM_MOMENTS)
+            found = merge_moments(Moments(count, mean, squares))
+        std = tl.sqrt_rn(found.squares / tl.maximum(found.count - 1.0, 1.0))
+        statistics = Statistics(found.count, found.mean, std)
+        advantage = whiten(advantage, member, statistics)
+        first = tile.group < tl.where(tile.part == 0, groups.count, 0)  # one program of each group writes
+        store_row(statistics_ptr + tile.group * NUM_STATISTICS, statistics, first)
+    store(out_ptr, tile.offset, advantage, tile.ok)
     if TILES > 1:
-        for tile in range(1, TILES):
-            _, _, offset, ok = tile_offset(groups, group_size, parts, tile, GROUPS, TILE, TILES)
-            advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
-            advantage = whiten(advantage, member, mean, std)
-            tl.store(out_ptr + offset, advantage.to(out_ptr.dtype.element_ty), mask=ok)
+        for index in range(1, TILES):
+            tile = tile_of(groups, index, GROUPS, TILE, TILES)
+            advantage, member = load_advantage(inputs, tile)
+            store(out_ptr, tile.offset, whiten(advantage, member, statistics), tile.ok)
 
 
 @triton.jit
-def whiten(advantage, member, mean, std):
-    whitened = (advantage - mean[:, None]) / (std[:, None] + EPS)
-    return tl.where(member & (std[:, None] != 0), whitened, 0.0)
+def whiten(advantage, member, statistics):
+    std = statistics.std[:, None]
+    whitened = (advantage - statistics.mean[:, None]) / (std + EPS)
+    return tl.where(member & (std != 0), whitened, 0.0)
 
 
 @triton.jit
 def load_whitened_gradient(
     grad_ptr,  # [groups * group_size]
-    reward_ptr,  # [groups * group_size]
-    value_ptr,  # [groups * group_size]
-    mask_ptr,  # [groups * group_size] or None
-    statistics_ptr,  # [groups, 3]
-    group,
-    offset,
-    ok,
+    inputs,
+    statistics_ptr,  # [groups, NUM_STATISTICS]
+    tile,
     groups,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
 ):
-    """Upstream gradient, whitened advantage, members, count and standard deviation of a tile."""
-    advantage, member = load_advantage(reward_ptr, value_ptr, mask_ptr, offset, ok, reward_scale, NORMALIZE)
-    count = tl.load(statistics_ptr + group * 3, mask=group < groups, other=0.0)
-    mean = tl.load(statistics_ptr + group * 3 + 1, mask=group < groups, other=0.0)
-    std = tl.load(statistics_ptr + group * 3 + 2, mask=group < groups, other=0.0)
-    grad = tl.where(member, tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32), 0.0)
-    return grad, whiten(advantage, member, mean, std), member, count, std
+    """Upstream gradient, whitened advantage, members and statistics of a tile."""
+    advantage, member = load_advantage(inputs, tile)
+    count, mean, std = load_rows(statistics_ptr, tile.group, groups.count, NUM_STATISTICS)
+    statistics = Statistics(count, mean, std)
+    grad = tl.where(member, load(grad_ptr, tile.offset, tile.ok), 0.0)
+    return grad, whiten(advantage, member, statistics), member, statistics
 
 
 @triton.jit
 def rl_advantage_sums_kernel(
     grad_ptr,  # [groups * group_size]
-    reward_ptr,  # [groups * group_size]
-    value_ptr,  # [groups * group_size]
-    mask_ptr,  # [groups * group_size] or None
-    statistics_ptr,  # [groups, 3]
-    partial_ptr,  # [groups, parts, 2]
+    inputs,
+    statistics_ptr,  # [groups, NUM_STATISTICS]
+    partial_ptr,  # [groups, parts, NUM_SUMS]
     groups,
-    group_size,
-    parts,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Sums of the upstream gradient g and of g times the whitened advantage over each part of each group."""
-    group, part, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, 1)
-    grad, whitened, _, _, _ = load_whitened_gradient(
-        grad_ptr, reward_ptr, value_ptr, mask_ptr, statistics_ptr, group, offset, ok, groups, reward_scale, NORMALIZE
-    )
-    base = partial_ptr + (group * parts + part) * 2
-    tl.store(base, tl.sum(grad, axis=1), mask=group < groups)
-    tl.store(base + 1, tl.sum(grad * whitened, axis=1), mask=group < groups)
-
-
-@triton.jit
-def load_sums(
-    partial_ptr,  # [parts, 2]
-    part,
-    parts,
-):
-    """The two sums of some parts; 0 past the last one."""
-    base = partial_ptr + part.to(tl.int64) * 2
-    there = part < parts
-    return tl.load(base, mask=there, other=0.0), tl.load(base + 1, mask=there, other=0.0)
+    tile = tile_of(groups, 0, GROUPS, TILE, 1)
+    grad, whitened, _, _ = load_whitened_gradient(grad_ptr, inputs, statistics_ptr, tile, groups)
+    row = tile.group * groups.parts + tile.part
+    sums = (tl.sum(grad, axis=1), tl.sum(grad * whitened, axis=1))
+    store_row(partial_ptr + row * NUM_SUMS, sums, tile.group < groups.count)
 
 
 @triton.jit
 def rl_advantage_merge_sums_kernel(
-    partial_ptr,  # [groups, parts, 2]
-    merged_ptr,  # [groups, 1, 2]
+    partial_ptr,  # [groups, parts, NUM_SUMS]
+    merged_ptr,  # [groups, 1, NUM_SUMS]
     parts,
     PARTS: tl.constexpr,
 ):
     """Each lane adds up every PARTS-th part of a group, then the lanes are added up."""
     group = tl.program_id(0).to(tl.int64)
-    group_ptr = partial_ptr + group * parts * 2
+    group_ptr = partial_ptr + group * parts * NUM_SUMS
     part = tl.arange(0, PARTS)
-    grad_sum, product_sum = load_sums(group_ptr, part, parts)
+    sums = load_rows(group_ptr, part, parts, NUM_SUMS)
     for first in range(PARTS, parts, PARTS):
-        more_grad, more_product = load_sums(group_ptr, first + part, parts)
-        grad_sum += more_grad
-        product_sum += more_product
-    tl.store(merged_ptr + group * 2, tl.sum(grad_sum, axis=0))
-    tl.store(merged_ptr + group * 2 + 1, tl.sum(product_sum, axis=0))
+        sums = add_rows(sums, load_rows(group_ptr, first + part, parts, NUM_SUMS))
+    store_row(merged_ptr + group * NUM_SUMS, (tl.sum(sums[0], axis=0), tl.sum(sums[1], axis=0)))
 
 
 # Whitening is y_i = k c_i with c_i = x_i - mean, k = 1 / (s + eps) and s² = sum c² / (n - 1), where sum c = 0 gives
@@ -266,93 +268,76 @@ def rl_advantage_merge_sums_kernel(
 @triton.jit
 def rl_advantage_backward_kernel(
     grad_ptr,  # [groups * group_size]
-    reward_ptr,  # [groups * group_size]
-    value_ptr,  # [groups * group_size]
-    mask_ptr,  # [groups * group_size] or None
-    statistics_ptr,  # [groups, 3]
-    partial_ptr,  # [groups, partials, 2], or None unless MODE is PARTS_OF_GROUPS
+    inputs,
+    partial,  # of NUM_SUMS, or None: a program has whole groups
+    statistics_ptr,  # [groups, NUM_STATISTICS], or None: no whitening
     out_ptr,  # [groups * group_size]
     groups,
-    group_size,
-    parts,
-    partials,
-    reward_scale,
-    NORMALIZE: tl.constexpr,
-    MODE: tl.constexpr,
     GROUPS: tl.constexpr,
     TILE: tl.constexpr,
-    PARTIALS: tl.constexpr,
 ):
-    group, _, offset, ok = tile_offset(groups, group_size, parts, 0, GROUPS, TILE, 1)
-    if MODE == NO_WHITENING:
-        member = ok
-        if mask_ptr is not None:
-            member = ok & (tl.load(mask_ptr + offset, mask=ok, other=0) != 0)
-        grad = tl.load(grad_ptr + offset, mask=member, other=0.0).to(tl.float32)
+    tile = tile_of(groups, 0, GROUPS, TILE, 1)
+    if statistics_ptr is None:
+        grad = load(grad_ptr, tile.offset, members(inputs.mask, tile.offset, tile.ok))
     else:
-        grad, whitened, member, count, std = load_whitened_gradient(
-            grad_ptr,
-            reward_ptr,
-            value_ptr,
-            mask_ptr,
-            statistics_ptr,
-            group,
-            offset,
-            ok,
-            groups,
-            reward_scale,
-            NORMALIZE,
-        )
-        if MODE == WHOLE_GROUPS:
+        grad, whitened, member, statistics = load_whitened_gradient(grad_ptr, inputs, statistics_ptr, tile, groups)
+        if partial is None:
             grad_sum = tl.sum(grad, axis=1)
             product_sum = tl.sum(grad * whitened, axis=1)
         else:
-            group_ptr = partial_ptr + (tl.program_id(0) // parts).to(tl.int64) * partials * 2
-            grad_sum, product_sum = load_sums(group_ptr, tl.arange(0, PARTIALS)[None, :], partials)
-            grad_sum, product_sum = tl.sum(grad_sum, axis=1), tl.sum(product_sum, axis=1)
+            grad_sums, product_sums = load_partial(partial, groups, NUM_SUMS)
+            grad_sum, product_sum = tl.sum(grad_sums, axis=1), tl.sum(product_sums, axis=1)
+        count, _, std = statistics
         varied = std != 0
         mean_grad = grad_sum / tl.maximum(count, 1.0)
         slope = tl.where(varied, product_sum / tl.where(varied, (count - 1.0) * std, 1.0), 0.0)
         grad = (grad - mean_grad[:, None]) / (std[:, None] + EPS) - whitened * slope[:, None]
         grad = tl.where(member & varied[:, None], grad, 0.0)
-    tl.store(out_ptr + offset, (-grad).to(out_ptr.dtype.element_ty), mask=ok)
+    store(out_ptr, tile.offset, -grad, tile.ok)
 
 
-def forward_tiles(numel: int, group_size: int) -> tuple[int, dict[str, Any]]:
-    """advantage_tiles, and the tiles of a program: all of a group where they are few, which saves a launch."""
-    programs, tiles = advantage_tiles(numel, group_size)
-    count = tiles["parts"]
-    if group_size == 0 or count == 1 or count > MOST_TILES:
-        return programs, {**tiles, "TILES": 1}
-    return programs // count, {**tiles, "parts": 1, "TILES": count, "num_warps": 16}
+class Cover(NamedTuple):
+    """How a launch covers the groups: its programs, and the constants of its kernels."""
+
+    programs: int
+    groups: Groups
+    constants: dict[str, int]
+    num_warps: int
 
 
-def advantage_tiles(numel: int, group_size: int) -> tuple[int, dict[str, Any]]:
-    """Programs of a launch, and how they cover the groups: several groups side by side, or one group in parts.
+def cover(numel: int, group_size: int) -> Cover:
+    """Several groups side by side, or one group in parts. Without whitening (group_size 0) everything is one group.
 
-    Without whitening (group_size 0) everything is one group. Shapes alone decide, so that the bits of a result do too.
+    Shapes alone decide, so that the bits of a result do too.
     """
-    whole = group_size or numel
-    tile = min(triton.next_power_of_2(whole), TILE_LIMIT if group_size else 1024)
-    parts = triton.cdiv(whole, tile)
-    groups = numel // whole
+    size = group_size or numel
+    tile = min(triton.next_power_of_2(size), TILE_LIMIT if group_size else 1024)
+    groups = Groups(numel // size, size, triton.cdiv(size, tile))
     side_by_side = max(1, 1024 // tile)
-    tiles = {"groups": groups, "group_size": whole, "parts": parts, "GROUPS": side_by_side, "TILE": tile}
-    return triton.cdiv(groups, side_by_side) * parts, {**tiles, **OPTIONS, "num_warps": 8 if tile > 1024 else 4}
+    programs = triton.cdiv(groups.count, side_by_side) * groups.parts
+    return Cover(programs, groups, {"GROUPS": side_by_side, "TILE": tile}, 8 if tile > 1024 else 4)
 
 
-def whitening_mode(group_size: int, parts: int) -> int:
-    return (NO_WHITENING if group_size == 0 else WHOLE_GROUPS if parts == 1 else PARTS_OF_GROUPS).value
+def merged(rows: Tensor, kernel: Any) -> Partial:
+    """rows [groups, parts, width] as they are, or merged to [groups, 1, width] where there are too many parts."""
+    groups, parts, width = rows.shape
+    if parts > MOST_PARTS:
+        whole = rows.new_empty(groups, 1, width)
+        kernel[(groups,)](rows, whole, parts, PARTS=MERGED_AT_ONCE, num_warps=4, **OPTIONS)
+        rows, parts = whole, 1
+    return Partial(rows, parts, tl.constexpr(triton.next_power_of_2(parts)))
 
 
-def merged(partial: Tensor, kernel: Any) -> Tensor:
-    """partial [groups, parts, ...] as it is, or merged to [groups, 1, ...] where there are too many parts."""
-    groups, parts, width = partial.shape
-    if parts <= MOST_PARTS:
-        return partial
-    whole = partial.new_empty(groups, 1, width)
-    kernel[(groups,)](partial, whole, parts, PARTS=MERGED_AT_ONCE, num_warps=4, **OPTIONS)
-    return whole
+def kernel_inputs(
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None
+) -> Inputs:
+    constant = None if normalize is None else tl.constexpr(normalize)
+    return Inputs(flat(reward), flat(value), flat(mask), reward_scale, constant)
+
+
+def new_rows(like: Tensor, width: tl.constexpr, *rows: int) -> Tensor:
+    """[*rows, width] float32."""
+    return torch.empty(*rows, width.value, dtype=torch.float32, device=like.device)
 
 
 def rl_advantage_forward(
@@ -361,33 +346,25 @@ def rl_advantage_forward(
     """See the reference. One launch; two where a group is larger than MOST_TILES tiles, three beyond MOST_PARTS."""
     numel = reward.numel()
     out = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
-    statistics = torch.empty(numel // group_size if group_size else 0, 3, dtype=torch.float32, device=reward.device)
+    statistics = new_rows(reward, NUM_STATISTICS, numel // group_size if group_size else 0)
     if numel == 0:
         return out, statistics
-    inputs = (reward.contiguous(), value.contiguous(), as_bytes(mask if mask is None else mask.contiguous()))
-    programs, tiles = forward_tiles(numel, group_size)
-    mode = whitening_mode(group_size, tiles["parts"])
-    partial, partials = None, 1
+    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize)
+    programs, groups, constants, warps = cover(numel, group_size)
+    tiles, partial = 1, None
     with launch_guard(reward):
-        if mode == PARTS_OF_GROUPS.value:
-            partial = torch.empty(tiles["groups"], tiles["parts"], 3, dtype=torch.float32, device=reward.device)
-            rl_advantage_moments_kernel[(programs,)](
-                *inputs, partial, reward_scale=reward_scale, NORMALIZE=normalize, **tiles
-            )
-            partial = merged(partial, rl_advantage_merge_moments_kernel)
-            partials = partial.shape[1]
+        if group_size and 1 < groups.parts <= MOST_TILES:
+            tiles, warps = groups.parts, 16
+            programs, groups = programs // tiles, groups._replace(parts=1)
+        elif group_size and groups.parts > 1:
+            options = {**constants, "num_warps": warps, **OPTIONS}
+            rows = new_rows(reward, NUM_MOMENTS, groups.count, groups.parts)
+            rl_advantage_moments_kernel[(programs,)](inputs, rows, groups, **options)
+            partial = merged(rows, rl_advantage_merge_moments_kernel)
         rl_advantage_kernel[(programs,)](
-            *inputs,
-            partial,
-            out,
-            statistics if group_size else None,
-            partials=partials,
-            reward_scale=reward_scale,
-            NORMALIZE=normalize,
-            MODE=mode,
-            PARTIALS=triton.next_power_of_2(partials),
-            **tiles,
-        )
+            inputs, partial, statistics if group_size else None, out, groups,
+            **constants, TILES=tiles, num_warps=warps, **OPTIONS,
+        )  # fmt: skip
     return out, statistics
 
 
@@ -406,33 +383,16 @@ def rl_advantage_backward(
     out = value.new_empty(value.shape)
     if numel == 0:
         return out
-    inputs = (
-        grad.contiguous(),
-        reward.contiguous(),
-        value.contiguous(),
-        as_bytes(mask if mask is None else mask.contiguous()),
-        statistics if group_size else None,
-    )
-    programs, tiles = advantage_tiles(numel, group_size)
-    mode = whitening_mode(group_size, tiles["parts"])
-    partial, partials = None, 1
+    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize)
+    programs, groups, constants, warps = cover(numel, group_size)
+    options = {**constants, "num_warps": warps, **OPTIONS}
+    grad, partial = grad.contiguous(), None
     with launch_guard(reward):
-        if mode == PARTS_OF_GROUPS.value:
-            partial = torch.empty(tiles["groups"], tiles["parts"], 2, dtype=torch.float32, device=reward.device)
-            rl_advantage_sums_kernel[(programs,)](
-                *inputs, partial, reward_scale=reward_scale, NORMALIZE=normalize, **tiles
-            )
-            partial = merged(partial, rl_advantage_merge_sums_kernel)
-            partials = partial.shape[1]
+        if group_size and groups.parts > 1:
+            rows = new_rows(reward, NUM_SUMS, groups.count, groups.parts)
+            rl_advantage_sums_kernel[(programs,)](grad, inputs, statistics, rows, groups, **options)
+            partial = merged(rows, rl_advantage_merge_sums_kernel)
         rl_advantage_backward_kernel[(programs,)](
-            *inputs,
-            partial,
-            out,
-            partials=partials,
-            reward_scale=reward_scale,
-            NORMALIZE=normalize,
-            MODE=mode,
-            PARTIALS=triton.next_power_of_2(partials),
-            **tiles,
+            grad, inputs, partial, statistics if group_size else None, out, groups, **options
         )
     return out

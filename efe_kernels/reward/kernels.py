@@ -2,158 +2,167 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, unit_clamp
+from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, members, unit_clamp
 from efe_kernels.reward.reference import IGNORE_INDEX, size_score
 
 IGNORE = tl.constexpr(IGNORE_INDEX)
 
 
+class Prediction(NamedTuple):
+    ptr: Any  # [B, height, width, C] logits or [B, height, width] integers, any strides
+    stride_b: int
+    stride_h: int
+    stride_w: int
+    stride_c: int | None  # None: integers
+    height: int
+    width: int
+    row_scale: float  # of a row of the target to one of the prediction
+    column_scale: float
+    size_score: float
+
+
+class Grid(NamedTuple):
+    ptr: Any  # [B, H, W], any strides
+    stride_b: int
+    stride_h: int
+    stride_w: int
+
+
+class Shape(NamedTuple):
+    """Of the target."""
+
+    batch: int
+    height: int
+    width: int
+
+
+class Terms(NamedTuple):
+    """Scores of a prediction, their differences or their weights: see REWARD_TERMS."""
+
+    accuracy: Any
+    size: Any
+    colour: Any
+    reversibility: Any
+
+
+class Counts(NamedTuple):
+    """What the scores of a prediction are made of, summed over the blocks of cells."""
+
+    equal: Any  # [CELLS], cells that equal the target
+    excess: Any  # [CELLS, PALETTE], cells of a colour, less those of the target
+
+
 @triton.jit
-def load_colour(
-    ptr,  # [B, H, W, C] logits or [B, H, W] integers, any strides
-    offset,
-    ok,
-    stride_c,
-    C: tl.constexpr,
-    LOGITS: tl.constexpr,
-):
-    """Colour of each cell at ptr + offset: the argmax, which NaN never is, or the integer, -1 outside [0, C)."""
-    if LOGITS:
+def load_colour(prediction, offset, ok, C: tl.constexpr):
+    """Colour of each cell at the offset: the argmax, which NaN never is, or the integer, -1 outside [0, C)."""
+    dtype: tl.constexpr = prediction.ptr.dtype.element_ty
+    if dtype.is_floating():
         colour = tl.zeros(offset.shape, tl.int32)
-        best = tl.full(offset.shape, float("-inf"), tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32)
+        best = tl.full(offset.shape, float("-inf"), tl.float64 if dtype == tl.float64 else tl.float32)
         for c in tl.static_range(C):
-            logit = tl.load(ptr + offset + c * stride_c, mask=ok, other=0.0).to(best.dtype)
+            logit = tl.load(prediction.ptr + offset + c * prediction.stride_c, mask=ok, other=0.0).to(best.dtype)
             colour = tl.where(logit > best, c, colour)
             best = tl.where(logit > best, logit, best)
     else:
-        integer = tl.load(ptr + offset, mask=ok, other=0).to(tl.int64)
+        integer = tl.load(prediction.ptr + offset, mask=ok, other=0).to(tl.int64)
         colour = tl.where((integer >= 0) & (integer < C), integer, -1).to(tl.int32)
     return colour
 
 
 @triton.jit
-def resized_colour(
-    ptr,  # [B, H, W, C] logits or [B, H, W] integers, any strides
-    b,
-    row,
-    column,
-    ok,
-    height,
-    width,
-    row_scale,
-    column_scale,
-    stride_b,
-    stride_h,
-    stride_w,
-    stride_c,
-    C: tl.constexpr,
-    LOGITS: tl.constexpr,
-):
-    """Colour at the source cell of (row, column), nearest neighbour in the float32 arithmetic of `interpolate`."""
-    source_row = tl.minimum((row.to(tl.float32) * row_scale).to(tl.int32), height - 1).to(tl.int64)
-    source_column = tl.minimum((column.to(tl.float32) * column_scale).to(tl.int32), width - 1).to(tl.int64)
-    offset = b * stride_b + source_row * stride_h + source_column * stride_w
-    return load_colour(ptr, offset, ok, stride_c, C, LOGITS)
+def source_index(index, scale, size):
+    """Nearest neighbour in the float32 arithmetic of `interpolate`."""
+    return tl.minimum((index.to(tl.float32) * scale).to(tl.int32), size - 1).to(tl.int64)
 
 
 @triton.jit
-def store_scores(
+def resized_colour(prediction, b, row, column, ok, C: tl.constexpr):
+    """Colour at the cell of the prediction that stands for the target's (row, column)."""
+    source_row = source_index(row, prediction.row_scale, prediction.height)
+    source_column = source_index(column, prediction.column_scale, prediction.width)
+    offset = b * prediction.stride_b + source_row * prediction.stride_h + source_column * prediction.stride_w
+    return load_colour(prediction, offset, ok, C)
+
+
+@triton.jit
+def cell_offset(grid, row, column):
+    return row.to(tl.int64) * grid.stride_h + column.to(tl.int64) * grid.stride_w
+
+
+@triton.jit
+def add_cells(counts, colour, target, target_counts, counted, palette):
+    """counts and those of a block of cells."""
+    equal = counts.equal + (counted & (colour == target)).to(tl.int32)
+    shade = tl.where(counted, colour, -2)[:, None]
+    return Counts(equal, counts.excess + ((shade == palette).to(tl.int32) - target_counts))
+
+
+@triton.jit
+def scores_of(counts, count, size, reversibility, C: tl.constexpr):
+    """Terms from the counts of all cells. count: of the cells that count, at least 1."""
+    difference = tl.sum(tl.abs(tl.sum(counts.excess, axis=0)), axis=0)
+    accuracy = tl.div_rn(tl.sum(counts.equal, axis=0).to(tl.float32), count)
+    colours = tl.full((), C, tl.float32)
+    colour = 1.0 - tl.div_rn(tl.div_rn(difference.to(tl.float32), count), colours)
+    return Terms(accuracy, size, colour, reversibility)
+
+
+@triton.jit
+def store_rows(
+    out_ptr,  # [rows, B]
+    b,
+    batch,
+    FIRST: tl.constexpr,
+    values,
+):
+    """Values of the episode b in the rows from FIRST on."""
+    for i in tl.static_range(len(values)):
+        tl.store(out_ptr + (FIRST + i) * batch + b, values[i])
+
+
+@triton.jit
+def store_table(
     out_ptr,  # [14, B]
     b,
     batch,
-    equal_before,
-    equal_after,
-    difference_before,
-    difference_after,
-    counted,
-    size_before,
-    size_after,
-    reversibility_ptr,  # [2, B] or None
-    weight_accuracy,
-    weight_size,
-    weight_colour,
-    weight_reversibility,
-    C: tl.constexpr,
+    before,
+    after,
+    weights,
+    mask_ratio,
 ):
-    count = tl.maximum(counted, 1).to(tl.float32)
-    accuracy_before = tl.div_rn(equal_before.to(tl.float32), count)
-    accuracy_after = tl.div_rn(equal_after.to(tl.float32), count)
-    colours = tl.full((), C, tl.float32)
-    colour_before = 1.0 - tl.div_rn(tl.div_rn(difference_before.to(tl.float32), count), colours)
-    colour_after = 1.0 - tl.div_rn(tl.div_rn(difference_after.to(tl.float32), count), colours)
-    back_before = 0.5
-    back_after = 0.5
-    if reversibility_ptr is not None:
-        back_before = tl.load(reversibility_ptr + b)
-        back_after = tl.load(reversibility_ptr + batch + b)
-    delta_accuracy = unit_clamp(accuracy_after - accuracy_before)
-    delta_size = unit_clamp(size_after - size_before)
-    delta_colour = unit_clamp(colour_after - colour_before)
-    delta_back = unit_clamp(back_after - back_before)
-    reward = weight_accuracy * delta_accuracy + weight_size * delta_size
-    reward += weight_colour * delta_colour + weight_reversibility * delta_back
-    tl.store(out_ptr + b, reward)
-    tl.store(out_ptr + 1 * batch + b, delta_accuracy)
-    tl.store(out_ptr + 2 * batch + b, delta_size)
-    tl.store(out_ptr + 3 * batch + b, delta_colour)
-    tl.store(out_ptr + 4 * batch + b, delta_back)
-    tl.store(out_ptr + 5 * batch + b, accuracy_before)
-    tl.store(out_ptr + 6 * batch + b, size_before)
-    tl.store(out_ptr + 7 * batch + b, colour_before)
-    tl.store(out_ptr + 8 * batch + b, back_before)
-    tl.store(out_ptr + 9 * batch + b, accuracy_after)
-    tl.store(out_ptr + 10 * batch + b, size_after)
-    tl.store(out_ptr + 11 * batch + b, colour_after)
-    tl.store(out_ptr + 12 * batch + b, back_after)
-    tl.store(out_ptr + 13 * batch + b, tl.div_rn((counted - equal_after).to(tl.float32), count))
+    """The rows of the reference's reward_table from the Terms before and after."""
+    delta = Terms(
+        unit_clamp(after.accuracy - before.accuracy),
+        unit_clamp(after.size - before.size),
+        unit_clamp(after.colour - before.colour),
+        unit_clamp(after.reversibility - before.reversibility),
+    )
+    reward = weights.accuracy * delta.accuracy + weights.size * delta.size
+    reward += weights.colour * delta.colour + weights.reversibility * delta.reversibility
+    store_rows(out_ptr, b, batch, 0, (reward,))
+    store_rows(out_ptr, b, batch, 1, delta)
+    store_rows(out_ptr, b, batch, 5, before)
+    store_rows(out_ptr, b, batch, 9, after)
+    store_rows(out_ptr, b, batch, 13, (mask_ratio,))
 
 
 @triton.jit
 def grid_reward_kernel(
-    before_ptr,  # [B, H_before, W_before, C] logits or [B, H_before, W_before] integers, any strides
-    after_ptr,  # [B, H_after, W_after, C] logits or [B, H_after, W_after] integers, any strides
-    target_ptr,  # [B, H, W] any strides
-    valid_ptr,  # [B, H, W] any strides, or None
+    before,
+    after,
+    target,
+    valid,  # or None
     reversibility_ptr,  # [2, B] or None
     out_ptr,  # [14, B]
-    batch,
-    height,
-    width,
-    before_height,
-    before_width,
-    before_row_scale,
-    before_column_scale,
-    before_stride_b,
-    before_stride_h,
-    before_stride_w,
-    before_stride_c,
-    after_height,
-    after_width,
-    after_row_scale,
-    after_column_scale,
-    after_stride_b,
-    after_stride_h,
-    after_stride_w,
-    after_stride_c,
-    target_stride_b,
-    target_stride_h,
-    target_stride_w,
-    valid_stride_b,
-    valid_stride_h,
-    valid_stride_w,
-    size_before,
-    size_after,
-    weight_accuracy,
-    weight_size,
-    weight_colour,
-    weight_reversibility,
-    LOGITS_BEFORE: tl.constexpr,
-    LOGITS_AFTER: tl.constexpr,
+    shape,
+    weights,
     C: tl.constexpr,
     PALETTE: tl.constexpr,
     CELLS: tl.constexpr,
@@ -162,51 +171,50 @@ def grid_reward_kernel(
     """One program per episode. All counts are integers: exact, whatever the order."""
     b = tl.program_id(0).to(tl.int64)
     palette = tl.arange(0, PALETTE)[None, :]
-    excess_before = tl.zeros((CELLS, PALETTE), tl.int32)  # cells of a colour, less those of the target
-    excess_after = tl.zeros((CELLS, PALETTE), tl.int32)
-    equal_before = tl.zeros((CELLS,), tl.int32)
-    equal_after = tl.zeros((CELLS,), tl.int32)
-    counted = tl.zeros((CELLS,), tl.int32)
+    none = tl.zeros((CELLS,), tl.int32)
+    counts_before = Counts(none, tl.zeros((CELLS, PALETTE), tl.int32))
+    counts_after = counts_before
+    total = none
     for block in range(BLOCKS):
         cell = block * CELLS + tl.arange(0, CELLS)
-        ok = cell < height * width
-        row = cell // width
-        column = cell % width
-        target_offset = row.to(tl.int64) * target_stride_h + column.to(tl.int64) * target_stride_w
-        target = tl.load(target_ptr + b * target_stride_b + target_offset, mask=ok, other=0).to(tl.int64)
-        counts = ok & (target != IGNORE)
-        if valid_ptr is not None:
-            valid_offset = row.to(tl.int64) * valid_stride_h + column.to(tl.int64) * valid_stride_w
-            counts = counts & (tl.load(valid_ptr + b * valid_stride_b + valid_offset, mask=ok, other=0) != 0)
-        target = tl.where((target >= 0) & (target < C), target, -2).to(tl.int32)
-        before = resized_colour(
-            before_ptr, b, row, column, counts, before_height, before_width, before_row_scale, before_column_scale,
-            before_stride_b, before_stride_h, before_stride_w, before_stride_c, C, LOGITS_BEFORE,
-        )  # fmt: skip
-        after = resized_colour(
-            after_ptr, b, row, column, counts, after_height, after_width, after_row_scale, after_column_scale,
-            after_stride_b, after_stride_h, after_stride_w, after_stride_c, C, LOGITS_AFTER,
-        )  # fmt: skip
-        counted += counts.to(tl.int32)
-        equal_before += (counts & (before == target)).to(tl.int32)
-        equal_after += (counts & (after == target)).to(tl.int32)
-        shade = tl.where(counts, target, -2)[:, None]
-        target_counts = (shade == palette).to(tl.int32)
-        excess_before += (tl.where(counts, before, -2)[:, None] == palette).to(tl.int32) - target_counts
-        excess_after += (tl.where(counts, after, -2)[:, None] == palette).to(tl.int32) - target_counts
-    store_scores(
-        out_ptr, b, batch, tl.sum(equal_before, axis=0), tl.sum(equal_after, axis=0),
-        tl.sum(tl.abs(tl.sum(excess_before, axis=0)), axis=0), tl.sum(tl.abs(tl.sum(excess_after, axis=0)), axis=0),
-        tl.sum(counted, axis=0), size_before, size_after, reversibility_ptr,
-        weight_accuracy, weight_size, weight_colour, weight_reversibility, C,
-    )  # fmt: skip
+        ok = cell < shape.height * shape.width
+        row = cell // shape.width
+        column = cell % shape.width
+        place = target.ptr + b * target.stride_b + cell_offset(target, row, column)
+        colour = tl.load(place, mask=ok, other=0).to(tl.int64)
+        counted = ok & (colour != IGNORE)
+        if valid is not None:
+            counted = counted & members(valid.ptr + b * valid.stride_b, cell_offset(valid, row, column), ok)
+        colour = tl.where((colour >= 0) & (colour < C), colour, -2).to(tl.int32)
+        colour_before = resized_colour(before, b, row, column, counted, C)
+        colour_after = resized_colour(after, b, row, column, counted, C)
+        total += counted.to(tl.int32)
+        target_counts = (tl.where(counted, colour, -2)[:, None] == palette).to(tl.int32)
+        counts_before = add_cells(counts_before, colour_before, colour, target_counts, counted, palette)
+        counts_after = add_cells(counts_after, colour_after, colour, target_counts, counted, palette)
+    counted = tl.sum(total, axis=0)
+    count = tl.maximum(counted, 1).to(tl.float32)
+    back_before = 0.5
+    back_after = 0.5
+    if reversibility_ptr is not None:
+        back_before = tl.load(reversibility_ptr + b)
+        back_after = tl.load(reversibility_ptr + shape.batch + b)
+    scores_before = scores_of(counts_before, count, before.size_score, back_before, C)
+    scores_after = scores_of(counts_after, count, after.size_score, back_after, C)
+    wrong = (counted - tl.sum(counts_after.equal, axis=0)).to(tl.float32)
+    store_table(out_ptr, b, shape.batch, scores_before, scores_after, weights, tl.div_rn(wrong, count))
 
 
-def prediction_arguments(prediction: Tensor, height: int, width: int) -> tuple[float | int, ...]:
-    """Size, resize scales and strides of a prediction, in the order of the kernel's arguments."""
-    rows, columns = prediction.shape[1:3]
-    stride_c = prediction.stride(3) if prediction.dim() == 4 else 0
-    return (rows, columns, rows / height, columns / width, *prediction.stride()[:3], stride_c)
+def grid(tensor: Tensor | None) -> Grid | None:
+    return None if tensor is None else Grid(tensor, *tensor.stride())
+
+
+def prediction(tensor: Tensor, height: int, width: int) -> Prediction:
+    """height, width: of the target."""
+    rows, columns = tensor.shape[1:3]
+    score = size_score((rows, columns), (height, width))
+    strides = (*tensor.stride(), None)[:4]
+    return Prediction(tensor, *strides, rows, columns, rows / height, columns / width, score)
 
 
 def grid_reward(
@@ -224,23 +232,20 @@ def grid_reward(
         return out
     palette = triton.next_power_of_2(num_colors)
     cells = min(256, max(32, 4096 // palette))
-    size = (height, width)
     with launch_guard(target):
         grid_reward_kernel[(batch,)](
-            before, after, target, as_bytes(valid), reversibility, out, batch, height, width,
-            *prediction_arguments(before, height, width),
-            *prediction_arguments(after, height, width),
-            *target.stride(),
-            *((0, 0, 0) if valid is None else valid.stride()),
-            size_score((before.shape[1], before.shape[2]), size),
-            size_score((after.shape[1], after.shape[2]), size),
-            *weights,
-            LOGITS_BEFORE=before.is_floating_point(),
-            LOGITS_AFTER=after.is_floating_point(),
+            prediction(before, height, width),
+            prediction(after, height, width),
+            grid(target),
+            grid(as_bytes(valid)),
+            reversibility,
+            out,
+            Shape(batch, height, width),
+            Terms(*weights),
             C=num_colors,
             PALETTE=palette,
             CELLS=cells,
             BLOCKS=triton.cdiv(height * width, cells),
             **OPTIONS,
-        )  # fmt: skip
+        )
     return out
