@@ -99,7 +99,7 @@ def efe_loss(
         max_cells: cells of the largest grid, the unit of the step term.
         ignore_index: the target of a cell that does not count.
         reduction: of the total over B, "mean", "sum" or "none".
-        grad_scale: 0-d tensor on the device of logits, the upstream gradient of the total that the caller promises:
+        grad_scale: 0-d tensor on the device of logits, the upstream gradient that the caller expects the total to get:
             the weight of this loss times the scale of a GradScaler. On CUDA one read of the logits then gives loss
             and gradients, and a backward whose upstream gradient is that very number has nothing more to compute. A
             hint for speed with large batches, on which results never depend; it is not taken where there is a prompt
