@@ -30,7 +30,9 @@ MAX_CHUNKS = 128
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 16
 PROMPT = TERMS.index("prompt")
-NOTHING = Inputs(*[None] * len(Inputs._fields))
+# The same fields with Arrays, or strides, in place of tensors.
+Fields: Any = Inputs
+NOTHING = Fields(*[None] * len(Inputs._fields))
 
 
 class Layout:
@@ -56,7 +58,7 @@ class Layout:
         self.projection_programs = triton.cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
         self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
         self.chunks = triton.cdiv(self.batch, self.episodes)
-        self.strides = Inputs(*[None if tensor is None else constants(tensor.stride()) for tensor in inputs])
+        self.strides = Fields(*[None if tensor is None else constants(tensor.stride()) for tensor in inputs])
         self.strides = self.strides._replace(
             final_logits=one_step(inputs.final_logits),
             preference_logits=constants((0, 0, *inputs.preference_logits.stride()))
@@ -70,7 +72,7 @@ class Layout:
     def tile_of(self, cells_per_lane: int) -> int:
         return min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
 
-    def arrays(self, inputs: Inputs) -> Inputs:
+    def arrays(self, inputs: Inputs) -> Any:
         """The inputs as the kernels see them."""
         found = [
             None if strides is None else Array(tensor, strides)
@@ -78,7 +80,7 @@ class Layout:
         ]
         if inputs.valid is not None:
             found[-1] = Array(inputs.valid.view(torch.uint8), self.strides.valid)
-        return Inputs(*found)
+        return Fields(*found)
 
     def shape(self, ignore_index: int) -> Shape:
         found = self.shapes.get(ignore_index)

@@ -103,8 +103,8 @@ def log_prob_backward(
     log_std: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    grads = (or_zeros(grad, action[:, 0]) for grad in (grad_log_prob, grad_entropy))
-    return wanted(reference.squashed_log_prob_backward(*grads, action, mean, log_std), needs)
+    grad_log_prob, grad_entropy = (or_zeros(grad, action[:, 0]) for grad in (grad_log_prob, grad_entropy))
+    return wanted(reference.squashed_log_prob_backward(grad_log_prob, grad_entropy, action, mean, log_std), needs)
 
 
 def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
