@@ -108,7 +108,7 @@ def wire(
     return Wiring(
         wrt=tuple(names.index(name) for name in wrt),
         width=len(arguments),
-        differentiable=tuple(f"grad_{name}" in taken for name in results),
+        differentiable=tuple(f"grad_{name}" in taken or name in passes.values() for name in results),
         saved=tuple(names.index(name) for name in saved),
         constants=tuple(names.index(name) for name in constants),
         order=tuple(sources.index(name) for name in taken),
