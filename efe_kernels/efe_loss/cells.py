@@ -23,10 +23,20 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 class Array(NamedTuple):
-    """A tensor. The fields of `reference.Inputs` reach the kernels as one each, [B, H, W, C] as a plan of one step."""
+    """A tensor and, as constants, its strides by the letters of its shape: 0 for a dimension that it lacks."""
 
     ptr: Any
-    strides: Any  # constants
+    b: Any
+    t: Any
+    h: Any
+    w: Any
+    c: Any
+    d: Any
+
+
+# An Array or None for each tensor of the loss, and the target that does not count. A constant must come last: Triton 3.5
+# loses those of an Array that follows the last one.
+Inputs = NamedTuple("Inputs", [*((name, Any) for name in reference.Inputs._fields), ("IGNORE_INDEX", Any)])
 
 
 class Shape(NamedTuple):
@@ -40,7 +50,6 @@ class Shape(NamedTuple):
     PAIRS: Any  # of steps, the one in which a step is alone included
     ALONE: Any  # 1 where the middle step of a plan read backwards is its own partner
     SAVED: Any  # columns of what forward saves for backward
-    IGNORE_INDEX: Any
     APPROX: Any  # whether the approximate instructions exist
 
 
@@ -79,8 +88,8 @@ def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.
 @triton.jit
 def step_offset(array, step, tile, shape):
     """Element offset of each cell at one step of [B, T, H, W, C]."""
-    s: tl.constexpr = array.strides
-    return tile.episode * s[0] + tl.cast(step, tl.int64) * s[1] + cell_offset(tile.cell, shape.WIDTH, s[2], s[3])
+    start = tile.episode * array.b + tl.cast(step, tl.int64) * array.t
+    return start + cell_offset(tile.cell, shape.WIDTH, array.h, array.w)
 
 
 @triton.jit
@@ -99,7 +108,7 @@ def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
 @triton.jit
 def load_step(array, step, tile, shape):
     """The C values of each cell at one step of [B, T, H, W, C]."""
-    return load_outcomes(array.ptr, step_offset(array, step, tile, shape), tile.mask, array.strides[4], shape.C)
+    return load_outcomes(array.ptr, step_offset(array, step, tile, shape), tile.mask, array.c, shape.C)
 
 
 @triton.jit
@@ -108,19 +117,17 @@ def store_step(array, gradients, step, tile, shape):
     offset = step_offset(array, step, tile, shape)
     for c in tl.static_range(shape.C):
         grad = tl.where(tile.counted, gradients[c], 0.0)
-        tl.store(array.ptr + offset + c * array.strides[4], grad.to(array.ptr.dtype.element_ty), mask=tile.mask)
+        tl.store(array.ptr + offset + c * array.c, grad.to(array.ptr.dtype.element_ty), mask=tile.mask)
 
 
 @triton.jit
 def tile_of(inputs, episode, cell, mask, shape):
     """Which of the cells count, and their targets."""
-    s: tl.constexpr = inputs.target.strides
-    offset = episode * s[0] + cell_offset(cell, shape.WIDTH, s[1], s[2])
+    offset = episode * inputs.target.b + cell_offset(cell, shape.WIDTH, inputs.target.h, inputs.target.w)
     target = tl.load(inputs.target.ptr + offset, mask=mask, other=0).to(tl.int64)
-    counted = mask & (target != shape.IGNORE_INDEX)
+    counted = mask & (target != inputs.IGNORE_INDEX)
     if inputs.valid is not None:
-        v: tl.constexpr = inputs.valid.strides
-        offset = episode * v[0] + cell_offset(cell, shape.WIDTH, v[1], v[2])
+        offset = episode * inputs.valid.b + cell_offset(cell, shape.WIDTH, inputs.valid.h, inputs.valid.w)
         counted = counted & (tl.load(inputs.valid.ptr + offset, mask=mask, other=0) != 0)
     target = tl.where((target >= 0) & (target < shape.C), target, -1).to(tl.int32)
     return Tile(episode, cell, mask, counted, target)
@@ -192,7 +199,7 @@ def preference_scales(prompt, episode, shape):
     scales = ()
     for c in tl.static_range(shape.C):
         if prompt is not None:
-            e = tl.load(prompt.ptr + episode * prompt.strides[0] + c * prompt.strides[1]).to(tl.float32)
+            e = tl.load(prompt.ptr + episode * prompt.b + c * prompt.d).to(tl.float32)
             scales = scales + (reciprocal(1.0 + tl.exp2(-e * LOG2_E), shape.APPROX),)
         else:
             scales = scales + (1.0,)
@@ -238,10 +245,8 @@ def observation_gradient(ps, weight, shape):
 @triton.jit
 def anchor_divergence(logs, target_preference, tile, shape):
     """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
-    s: tl.constexpr = target_preference.strides
-    anchors = load_outcomes(
-        target_preference.ptr, cell_offset(tile.cell, shape.WIDTH, s[0], s[1]), tile.mask, s[2], shape.C
-    )
+    offset = cell_offset(tile.cell, shape.WIDTH, target_preference.h, target_preference.w)
+    anchors = load_outcomes(target_preference.ptr, offset, tile.mask, target_preference.c, shape.C)
     row = anchors[0]
     for c in tl.static_range(1, shape.C):
         row += anchors[c]

@@ -81,6 +81,7 @@ class Gradients(NamedTuple):
     projection: Any  # [C, D]
     partial: Any  # pointer [CHUNKS, C, H * W] float32 or None: sums over a chunk of d loss / d shared preference logits
     scales: Any  # pointer [B, TILES, C] float32 or None: sums over a tile of d loss / d preference scale
+    SHARED_PREFERENCE: Any  # a constant that comes last, as in Inputs
 
 
 class Factors(NamedTuple):
@@ -255,7 +256,7 @@ def efe_loss_forward_kernel(
     log_cs = log_preference(inputs, tile, shape)
     if direction_ptr is not None:
         direction_ptr += program * shape.T * shape.C
-    nothing = Gradients(None, None, None, None, None, None, None, None, None)
+    nothing = Gradients(None, None, None, None, None, None, None, None, None, False)
     factors = Factors(0.0, 0.0, 0.0, 0.0, 0.0)
     sums, _p_sums = visit_plan(inputs, nothing, direction_ptr, None, tile, log_cs, factors, shape, True)
     if inputs.final_logits is not None:
@@ -307,7 +308,7 @@ def upstream_of(upstream, grad_total, episode, weight, TERM: tl.constexpr):
 def came_true(upstream, episodes, num_episodes):
     """Whether grad_total is grad_scale in all these episodes, so that the gradients lie there already."""
     grad_scale = tl.load(upstream.grad_scale)
-    ptr = upstream.grad_total.ptr + episodes * upstream.grad_total.strides[0]
+    ptr = upstream.grad_total.ptr + episodes * upstream.grad_total.b
     grad_total = tl.load(ptr, mask=episodes < num_episodes, other=grad_scale)
     return tl.sum((grad_total != grad_scale).to(tl.int32)) == 0
 
@@ -366,7 +367,7 @@ def efe_loss_backward_kernel(
         share = 1.0 / tl.maximum(tl.load(saved), 1.0)
         grad_total = 0.0
         if upstream.grad_total is not None:
-            grad_total = tl.load(upstream.grad_total.ptr + episode * upstream.grad_total.strides[0])
+            grad_total = tl.load(upstream.grad_total.ptr + episode * upstream.grad_total.b)
             grad_total = grad_total * tl.load(upstream.hard_cell_scale + episode)
         a = upstream_of(upstream, grad_total, episode, weights.risk, 0) * share / shape.T
         e = upstream_of(upstream, grad_total, episode, weights.ambiguity, 1) * share / shape.T
@@ -420,10 +421,11 @@ def efe_loss_backward_kernel(
                 for c in tl.static_range(C):
                     total = tl.sum(tl.where(tile.counted, finite(unscaled[c]) * grads[c], 0.0))
                     tl.store(gradients.scales + place * C + c, total, mask=live)
-            if gradients.partial is not None:
-                grad_shared = add_all(grad_shared, scaled, C)
-            elif gradients.preference_logits is not None:
-                store_step(gradients.preference_logits, scaled, 0, tile, shape)
+            if gradients.preference_logits is not None:
+                if gradients.SHARED_PREFERENCE:
+                    grad_shared = add_all(grad_shared, scaled, C)
+                else:
+                    store_step(gradients.preference_logits, scaled, 0, tile, shape)
     if gradients.partial is not None:
         for c in tl.static_range(C):
             tl.store(gradients.partial + (chunk * C + c) * shape.CELLS + cell, grad_shared[c], mask=inside)

@@ -6,6 +6,7 @@ host's time is all that counts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from efe_kernels.common.launch import PreparedLaunch, signature
 from efe_kernels.common.triton import APPROXIMATE, launch_guard
-from efe_kernels.efe_loss import kernels, reduction
+from efe_kernels.efe_loss import cells, kernels, reduction
 from efe_kernels.efe_loss.cells import Array, Shape
 from efe_kernels.efe_loss.kernels import Upstream, Weights
 from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, saved_width
@@ -30,9 +31,9 @@ MAX_CHUNKS = 128
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 16
 PROMPT = TERMS.index("prompt")
-# The same fields with Arrays, or strides, in place of tensors.
-Fields: Any = Inputs
-NOTHING = Fields(*[None] * len(Inputs._fields))
+# A letter for each dimension; those of the preference where there is one for each episode.
+DIMS: Any = cells.Inputs("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
+NOTHING: Any = cells.Inputs(*[None] * len(cells.Inputs._fields))
 
 
 class Layout:
@@ -58,38 +59,24 @@ class Layout:
         self.projection_programs = triton.cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
         self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
         self.chunks = triton.cdiv(self.batch, self.episodes)
-        self.strides = Fields(*[None if tensor is None else constants(tensor.stride()) for tensor in inputs])
-        self.strides = self.strides._replace(
-            final_logits=one_step(inputs.final_logits),
-            preference_logits=constants((0, 0, *inputs.preference_logits.stride()))
-            if self.shared_preference
-            else one_step(inputs.preference_logits),
-            projection=self.strides.projection if self.has_direction else None,
+        preference = "HWC" if self.shared_preference else "BHWC"
+        self.dims = DIMS._replace(
+            preference_logits=preference, projection=DIMS.projection if self.has_direction else None
         )
-        self.shapes: dict[int, Shape] = {}
+        alone = int(not self.separate and self.steps % 2 == 1)
+        pairs = self.steps if self.separate else (self.steps + 1) // 2
+        sizes = (self.steps, self.cells, self.width, self.outcomes, self.prompt_dim, pairs, alone, self.saved)
+        self.shape = Shape(*constants((*sizes, APPROXIMATE)))
         self.launches: dict[Hashable, PreparedLaunch] = {}
 
     def tile_of(self, cells_per_lane: int) -> int:
         return min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
 
-    def arrays(self, inputs: Inputs) -> Any:
+    def arrays(self, inputs: Inputs, ignore_index: int) -> Any:
         """The inputs as the kernels see them."""
-        found = [
-            None if strides is None else Array(tensor, strides)
-            for tensor, strides in zip(inputs, self.strides, strict=True)
-        ]
-        if inputs.valid is not None:
-            found[-1] = Array(inputs.valid.view(torch.uint8), self.strides.valid)
-        return Fields(*found)
-
-    def shape(self, ignore_index: int) -> Shape:
-        found = self.shapes.get(ignore_index)
-        if found is None:
-            alone = int(not self.separate and self.steps % 2 == 1)
-            pairs = self.steps if self.separate else (self.steps + 1) // 2
-            sizes = (self.steps, self.cells, self.width, self.outcomes, self.prompt_dim, pairs, alone, self.saved)
-            found = self.shapes[ignore_index] = Shape(*constants((*sizes, ignore_index, APPROXIMATE)))
-        return found
+        valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
+        found = map(array, inputs._replace(valid=valid), self.dims)
+        return cells.Inputs(*found, tl.constexpr(ignore_index))
 
     def launch(self, function: Any, grid: tuple[int, ...], key: Hashable, **block: Any) -> PreparedLaunch:
         """The launch of `function` on this layout. key: what of its arguments it is specialised on beside the inputs.
@@ -105,16 +92,18 @@ def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
     return tuple([tl.constexpr(value) for value in values])
 
 
-def one_step(tensor: Tensor | None) -> tuple[tl.constexpr, ...] | None:
-    """Strides of [B, H, W, C] as those of a plan [B, 1, H, W, C]."""
-    if tensor is None:
+@functools.lru_cache(4096)
+def strides_by_letter(strides: tuple[int, ...], dims: str) -> tuple[tl.constexpr, ...]:
+    """In the order of the fields of Array."""
+    found = dict(zip(dims.lower(), strides, strict=True))
+    return constants(tuple([found.get(letter, 0) for letter in Array._fields[1:]]))
+
+
+def array(tensor: Tensor | None, dims: str | None) -> Array | None:
+    """A tensor as the kernels see it. dims: a letter for each dimension; None where they are not to see it."""
+    if tensor is None or dims is None:
         return None
-    batch, *cell = tensor.stride()
-    return constants((batch, 0, *cell))
-
-
-def array(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else Array(tensor, constants(tensor.stride()))
+    return Array(tensor, *strides_by_letter(tensor.stride(), dims))
 
 
 LAYOUTS: dict[Hashable, Layout] = {}
@@ -137,9 +126,9 @@ class Forward:
 
     def __init__(self, inputs: Inputs, settings: Settings) -> None:
         self.layout = layout = layout_of(inputs)
-        self.arrays = layout.arrays(inputs)
+        self.arrays = layout.arrays(inputs, settings.ignore_index)
         self.settings = settings
-        self.shape = layout.shape(settings.ignore_index)
+        self.shape = layout.shape
         self.weights = Weights(*settings.weights)
         device = inputs.logits.device
 
@@ -161,9 +150,11 @@ class Forward:
         """What of the sums the gradients depend on."""
         layout, final = self.layout, self.arrays.final_logits
         if final is None:
-            last = logits[:, -1]
-            final = Array(last, one_step(last))
-        read = NOTHING._replace(final_logits=final, target=self.arrays.target, valid=self.arrays.valid)
+            final = array(logits[:, -1], DIMS.final_logits)
+        arrays = self.arrays
+        read = NOTHING._replace(
+            final_logits=final, target=arrays.target, valid=arrays.valid, IGNORE_INDEX=arrays.IGNORE_INDEX
+        )
         key = (self.settings.ignore_index, signature(final.ptr))
         grid = (layout.batch * layout.tiles,)
         launch = layout.launch(kernels.efe_loss_survey_kernel, grid, key, TILE=layout.tile, TILES=layout.tiles)
@@ -175,7 +166,7 @@ class Forward:
         launch = layout.launch(
             reduction.efe_loss_episode_kernel,
             (layout.batch,),
-            (settings.hard_cell, settings.ignore_index),
+            settings.hard_cell,
             HARD_CELL=settings.hard_cell,
             TILES=layout.tiles,
             C_BLOCK=triton.next_power_of_2(layout.outcomes),
@@ -196,7 +187,7 @@ class Backward:
         self.needs = tuple(needs)
         wanted = zip(inputs[: len(needs)], needs, strict=True)
         self.each = [torch.empty_like(tensor) if tensor is not None and need else None for tensor, need in wanted]
-        logits, backward, final, observation, preference, prompt, projection = self.each
+        *_, preference, prompt, projection = self.each
         device = inputs.logits.device
 
         def new(*shape: int) -> Tensor:
@@ -205,17 +196,10 @@ class Backward:
         # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
         shared = preference is not None and layout.shared_preference
         self.written = kernels.Gradients(
-            logits=array(logits),
-            backward_logits=array(backward),
-            final_logits=None if final is None else Array(final, one_step(final)),
-            observation_probs=array(observation),
-            preference_logits=array(preference)
-            if shared or preference is None
-            else Array(preference, one_step(preference)),
-            prompt=array(prompt),
-            projection=array(projection) if layout.has_direction else None,
+            *map(array, self.each, layout.dims),
             partial=new(layout.chunks, layout.outcomes, layout.cells) if shared else None,
             scales=None if prompt is None else new(layout.batch, layout.backward_tiles, layout.outcomes),
+            SHARED_PREFERENCE=tl.constexpr(layout.shared_preference),
         )
         if projection is not None and not layout.has_direction:
             projection.zero_()
@@ -244,8 +228,8 @@ class Backward:
                 TILE=layout.backward_tile,
             )
             launch(
-                layout.arrays(inputs), upstream, self.written, sums, Weights(*settings.weights), layout.batch,
-                layout.shape(settings.ignore_index),
+                layout.arrays(inputs, settings.ignore_index), upstream, self.written, sums, Weights(*settings.weights),
+                layout.batch, layout.shape,
             )  # fmt: skip
 
     def reduce(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> None:
@@ -269,7 +253,7 @@ class Backward:
             launch = layout.launch(
                 reduction.efe_loss_gradients_kernel,
                 (sum(programs),),
-                (settings.ignore_index, signature_of(upstream), self.needs),
+                (signature_of(upstream), self.needs),
                 PREFERENCE_PROGRAMS=programs[0],
                 PROJECTION_PROGRAMS=programs[1],
                 TILES=layout.backward_tiles,
@@ -280,10 +264,10 @@ class Backward:
                 PROMPT_BLOCK=128,
                 num_warps=4,
             )
-            arrays = layout.arrays(inputs)
+            arrays = layout.arrays(inputs, settings.ignore_index)
             launch(
                 arrays.prompt, arrays.projection, upstream, shared, settings.weights[PROMPT], layout.batch,
-                layout.chunks, layout.shape(settings.ignore_index),
+                layout.chunks, layout.shape,
             )  # fmt: skip
 
 
@@ -296,7 +280,7 @@ def upstream_of(
 ) -> Upstream:
     """As the kernels see it."""
     grad_terms = None if grad_terms is None else grad_terms.contiguous()
-    return Upstream(array(grad_total), grad_terms, hard_cell_scale, saved, grad_scale)
+    return Upstream(array(grad_total, "B"), grad_terms, hard_cell_scale, saved, grad_scale)
 
 
 def signature_of(upstream: Upstream) -> Hashable:

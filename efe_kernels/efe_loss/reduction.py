@@ -136,12 +136,12 @@ def prompt_term(
     C: tl.constexpr = shape.C
     outcome = tl.arange(0, C_BLOCK)
     real = outcome < C
-    prompt_ptr = prompt.ptr + episode * prompt.strides[0]
+    prompt_ptr = prompt.ptr + episode * prompt.b
     u = tl.zeros((C_BLOCK,), tl.float32)
     for start in range(0, shape.D, D_BLOCK):
         d = start + tl.arange(0, D_BLOCK)
-        e = tl.load(prompt_ptr + d * prompt.strides[1], mask=d < shape.D, other=0.0).to(tl.float32)
-        offset = outcome[:, None] * projection.strides[0] + d[None, :] * projection.strides[1]
+        e = tl.load(prompt_ptr + d * prompt.d, mask=d < shape.D, other=0.0).to(tl.float32)
+        offset = outcome[:, None] * projection.c + d[None, :] * projection.d
         mask = real[:, None] & (d[None, :] < shape.D)
         w = tl.load(projection.ptr + offset, mask=mask, other=0.0).to(tl.float32)
         u += tl.sum(w * e[None, :], axis=1)
@@ -224,18 +224,18 @@ def prompt_gradient(
             direction = upstream_of_direction(upstream, episode, True, weight)
             grad_u_ptr = upstream.saved + (episode + 1) * shape.SAVED - C
             for c in tl.static_range(C):
-                offset = c * projection.strides[0] + d * projection.strides[1]
+                offset = c * projection.c + d * projection.d
                 w = tl.load(projection.ptr + offset, mask=d < shape.D, other=0.0)
                 grad += direction * tl.load(grad_u_ptr + c) * w.to(tl.float32)
         if start == 0:
             scales = tl.zeros((BLOCK,), tl.float32)
             for tile in range(TILES):
                 scales += tl.load(gradients.scales + (episode * TILES + tile) * C + d, mask=d < C, other=0.0)
-            offset = episode * prompt.strides[0] + d * prompt.strides[1]
+            offset = episode * prompt.b + d * prompt.d
             e = tl.load(prompt.ptr + offset, mask=d < C, other=0.0).to(tl.float32)
             s = 1.0 / (1.0 + tl.exp2(-e * LOG2_E))
             grad += scales * s * (1.0 - s)
-        ptr = gradients.prompt.ptr + episode * gradients.prompt.strides[0] + d * gradients.prompt.strides[1]
+        ptr = gradients.prompt.ptr + episode * gradients.prompt.b + d * gradients.prompt.d
         tl.store(ptr, grad.to(gradients.prompt.ptr.dtype.element_ty), mask=d < shape.D)
 
 
@@ -244,7 +244,7 @@ def upstream_of_direction(upstream, episode, mask, weight):
     """d loss / d prompt term of one episode or of several."""
     grad = 0.0
     if upstream.grad_total is not None:
-        total = tl.load(upstream.grad_total.ptr + episode * upstream.grad_total.strides[0], mask=mask)
+        total = tl.load(upstream.grad_total.ptr + episode * upstream.grad_total.b, mask=mask)
         grad += weighted(weight, total * tl.load(upstream.hard_cell_scale + episode, mask=mask))
     if upstream.grad_terms is not None:
         grad += tl.load(upstream.grad_terms + episode * NUM_TERMS + PROMPT, mask=mask)
@@ -271,8 +271,7 @@ def preference_gradient(
         mask = (chunk < num_chunks)[:, None] & inside[None, :]
         offset = (chunk[:, None] * shape.C + outcome) * shape.CELLS + cell[None, :]
         sums += tl.load(partial_ptr + offset, mask=mask, other=0.0)
-    s: tl.constexpr = gradient.strides
-    offset = cell_offset(cell, shape.WIDTH, s[0], s[1]) + outcome * s[2]
+    offset = cell_offset(cell, shape.WIDTH, gradient.h, gradient.w) + outcome * gradient.c
     tl.store(gradient.ptr + offset, tl.sum(sums, axis=0).to(gradient.ptr.dtype.element_ty), mask=inside)
 
 
@@ -298,8 +297,8 @@ def projection_gradient(
         grad = upstream_of_direction(upstream, episode, mask, weight)
         grad_u_ptr = upstream.saved + (episode + 1) * shape.SAVED - shape.C + outcome
         grad_u = tl.load(grad_u_ptr, mask=mask, other=0.0)
-        offset = episode[:, None] * prompt.strides[0] + d[None, :] * prompt.strides[1]
+        offset = episode[:, None] * prompt.b + d[None, :] * prompt.d
         e = tl.load(prompt.ptr + offset, mask=mask[:, None] & (d < shape.D)[None, :], other=0.0).to(tl.float32)
         sums += tl.where(mask, grad * grad_u, 0.0)[:, None] * e
     row = tl.sum(sums, axis=0).to(gradient.ptr.dtype.element_ty)
-    tl.store(gradient.ptr + outcome * gradient.strides[0] + d * gradient.strides[1], row, mask=d < shape.D)
+    tl.store(gradient.ptr + outcome * gradient.c + d * gradient.d, row, mask=d < shape.D)
