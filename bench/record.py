@@ -18,7 +18,7 @@ Row = dict[str, Any]
 def compact(found: dict[str, Any]) -> dict[str, Any]:
     """A recording from what pytest-benchmark writes, and the rows that were added to it."""
     entries = [{**entry["extra_info"], "rounds": entry["stats"]["rounds"]} for entry in measured(found)]
-    added = {name: found[name] for name in ("sweep", "training") if name in found}
+    added: dict[str, Any] = {name: found[name] for name in ("sweep", "training") if name in found}
     return {"datetime": found["datetime"], "machine": found["machine_info"], "entries": entries, **added}
 
 

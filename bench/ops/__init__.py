@@ -52,7 +52,7 @@ def problem(case: Case, device: str, seed: int | None = 0) -> Problem:
         inputs = op.inputs(case)
     forward_reads, backward_reads = op.reads(inputs)
     runs = {"kernel": op.kernel, **{name: peer.run for name, peer in op.peers.items()}}
-    implementations = {name: partial(run, case) for name, run in runs.items()}
+    implementations: dict[str, Implementation] = {name: partial(run, case) for name, run in runs.items()}
     return Problem(inputs, partial(op.reference, case), implementations, forward_reads, backward_reads)
 
 

@@ -78,8 +78,8 @@ def refine_prompt(_: Case, inputs: Inputs) -> Results:
 def refine_reference(_: Case, inputs: Inputs) -> Results:
     prompt, *policy = inputs.values()
     mean, log_std, noise = wide(policy)
-    refined, _, log_prob, entropy = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)
-    return refined, log_prob, entropy
+    found = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)
+    return found[0], *found[2:]
 
 
 def score_inputs(case: Case) -> Inputs:
@@ -108,7 +108,7 @@ def refine_and_score(_: Case, inputs: Inputs) -> Results:
 def refine_and_score_reference(_: Case, inputs: Inputs) -> Results:
     prompt, *policy = inputs.values()
     mean, log_std, noise = wide(policy)
-    refined, action, _, _ = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)
+    refined, action = prompt_reference.refine_prompt(prompt, mean, log_std, noise, DELTA_SCALE)[:2]
     return refined, *prompt_reference.squashed_log_prob(action.detach(), mean, log_std, DELTA_SCALE)
 
 
