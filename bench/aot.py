@@ -1,8 +1,8 @@
 """Compiles every Triton and CUDA C++ kernel ahead of time and reports what the compiler made of it. Needs no GPU.
 
-The Triton variants are those that the public launchers ask for: the launchers run on CPU tensors, their launches are
-recorded instead of executed, and each record is compiled for each architecture. The CUDA C++ kernels are every
-instance in the sources; they need nvcc and are left out with a sentence where it is missing.
+The Triton variants are those of the registry, which the public launchers ask for: the launchers run on CPU tensors,
+their launches are recorded instead of executed, and each record is compiled for each architecture. The CUDA C++ kernels
+are every instance in the sources; they need nvcc and are left out with a sentence where it is missing.
 
     python -m bench.aot                 a table
     python -m bench.aot --json FILE     the same as JSON
@@ -30,35 +30,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import projection
-from bench.launches import SUITE, Launch, least_bytes, loop_trips, recorded_launches, source
+from bench.launches import SUITE, VARIANTS, Launch, least_bytes, loop_trips, source
 from bench.machine_code import LOADS, SPECIAL, STORES, Code, amd_code, nvidia_code, operations_of, tool, width_of
 from bench.render import columns
-from efe_kernels.advantage import kernels as rl_advantage_kernels
 from efe_kernels.efe_loss import kernels as efe_loss_kernels
 from efe_kernels.efe_loss import launch as efe_loss_launch
-from efe_kernels.efe_loss.reference import Inputs, Settings
-from efe_kernels.policy_loss import kernels as policy_gradient_loss_kernels
-from efe_kernels.policy_loss.reference import Inputs as PolicyInputs
-from efe_kernels.policy_loss.reference import Settings as PolicySettings
-from efe_kernels.returns import kernels as trace_kernels
-from efe_kernels.returns.reference import Settings as Discounts
-from efe_kernels.returns.reference import Transitions
-from efe_kernels.reward import kernels as grid_reward_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -190,161 +178,6 @@ def compile_cuda(variant: str, arch: str) -> list[Report]:
         )
         reports.append(report)
     return reports
-
-
-def empty_plan(dtype: torch.dtype, channel_first: bool, batch: int = 4096, steps: int = 5, side: int = 30) -> Tensor:
-    if channel_first:
-        return torch.empty(batch, steps, 10, side, side, dtype=dtype).movedim(2, -1)
-    return torch.empty(batch, steps, side, side, 10, dtype=dtype)
-
-
-def efe_loss_launches(
-    dtype: torch.dtype,
-    channel_first: bool,
-    prompt_dim: int,
-    separate: bool = False,
-    everything: bool = False,
-    grad_scale: bool = False,
-) -> list[Launch]:
-    """The launches of one forward and backward of the loss. prompt_dim 0: without a prompt."""
-    logits = empty_plan(dtype, channel_first)
-    batch, _, height, width, outcomes = logits.shape
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    inputs = Inputs(
-        logits,
-        empty_plan(dtype, channel_first) if separate else None,
-        logits[:, -1] if everything else None,
-        empty_plan(dtype, channel_first) if everything else None,
-        new(height, width, outcomes),
-        new(batch, prompt_dim) if prompt_dim else None,
-        new(outcomes, prompt_dim) if prompt_dim else None,
-        new(batch, height, width, dtype=torch.int64),
-        new(height, width, outcomes) if prompt_dim else None,
-        new(batch, height, width, dtype=torch.bool),
-    )
-    settings = Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
-    needs = [tensor is not None for tensor in inputs[:7]]
-    grad = new(1).expand(batch)
-    with recorded_launches(*logits.shape) as launches:
-        if grad_scale:
-            outputs, ahead = efe_loss_launch.fused_forward(new(), inputs, settings, needs)
-            launches.begin("backward")
-            efe_loss_launch.fused_backward(grad, new(), inputs, settings, *outputs[-2:], ahead)
-        else:
-            outputs = efe_loss_launch.efe_loss_forward(inputs, settings)
-            launches.begin("backward")
-            efe_loss_launch.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
-    return launches
-
-
-def grid_reward_launches(batch: int = 4096) -> list[Launch]:
-    target = torch.empty(batch, 30, 30, dtype=torch.int64)
-    channel_last = torch.empty(batch, 30, 30, 10)
-    channel_first = torch.empty(batch, 10, 30, 30, dtype=torch.bfloat16).permute(0, 2, 3, 1)
-    double = torch.empty(batch, 30, 30, 10, dtype=torch.float64)
-    small = torch.empty(batch, 7, 13, dtype=torch.uint8)
-    valid = torch.empty(batch, 30, 30, dtype=torch.bool)
-    weights = [1.0, 0.5, 0.5, 0.5]
-    with recorded_launches(*channel_last.shape) as launches:
-        grid_reward_kernels.grid_reward(channel_last, channel_first, target, None, None, weights, 10)
-        launches.begin("forward of colours")
-        grid_reward_kernels.grid_reward(double, small, target, valid, torch.empty(2, batch), weights, 10)
-    return launches
-
-
-def empties(count: int, *shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Tensors of their own memory, because what two arguments share is counted once."""
-    return [torch.empty(shape, dtype=dtype) for _ in range(count)]
-
-
-def rl_advantage_launches(group_size: int, normalize: str | None, masked: bool = True) -> list[Launch]:
-    grad, reward, value = empties(3, 4096 if group_size == 4096 else max(60000, group_size))
-    mask = torch.empty(reward.shape, dtype=torch.bool) if masked else None
-    arguments = (reward, value.bfloat16() if masked else value, mask)
-    with recorded_launches(*reward.shape) as launches:
-        _, statistics = rl_advantage_kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
-        launches.begin("backward")
-        rl_advantage_kernels.rl_advantage_backward(grad, *arguments, statistics, 5.0, normalize, group_size)
-    return launches
-
-
-def trace_launches(steps: int, time_major: bool = False) -> list[Launch]:
-    def new(count: int, dtype: torch.dtype) -> list[Tensor]:
-        if time_major:
-            return [tensor.T for tensor in empties(count, steps, 4096, dtype=dtype)]
-        return empties(count, 4096, steps, dtype=dtype)
-
-    terminated, truncated = new(2, torch.bool)
-    gae = (Transitions(terminated, None, None), Discounts(0.99, 0.95, 1.0, 1.0, 1.0))
-    value, next_value, reward, grad = new(4, torch.float32)
-    with recorded_launches(4096, steps) as launches:
-        launches.begin("gae forward")
-        trace_kernels.trace_forward(value, next_value, reward, *gae)
-        launches.begin("gae backward")
-        trace_kernels.trace_backward(grad, None, [True, False], *gae)
-        value, next_value, reward, grad, grad_target, log_ratio = new(6, torch.bfloat16)
-        vtrace = (Transitions(terminated, truncated, log_ratio), Discounts(0.99, 1.0, 1.0, 1.0, 1.0))
-        launches.begin("vtrace forward")
-        trace_kernels.trace_forward(value, next_value, reward, *vtrace)
-        launches.begin("vtrace backward")
-        trace_kernels.trace_backward(grad, grad_target, [True, True], *vtrace)
-    return launches
-
-
-def policy_gradient_loss_launches(numel: int, clipped: bool, device: str = "cpu") -> list[Launch]:
-    """clipped: the surrogate with a mask in half precision, else the plain score function. meta takes no memory."""
-    with torch.device(device):
-        entropy, *inputs, old_log_prob = empties(6, numel, dtype=torch.bfloat16 if clipped else torch.float32)
-        options = (old_log_prob, torch.empty(numel, dtype=torch.bool)) if clipped else (None, None)
-        (total, *parts), diagnostics = empties(4), torch.empty(4)
-    problem = (PolicyInputs(*inputs, *options), PolicySettings(0.2, 0.5, 0.01))
-    with recorded_launches(numel) as launches:
-        policy_gradient_loss_kernels.policy_gradient_loss_forward(entropy, *problem)
-        for which, grads in (("backward", (total, None, None, None)), ("backward of the parts", (None, *parts))):
-            launches.begin(which)
-            policy_gradient_loss_kernels.policy_gradient_loss_backward(grads, [True] * 3, diagnostics, *problem)
-    return launches
-
-
-VARIANTS: dict[str, Callable[[], list[Launch]]] = {
-    "efe_loss bf16 channel-first": partial(efe_loss_launches, torch.bfloat16, True, 0),
-    "efe_loss bf16 channel-first prompt": partial(efe_loss_launches, torch.bfloat16, True, 256),
-    "efe_loss bf16 channel-last": partial(efe_loss_launches, torch.bfloat16, False, 0),
-    "efe_loss bf16 channel-last prompt": partial(efe_loss_launches, torch.bfloat16, False, 256),
-    "efe_loss bf16 channel-first grad_scale": partial(efe_loss_launches, torch.bfloat16, True, 0, grad_scale=True),
-    "efe_loss bf16 channel-last grad_scale": partial(efe_loss_launches, torch.bfloat16, False, 0, grad_scale=True),
-    "efe_loss fp32 channel-first prompt": partial(efe_loss_launches, torch.float32, True, 256),
-    "efe_loss fp32 channel-last prompt": partial(efe_loss_launches, torch.float32, False, 256),
-    "efe_loss fp16 channel-first two plans": partial(efe_loss_launches, torch.float16, True, 256, separate=True),
-    "efe_loss fp32 channel-first everything": partial(
-        efe_loss_launches, torch.float32, True, 256, separate=True, everything=True
-    ),
-    "grid_reward": grid_reward_launches,
-    "rl_advantage": partial(rl_advantage_launches, 0, "tanh"),
-    "rl_advantage without mask": partial(rl_advantage_launches, 0, "clamp", masked=False),
-    "rl_advantage small groups": partial(rl_advantage_launches, 8, "clamp"),
-    "rl_advantage one tile": partial(rl_advantage_launches, 4096, "tanh"),
-    "rl_advantage several tiles": partial(rl_advantage_launches, 30000, "tanh"),
-    "rl_advantage several tiles without mask": partial(rl_advantage_launches, 30000, None, masked=False),
-    "rl_advantage parts": partial(rl_advantage_launches, 60000, "tanh"),
-    "rl_advantage many parts": partial(rl_advantage_launches, 2**20, "tanh"),
-    "gae and vtrace serial": partial(trace_launches, 8),
-    "gae and vtrace serial longest": partial(trace_launches, 32),
-    "gae and vtrace serial time-major": partial(trace_launches, 32, time_major=True),
-    "gae and vtrace scan shortest": partial(trace_launches, 33),
-    "gae and vtrace scan": partial(trace_launches, 1500),
-    "gae and vtrace scan time-major": partial(trace_launches, 1500, time_major=True),
-    "policy_gradient_loss one block": partial(policy_gradient_loss_launches, 64, False),
-    "policy_gradient_loss one block clipped": partial(policy_gradient_loss_launches, 4096, True),
-    "policy_gradient_loss": partial(policy_gradient_loss_launches, 100000, False),
-    "policy_gradient_loss clipped": partial(policy_gradient_loss_launches, 100000, True),
-    "policy_gradient_loss 33 M": partial(policy_gradient_loss_launches, 2**25, False, device="meta"),
-    "policy_gradient_loss 134 M": partial(policy_gradient_loss_launches, 2**27, True, device="meta"),
-    "policy_gradient_loss 8.6 G": partial(policy_gradient_loss_launches, 2**33, False, device="meta"),
-}
 
 
 def compile_variant(task: tuple[str, str]) -> list[Report]:

@@ -1,4 +1,4 @@
-"""Hooks of the benchmark suite: its one option, and a record that holds what a comparison needs and no more."""
+"""Hooks of the benchmark suite: its one option, and where it runs. `bench.record` keeps what it writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 
 from bench import measure
-
-KEPT = ("median", "iqr", "rounds", "iterations")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,15 +25,3 @@ def deadline(pytestconfig: pytest.Config) -> float:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(measure.machine())
-
-
-def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    commit_info.clear()  # machine_info names the commit
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    for entry in output_json["benchmarks"]:
-        kept = {"name": entry["name"], "group": entry["group"], "extra_info": entry["extra_info"]}
-        kept["stats"] = {name: entry["stats"][name] for name in KEPT}
-        entry.clear()
-        entry.update(kept)

@@ -9,22 +9,21 @@ the CUDA runtime takes for a launch, a few microseconds each, is not in it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench.cases import CASES, Case
+from bench.check import prepared
+from bench.launches import serve_cpu
 from bench.measure import host_times
+from bench.ops import CASES, OPS, problem
+from bench.ops.entry import Case
 from bench.render import columns
-from bench.test_ops import prepared
-from efe_kernels.common.library import LIBRARY, OPS
 
 ROUNDS = 2000
 WORKLOAD = "seed"
-TRITON = ("efe_loss", "grid_reward", "rl_advantage", "gae", "vtrace", "policy_gradient_loss")
 
 
 class Idle:
@@ -58,11 +57,10 @@ class Idle:
 
 
 def measure(case: Case, idle: Idle) -> list[str]:
-    problem = case.problem("cpu")
-    kernel = problem.implementations["kernel"]
-    row = [case.op, *(["with a prompt" if case.terms == "all" else "without a prompt"] if case.terms else [""])]
-    for which in ("forward", "both") if problem.leaves else ("forward",):
-        setup = prepared(kernel, problem, which)
+    given = problem(case, "cpu")
+    row = [case.op, case.terms]
+    for which in ("forward", "both") if given.leaves else ("forward",):
+        setup = prepared(given.implementations["kernel"], given, which)
         setup()()  # compiles
         before = idle.launches
         setup()()
@@ -74,13 +72,11 @@ def measure(case: Case, idle: Idle) -> list[str]:
 def main() -> int:
     idle = Idle()
     driver.set_active(idle)
-    for name, served in OPS.items():
-        if served.triton is not None:
-            LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
+    serve_cpu()
     torch.set_num_threads(1)
-    rows = [["op", "", "launches of forward", "time", "of forward and backward", "time"]]
-    cases = [case for case in CASES if case.workload == WORKLOAD and case.op in TRITON]
-    cases += [replace(case, terms="core") for case in cases if case.op == "efe_loss"]
+    rows = [["op", "terms", "launches of forward", "time", "of forward and backward", "time"]]
+    cases = [case for case in CASES if case.workload == WORKLOAD and OPS[case.op].triton]
+    cases += [case for op in OPS.values() for case in op.host]
     rows += [measure(case, idle) for case in cases]
     width = max(map(len, rows))
     print(columns([row + [""] * (width - len(row)) for row in rows], False))

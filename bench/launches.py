@@ -12,16 +12,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.cases import CASES, Case
-from bench.host import TRITON
-from bench.test_ops import upstream_of
-from efe_kernels.common.library import LIBRARY, OPS
+from bench.check import upstream_of
+from bench.ops import CASES, OPS, problem
+from bench.ops.entry import Case, Variant
+from efe_kernels.common import library
 from efe_kernels.efe_loss import ops as efe_loss_ops
 
 POINTERS = {
@@ -68,7 +67,7 @@ class Recording(list[Launch]):
 
 @contextmanager
 def recorded_launches(*sizes: int) -> Iterator[Recording]:
-    """Inside, kernel launches are recorded and not executed; sizes as in the name of a case of `bench.cases`."""
+    """Inside, kernel launches are recorded and not executed; sizes as in the name of a case."""
     launches = Recording(sizes)
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
@@ -85,28 +84,41 @@ def recorded_launches(*sizes: int) -> Iterator[Recording]:
         JITFunction.run = original
 
 
-def case_launches(case: Case, implementation: str) -> list[Launch]:
-    """Those of a case of the benchmark suite, through the public function."""
-    for name, served in OPS.items():
+def serve_cpu() -> None:
+    """From here on the launchers of the Triton kernels serve CPU tensors."""
+    for name, served in library.OPS.items():
         if served.triton is not None:
-            LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
-    problem = case.problem("cpu")
-    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a grad_scale is made use of then.
-    served = patch.object(efe_loss_ops, "INTERPRET", True)
-    with served, recorded_launches(*case.sizes) as launches:
-        results = problem.implementations[implementation](problem.inputs)
-        if problem.leaves:
-            launches.begin("backward")
-            torch.autograd.grad(results, list(problem.leaves.values()), upstream_of(results))
+            library.LIBRARY.impl(name, served.triton, "CPU", allow_override=True)
+
+
+def variant_launches(variant: Variant) -> list[Launch]:
+    """Those of a variant of the compile report, through the launchers."""
+    with recorded_launches(*variant.sizes) as launches:
+        variant.launch(launches.begin)
     return launches
 
 
+def case_launches(case: Case, implementation: str) -> list[Launch]:
+    """Those of a case of the benchmark suite, through the public function."""
+    serve_cpu()
+    given = problem(case, "cpu")
+    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a grad_scale is made use of then.
+    served = patch.object(efe_loss_ops, "INTERPRET", True)
+    with served, recorded_launches(*case.sizes) as launches:
+        results = given.implementations[implementation](given.inputs)
+        if given.leaves:
+            launches.begin("backward")
+            torch.autograd.grad(results, list(given.leaves.values()), upstream_of(results))
+    return launches
+
+
+VARIANTS = {name: partial(variant_launches, variant) for op in OPS.values() for name, variant in op.variants.items()}
 # The large cases of the suite, by the names that they have there: for the projection, not for the budgets.
 SUITE = {
     f"{case.name}: {implementation}": partial(case_launches, case, implementation)
     for case in CASES
     for implementation in ("kernel", *case.opponents)
-    if case.workload == "throughput" and case.op in TRITON and implementation.startswith("kernel")
+    if case.workload == "throughput" and OPS[case.op].triton and implementation.startswith("kernel")
 }
 
 
@@ -164,22 +176,8 @@ def least_bytes(launch: Launch) -> int:
 def loop_trips(launch: Launch) -> list[int]:
     """Trips of the kernel's loops that go on after the first, a loop after those inside it; all are constants of it.
 
-    The compilers leave these loops as they are or unroll them entirely. A kernel that is not named has no such loop, or
-    one whose trips depend on the program.
+    The compilers leave these loops as they are or unroll them entirely.
     """
-    at, given = launch.constant, launch.arguments
-    trips = {
-        "efe_loss_forward_kernel": lambda: (at("PAIRS") - at("ALONE") - 1,),
-        "efe_loss_backward_kernel": lambda: (
-            at("PAIRS") - at("ALONE") - 1, at("T") if given["gradients"].observation_probs else 1, at("EPISODES"),
-        ),
-        "efe_loss_episode_kernel": lambda: (
-            tile_trips := triton.cdiv(at("TILES"), at("TILE_BLOCK")),
-            *((triton.cdiv(at("D"), at("D_BLOCK")), tile_trips, at("T")) if given["projection"] else ()),
-        ),
-        "grid_reward_kernel": lambda: (at("BLOCKS"),),
-        "rl_advantage_kernel": lambda: (at("TILES") - 1, at("TILES") - 1),
-        "trace_scan_kernel": lambda: (at("CHUNKS"),),
-        "trace_scan_backward_kernel": lambda: (at("CHUNKS"),),
-    }.get(launch.function.__name__, tuple)  # fmt: skip
-    return [count for count in trips() if count > 1]
+    name = launch.function.__name__
+    trips = [op.loops[name](launch) for op in OPS.values() if name in op.loops]
+    return [count for count in (trips[0] if trips else ()) if count > 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import platform
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from bench import record
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPY_BYTES = (1 << 30) if DEVICE == "cuda" else (1 << 28)
@@ -177,13 +178,12 @@ def machine() -> dict[str, Any]:
 
 
 def add_to_record(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    """Put rows beside the benchmarks of a recording, which is begun here where there is none."""
+    """Put rows beside the entries of a recording, which is begun here where there is none."""
     if path.exists():
-        record = json.loads(path.read_text())
+        found = record.read(path)
     else:
-        now = datetime.now(timezone.utc).isoformat()
-        record = {"machine_info": machine(), "benchmarks": [], "datetime": now}
-    path.write_text(json.dumps({**record, name: rows}, indent=1) + "\n")
+        found = {"datetime": datetime.now(timezone.utc).isoformat(), "machine": machine(), "entries": []}
+    record.write(path, {**found, name: rows})
 
 
 def cpu_name() -> str:

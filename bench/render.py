@@ -1,4 +1,5 @@
 """Tables, plots, a comparison of two recordings, and the performance section of the README, all from recorded JSON.
+With --readme, the tables that are not in that section go to a file beside each recording.
 
 python -m bench.render RECORD.json               tables
 python -m bench.render RECORD.json --out DIR     also as DIR/report.txt, with plots of time against T and B
@@ -9,7 +10,6 @@ python -m bench.render RECORD.json ... --readme README.md
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import defaultdict
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from bench.record import RESULTS, Record, Row, key_of, title_of
+
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,56 +63,6 @@ TARGETS = (
 )
 
 
-class Record:
-    """A recording: where it was made, its entries, and the training runs beside them."""
-
-    def __init__(self, path: Path) -> None:
-        found = json.loads(path.read_text())
-        self.name = path.stem
-        self.figure = path.resolve().with_name(f"{path.stem}-sweep.png")
-        self.date = found["datetime"][:10]
-        self.machine: dict[str, Any] = found["machine_info"]
-        self.entries: list[Entry] = [entry["extra_info"] for entry in found["benchmarks"] if entry["extra_info"]]
-        self.training: list[dict[str, Any]] = found.get("training", [])
-        self.sweep: list[dict[str, Any]] = found.get("sweep", [])
-
-    def cases(self) -> dict[tuple[Any, ...], dict[str, Entry]]:
-        """Entries by implementation, for each case and pass in the order of the recording."""
-        found: dict[tuple[Any, ...], dict[str, Entry]] = defaultdict(dict)
-        for entry in self.entries:
-            found[key_of(entry)][entry["implementation"]] = entry
-        return found
-
-    def about(self) -> str:
-        machine = self.machine
-        where = machine["cpu"] + f", {machine['threads']} threads"
-        if machine["device"] == "cuda":
-            where = f"{machine['gpu']} (driver {machine['driver']}, CUDA {machine['cuda']})"
-        packages = ("torch", "triton", "liger-kernel", "torchrl")
-        versions = ", ".join(f"{name} {machine[name]}" for name in packages if machine.get(name))
-        load = f"load {machine['load']} before the run, {machine.get('load_after', 'unknown')} at its end"
-        return (
-            f"{where}; {self.date}; commit {machine['commit'] or 'unknown'}; {versions}; a copy moves "
-            f"{machine['copy_gb_per_s']:.0f} GB/s; {load}"
-        )
-
-
-def key_of(entry: Entry) -> tuple[Any, ...]:
-    return tuple(str(entry[name]) for name in ("op", "terms", "workload", "sizes", "dtype", "layout", "which"))
-
-
-def title_of(entry: Entry) -> str:
-    names = [
-        entry["op"],
-        entry["terms"],
-        entry["workload"],
-        "x".join(map(str, entry["sizes"])),
-        entry["dtype"],
-        entry["layout"],
-    ]
-    return " ".join(name for name in names if name)
-
-
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
@@ -132,7 +82,7 @@ def columns(rows: Sequence[Sequence[str]], markdown: bool) -> str:
     )
 
 
-def opponents_of(cases: Iterable[dict[str, Entry]]) -> list[str]:
+def opponents_of(cases: Iterable[dict[str, Row]]) -> list[str]:
     found: dict[str, None] = {}
     for entries in cases:
         found |= dict.fromkeys(name for name in entries if name != "kernel")
@@ -162,7 +112,7 @@ def case_table(
     return columns([[cell for i, cell in enumerate(row) if i not in empty] for row in rows], markdown)
 
 
-def ratio_of(record: Record, target: Target) -> tuple[Entry, float] | None:
+def ratio_of(record: Record, target: Target) -> tuple[Row, float] | None:
     """The kernel's entry and how many times faster it is than the opponent; None where either was not recorded."""
     wanted = (target.op, target.terms, target.workload, target.which, "fp32")
     for entries in record.cases().values():
@@ -325,13 +275,13 @@ def pyplot_module() -> Any:
 def batch_plots(record: Record, folder: Path) -> None:
     """One figure per op, terms, layout, dtype and pass that was measured for several B."""
     pyplot = pyplot_module()
-    series: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    series: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for entry in record.entries:
         if entry["workload"] != "ragged":
             key = tuple(entry[name] for name in ("op", "terms", "layout", "dtype", "which"))
             series[(*key, str(entry["sizes"][1:]))].append(entry)
     for key, entries in series.items():
-        lines: dict[str, dict[int, Entry]] = defaultdict(dict)
+        lines: dict[str, dict[int, Row]] = defaultdict(dict)
         for entry in entries:
             lines[entry["implementation"]][entry["sizes"][0]] = entry
         if len(lines["kernel"]) < 3:
@@ -394,12 +344,22 @@ def write_readme(records: list[Record], readme: Path) -> None:
     tail = rest.split(END, 1)[1]
     sections = [readme_section(record, readme.resolve()) for record in records]
     readme.write_text(f"{head}{BEGIN}\n{chr(10).join(sections)}\n{END}{tail}")
+    for record in records:
+        record.details.write_text(details(record))
 
 
 def readme_section(record: Record, readme: Path) -> str:
-    """The goals, forward and backward together of the plain cases (forward where that is all there is), every loss."""
+    """The goals; everything else is in the file that it names."""
+    where = os.path.relpath(record.details, readme.parent)
+    told = [f"Measured on {record.about()}.", "", target_table(record, True), ""]
+    told.append(f"Every op, what is faster than its kernel, the sweep and the training: [{where}]({where}).")
+    return "\n".join(told) + "\n"
+
+
+def details(record: Record) -> str:
+    """Forward and backward together of the plain cases (forward where that is all there is), every loss, the rest."""
     lost = losses(record)
-    text = [f"Measured on {record.about()}.", "", target_table(record, True), ""]
+    text = [f"# {record.name}", "", f"Measured on {record.about()}.", ""]
     text += ["Forward and backward together where an op has both:", "", columns(plain_rows(record), True), ""]
     text += ["Something else is faster here:" if lost else "Nothing that was compared is faster.", ""]
     text += [f"- {line}" for line in lost]
@@ -407,8 +367,7 @@ def readme_section(record: Record, readme: Path) -> str:
         text += ["", "From one step and one episode to 100 000 of them; growth is that of the time per element at the"]
         text += ["steepest step:", "", sweep_table(record, True)]
     if record.sweep and record.figure.exists():
-        figure = os.path.relpath(record.figure, readme.parent)
-        text += ["", f"![Time against T and B]({figure})"]
+        text += ["", f"![Time against T and B]({record.figure.name})"]
     if record.training:
         text += ["", "Training, grids of 30 x 30 cells and the small Qwen; parts of a step without refresh:", ""]
         text += [training_table(record, True)]
@@ -432,7 +391,7 @@ def plain_rows(record: Record) -> list[list[str]]:
     return rows
 
 
-def shown_in_both(record: Record, forward: Entry) -> bool:
+def shown_in_both(record: Record, forward: Row) -> bool:
     """Whether all that was timed in the forward pass was timed in both passes, too."""
     both = record.cases().get((*key_of(forward)[:-1], "both"), {})
     return set(record.cases()[key_of(forward)]) <= set(both)
@@ -445,7 +404,7 @@ def main() -> int:
     parser.add_argument("records", type=Path, nargs="+", metavar="RECORD.json")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the tables and plots there, too")
     parser.add_argument("--compare", type=Path, metavar="NEW.json")
-    parser.add_argument("--readme", type=Path, metavar="README.md")
+    parser.add_argument("--readme", type=Path, metavar="README.md", help="write the goals there")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--targets", action="store_true", help="only the table of goals")
     options = parser.parse_args()

@@ -14,26 +14,19 @@ from dataclasses import replace
 
 import torch
 
-from bench.cases import CASES, Case
+from bench.check import check, outcome, problem_of, runnable
 from bench.measure import DEVICE, in_parallel, synchronize
-from bench.test_ops import check, outcome, problem_of, runnable
+from bench.ops import CASES, OPS, passes_of, problem
+from bench.ops.entry import FORWARD, Case
 from efe_kernels.common.library import INTERPRET
-
-SIZES = {
-    "efe_loss": (2, 3, 5, 7, 10),
-    "arc_efe": (3, 5, 7, 10),
-    "grid_reward": (2, 5, 7, 10),
-    "masked_mean_pool": (2, 5, 9),
-}
-TRITON_BASELINES = ("kernel, grad_scale", "padded tile", "thread per row")
-COMPILED = (*TRITON_BASELINES, "compile")
 
 
 def small(case: Case) -> Case:
-    """The case with sizes that are small and divide by nothing. A trace keeps its length, which chooses the kernel."""
-    rows = (3, case.sizes[-1]) if case.op in ("gae", "vtrace") else tuple(min(size, 33) for size in case.sizes)
-    opponents = tuple(name for name in case.opponents if name in TRITON_BASELINES and (DEVICE == "cuda" or INTERPRET))
-    return replace(case, sizes=SIZES.get(case.op, rows), workload="ragged", opponents=opponents, gpu_only=False)
+    """The case with sizes that are small and divide by nothing, and those of its opponents that are Triton kernels."""
+    op = OPS[case.op]
+    run = DEVICE == "cuda" or INTERPRET
+    opponents = tuple(name for name in case.opponents if run and op.peers[name].triton)
+    return replace(case, sizes=op.small(case.sizes), workload="ragged", opponents=opponents, gpu_only=False)
 
 
 def checked(case: Case) -> list[str]:
@@ -52,12 +45,12 @@ def checked(case: Case) -> list[str]:
 
 def once(case: Case) -> list[str]:
     """Run what has to be compiled for the case, each pass as the suite does."""
-    problem = case.problem(DEVICE)
-    for name in ("kernel", *(name for name in case.opponents if name in COMPILED)):
-        implementation = runnable(problem, name)
+    given, peers = problem(case, DEVICE), OPS[case.op].peers
+    for name in ("kernel", *(name for name in case.opponents if peers[name].triton or peers[name].compiled)):
+        implementation = runnable(case, given, name)
         with torch.no_grad():
-            implementation(problem.inputs)
-        outcome(implementation, problem.inputs, case.passes(name) != ("forward",))
+            implementation(given.inputs)
+        outcome(implementation, given.inputs, passes_of(case, name) != FORWARD)
         print(f"ran  {name} of {case.name}", flush=True)
     synchronize()
     return []

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case, Inputs, Problem
+from bench.check import in_double, least_bytes, prepared, relative_error, upstream_of
 from bench.measure import DEVICE, add_to_record, device_times, host_seconds, host_times, in_parallel
-from bench.test_ops import TOLERANCE, in_double, least_bytes, prepared, relative_error, upstream_of
+from bench.ops import OPS, problem
+from bench.ops.entry import Case, Inputs, Problem
 
-OPS = ("gae", "vtrace", "rl_advantage", "policy_gradient_loss")
-TRACES = ("gae", "vtrace")
 POINTS = (
     1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513, 1024, 1025, 2048, 4096, 4097, 8192, 16384, 32768,
     65536, 100_000,
@@ -38,37 +37,37 @@ CHECKED_STEPS = 128
 def points(largest: int) -> list[tuple[str, Case]]:
     """The dimension that varies, and the case."""
     found = []
-    for op in OPS:
+    for op in (name for name, entry in OPS.items() if entry.swept):
         found += [("T", Case(op, "sweep", (FIXED, steps))) for steps in POINTS if steps <= largest]
         found += [("B", Case(op, "sweep", (batch, FIXED))) for batch in POINTS if batch <= largest]
     # Two elements whitened are ±1/√2 whatever they were: the gradient is rounding alone.
     return [(axis, case) for axis, case in found if (case.op, case.sizes[1]) != ("rl_advantage", 2)]
 
 
-def check(case: Case, problem: Problem) -> None:
+def check(case: Case, given: Problem) -> None:
     """Against the reference in float64; of a long trace the last results and the first gradients.
 
     The result at a step depends on no earlier one, and the gradient at a step on none later.
     """
-    inputs, leaves = problem.inputs, list(problem.leaves.values())
-    results = problem.implementations["kernel"](inputs)
+    inputs, leaves = given.inputs, list(given.leaves.values())
+    results = given.implementations["kernel"](inputs)
     upstream = upstream_of(results)
     gradients = torch.autograd.grad(results, leaves, upstream)
     last, first = slice(None), slice(None)
-    if case.op in TRACES:
+    if OPS[case.op].trace:
         last, first = slice(max(case.sizes[1] - CHECKED_STEPS, 0), None), slice(CHECKED_STEPS)
     with torch.no_grad():
-        expected_results = problem.reference(part_of(inputs, last))
+        expected_results = given.reference(part_of(inputs, last))
     early = part_of(inputs, first)
-    early_leaves = [early[name] for name in problem.leaves]
+    early_leaves = [early[name] for name in given.leaves]
     expected_gradients = torch.autograd.grad(
-        problem.reference(early), early_leaves, [cut(tensor, first).double() for tensor in upstream]
+        given.reference(early), early_leaves, [cut(tensor, first).double() for tensor in upstream]
     )
     pairs = [(cut(result.detach(), last), wanted) for result, wanted in zip(results, expected_results, strict=True)]
     pairs += [(cut(gradient, first), wanted) for gradient, wanted in zip(gradients, expected_gradients, strict=True)]
     for found, expected in pairs:
         error = relative_error(found, expected)
-        assert error <= TOLERANCE[case.dtype], f"{case.name} is off by {error:.1e}"
+        assert error <= OPS[case.op].tolerance[case.dtype], f"{case.name} is off by {error:.1e}"
 
 
 def cut(tensor: torch.Tensor, steps: slice) -> torch.Tensor:
@@ -86,20 +85,20 @@ def part_of(inputs: Inputs, steps: slice) -> Inputs:
 
 
 def measure(axis: str, case: Case) -> list[dict[str, Any]]:
-    problem = case.problem(DEVICE)
-    kernel = problem.implementations["kernel"]
-    check(case, problem)
+    given = problem(case, DEVICE)
+    kernel = given.implementations["kernel"]
+    check(case, given)
     with torch.no_grad():
-        results = kernel(problem.inputs)
+        results = kernel(given.inputs)
     rows = []
     for which in PASSES:
-        setup = prepared(kernel, problem, which)
+        setup = prepared(kernel, given, which)
         once = host_seconds(setup())
         rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(LONGEST / once)))
         times = (device_times if DEVICE == "cuda" else host_times)(setup, rounds)
         rows.append({
             "op": case.op, "axis": axis, "sizes": case.sizes, "which": which, "seconds": times.median,
-            "low": times.low, "high": times.high, "least_bytes": least_bytes(problem, results, which),
+            "low": times.low, "high": times.high, "least_bytes": least_bytes(given, results, which),
         })  # fmt: skip
     return rows
 
@@ -107,7 +106,7 @@ def measure(axis: str, case: Case) -> list[dict[str, Any]]:
 def compile_point(point: tuple[str, Case]) -> None:
     """Run it once, for Triton's cache."""
     _, case = point
-    check(case, case.problem(DEVICE))
+    check(case, problem(case, DEVICE))
 
 
 def main() -> int:

@@ -21,10 +21,12 @@ from unittest.mock import patch
 import triton
 from torch import Tensor
 
-from bench.cases import Case, Implementation, Inputs, plan
+from bench.check import everything, least_bytes, outcome, prepared
 from bench.measure import DEVICE, copy_bandwidth, device_times, in_parallel, synchronize
+from bench.ops import problem
+from bench.ops.efe_loss import plan
+from bench.ops.entry import GRAD_SCALE, Case
 from bench.render import columns
-from bench.test_ops import least_bytes, outcome, prepared
 from efe_kernels.efe_loss import launch
 
 CELLS_PER_LANE = (1, 2, 4)
@@ -77,17 +79,17 @@ def variants(sizes: tuple[int, ...]) -> list[Variant]:
         ("fp32", "channel-first", "all"),
     ):
         case = Case("efe_loss", "variants", sizes, dtype, layout, terms)
-        found += [Variant(case), *([Variant(case, "kernel, grad_scale")] if terms == "core" else [])]
+        found += [Variant(case), *([Variant(case, GRAD_SCALE)] if terms == "core" else [])]
         found += [Variant(case, "kernel", cells, warps) for cells, warps in product(CELLS_PER_LANE, WARPS)]
     return found
 
 
 def compile_variant(variant: Variant) -> None:
     """Run it once, for Triton's cache. One that does not compile is found again when it is measured."""
-    problem = variant.case.problem(DEVICE)
+    given = problem(variant.case, DEVICE)
     try:
         with variant.chosen():
-            outcome(problem.implementations[variant.implementation], problem.inputs)
+            outcome(given.implementations[variant.implementation], given.inputs)
         synchronize()
     except Exception as error:
         print(f"{variant.name}: {type(error).__name__}", flush=True)
@@ -95,26 +97,21 @@ def compile_variant(variant: Variant) -> None:
 
 def measure(variant: Variant) -> dict[str, Any]:
     """Whether it is right, and on a GPU its times."""
-    problem = variant.case.problem(DEVICE)
-    expected = everything(problem.implementations["kernel"], problem.inputs)
-    implementation = problem.implementations[variant.implementation]
+    given = problem(variant.case, DEVICE)
+    expected = everything(given.implementations["kernel"], given.inputs)
+    implementation = given.implementations[variant.implementation]
     row: dict[str, Any] = {"variant": variant.name}
     try:
         with variant.chosen():
-            found = everything(implementation, problem.inputs)
+            found = everything(implementation, given.inputs)
             row["right"] = all(map(close, found, expected))
             for which in ("forward", "both") if DEVICE == "cuda" else ():
-                times = device_times(prepared(implementation, problem, which), ROUNDS)
-                share = least_bytes(problem, (expected[0],), which) / times.median / copy_bandwidth()
+                times = device_times(prepared(implementation, given, which), ROUNDS)
+                share = least_bytes(given, (expected[0],), which) / times.median / copy_bandwidth()
                 row |= {f"{which} us": round(times.median * 1e6, 1), f"{which} of copy": round(share, 3)}
     except Exception as error:  # a variant that does not compile is a finding, not the end of the table
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return row
-
-
-def everything(implementation: Implementation, inputs: Inputs) -> list[Tensor]:
-    results, gradients = outcome(implementation, inputs)
-    return [*results, *gradients]
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

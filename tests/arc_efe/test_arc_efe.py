@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ops.arc_efe_definition import definition
 from efe_kernels.arc_efe import EFELoss
 from efe_kernels.arc_efe.terms import PlanTerms
-from tests.arc_efe.definition import definition
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "arc_efe").glob("*.npz"))
 PLAN = ("forward_predictions", "backward_predictions", "state_predictions", "observation_probs", "final_prediction")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cases import CASES, Case
+from bench.ops import CASES
+from bench.ops.entry import Case
 from bench.smoke import checked, small
 
 

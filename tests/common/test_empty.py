@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import efe_kernels
-from tests.gpu.ops import OPS, leaves_of
+from bench.ops import EXAMPLES, example
+from bench.ops.entry import leaves_of
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +25,20 @@ def _uninitialised_memory_holds_nan() -> Iterator[None]:
 def without_elements(inputs: dict[str, Any], shared: tuple[str, ...]) -> dict[str, Any]:
     """The first dimension of every input cut to 0, but for those that belong to no episode."""
     return {
-        name: value if name in shared else value.detach()[:0].requires_grad_(value.requires_grad)
+        name: value if value is None or name in shared else value.detach()[:0].requires_grad_(value.requires_grad)
         for name, value in inputs.items()
     }
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_batch_of_nothing(name: str, device: str) -> None:
     """Gradients of what all episodes share are 0."""
-    inputs = without_elements(OPS[name].make(device), ("preference_logits", "projection", "target_preference"))
-    results = OPS[name].run(**inputs)
+    run, inputs = example(name, device)
+    inputs = without_elements(inputs, ("preference_logits", "projection", "target_preference"))
+    results = run(inputs)
     per_row = [result for result in results if result.dim()]
     assert all(result.numel() == 0 for result in per_row)
-    leaves = leaves_of(inputs)
+    leaves = list(leaves_of(inputs).values())
     if per_row and leaves:
         gradients = torch.autograd.grad(per_row, leaves, [torch.ones_like(result) for result in per_row])
         assert all((gradient == 0).all() for gradient in gradients)

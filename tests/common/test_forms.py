@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.check import everything, upstream_of
+from bench.ops import EXAMPLES, OPS, example
 from tests.common.forms import FORMS, as_memory
-from tests.gpu.ops import OPS, leaves_of, step, upstream_of
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -19,25 +20,24 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_upstream_gradient_is_taken_by_its_values(name: str, form: Callable[[Tensor], Tensor], device: str) -> None:
-    op = OPS[name]
-    inputs = op.make(device)
-    if not leaves_of(inputs):
+    run, inputs = example(name, device)
+    if "both" not in OPS[EXAMPLES[name].case.op].passes:
         pytest.skip("has no gradient")
     with torch.no_grad():
-        upstream = [form(gradient) for gradient in upstream_of(op.run(**inputs))]
-    assert_same(step(op, inputs, upstream), step(op, inputs, [as_memory(gradient) for gradient in upstream]))
+        upstream = [form(gradient) for gradient in upstream_of(run(inputs))]
+    plain = [as_memory(gradient) for gradient in upstream]
+    assert_same(everything(run, inputs, upstream), everything(run, inputs, plain))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_input_is_taken_by_its_values(name: str, form: Callable[[Tensor], Tensor], device: str) -> None:
     """One input after the other, each a view of what requires its gradient."""
-    op = OPS[name]
-    plain = op.make(device)
+    run, plain = example(name, device)
     for argument, value in plain.items():
-        if value.is_floating_point():
+        if value is not None and value.is_floating_point():
             formed = form(value)
-            expected = step(op, {**plain, argument: as_memory(formed).requires_grad_(formed.requires_grad)})
-            assert_same(step(op, {**plain, argument: formed}), expected)
+            expected = everything(run, {**plain, argument: as_memory(formed).requires_grad_(formed.requires_grad)})
+            assert_same(everything(run, {**plain, argument: formed}), expected)

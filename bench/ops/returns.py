@@ -1,0 +1,175 @@
+"""gae and vtrace, two settings of one pair of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import efe_kernels
+from bench import baselines
+from bench.ops.entry import (
+    COMPILED,
+    DTYPES,
+    FORWARD,
+    Case,
+    Example,
+    Inputs,
+    Op,
+    Peer,
+    Results,
+    Sizes,
+    Variant,
+    empties,
+    flags,
+    plain,
+    size_of,
+)
+from efe_kernels.returns import reference as trace_reference
+from efe_kernels.returns.ops import kernels
+from efe_kernels.returns.reference import Settings, Transitions
+
+GAMMA, LAM = 0.99, 0.95
+AGAINST_TORCHRL = ("eager", "torchrl")
+
+
+def gae_inputs(case: Case) -> Inputs:
+    """[B, T], or views of what lies in memory as [T, B]."""
+    return {
+        "reward": random(case),
+        "value": random(case).requires_grad_(),
+        "next_value": random(case).requires_grad_(),
+        "terminated": random(case) < -1.6,  # one step in twenty
+        "truncated": flags(case, 0.05),
+    }
+
+
+def random(case: Case) -> Tensor:
+    sizes = case.sizes[::-1] if case.layout == "time-major" else case.sizes
+    stored = torch.randn(sizes, dtype=DTYPES[case.dtype])
+    return stored.t() if case.layout == "time-major" else stored
+
+
+def vtrace_inputs(case: Case) -> Inputs:
+    inputs = gae_inputs(case) | {"log_ratio": random(case)}
+    with torch.no_grad():
+        inputs["log_ratio"].mul_(0.5)
+        # torchrl takes the value of the next step where the trace goes on, and next_value only where it stops.
+        inputs["next_value"][:, :-1] = inputs["value"][:, 1:]
+    return inputs
+
+
+def gae(_: Case, inputs: Inputs) -> Results:
+    return efe_kernels.gae(**inputs, gamma=GAMMA, lam=LAM)
+
+
+def vtrace(_: Case, inputs: Inputs) -> Results:
+    return efe_kernels.vtrace(**inputs, gamma=GAMMA)
+
+
+def definition(settings: Settings, _: Case, inputs: Inputs) -> Results:
+    transitions = Transitions(inputs["terminated"], inputs["truncated"], inputs.get("log_ratio"))
+    return trace_reference.trace_forward(inputs["value"], inputs["next_value"], inputs["reward"], transitions, settings)
+
+
+def row_gae(_: Case, inputs: Inputs) -> Results:
+    from bench.triton_baselines import row_gae
+
+    return row_gae(inputs, GAMMA, LAM)
+
+
+def launch(steps: int, time_major: bool, begin: Callable[[str], None]) -> None:
+    """Of both ops."""
+
+    def new(count: int, dtype: torch.dtype) -> list[Tensor]:
+        if time_major:
+            return [tensor.T for tensor in empties(count, steps, 4096, dtype=dtype)]
+        return empties(count, 4096, steps, dtype=dtype)
+
+    terminated, truncated = new(2, torch.bool)
+    gae = (Transitions(terminated, None, None), Settings(0.99, 0.95, 1.0, 1.0, 1.0))
+    value, next_value, reward, grad = new(4, torch.float32)
+    begin("gae forward")
+    kernels.trace_forward(value, next_value, reward, *gae)
+    begin("gae backward")
+    kernels.trace_backward(grad, None, [True, False], *gae)
+    value, next_value, reward, grad, grad_target, log_ratio = new(6, torch.bfloat16)
+    vtrace = (Transitions(terminated, truncated, log_ratio), Settings(0.99, 1.0, 1.0, 1.0, 1.0))
+    begin("vtrace forward")
+    kernels.trace_forward(value, next_value, reward, *vtrace)
+    begin("vtrace backward")
+    kernels.trace_backward(grad, grad_target, [True, True], *vtrace)
+
+
+def variant(steps: int, time_major: bool = False) -> Variant:
+    return Variant((4096, steps), partial(launch, steps, time_major))
+
+
+def few_rows(sizes: Sizes) -> Sizes:
+    """The length, which chooses the kernel, stays."""
+    return 3, sizes[-1]
+
+
+def chunk_trips(launch: Any) -> tuple[int, ...]:
+    return (launch.constant("CHUNKS"),)
+
+
+def cases(op: str) -> tuple[Case, ...]:
+    return (
+        Case(op, "seed", (1, 128), opponents=AGAINST_TORCHRL),
+        Case(op, "train", (64, 128), opponents=AGAINST_TORCHRL),
+        Case(op, "ragged", (33, 77), opponents=AGAINST_TORCHRL),
+        Case(op, "throughput", (4096, 128), layout="time-major"),
+        *(Case(op, "train", (64, 128), dtype) for dtype in ("bf16", "fp16")),
+    )
+
+
+GAE = Op(
+    name="gae",
+    inputs=gae_inputs,
+    kernel=gae,
+    reference=partial(definition, Settings(GAMMA, LAM, 1.0, 1.0, 1.0)),
+    peers={
+        **plain(lambda _, inputs: baselines.loop_gae(inputs, GAMMA, LAM), compiled=FORWARD),
+        "torchrl": Peer(lambda _, inputs: baselines.torchrl_gae(inputs, GAMMA, LAM), FORWARD, module="torchrl"),
+        "thread per row": Peer(row_gae, FORWARD, gpu=True, triton=True),
+    },
+    reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated")),
+    headline=(Case("gae", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl", "thread per row")),),
+    cases=cases("gae"),
+    examples=(Example(Case("gae", "scattered", (37, 70))),),
+    small=few_rows,
+    triton=True,
+    variants={
+        "gae and vtrace serial": variant(8),
+        "gae and vtrace serial longest": variant(32),
+        "gae and vtrace serial time-major": variant(32, time_major=True),
+        "gae and vtrace scan shortest": variant(33),
+        "gae and vtrace scan": variant(1500),
+        "gae and vtrace scan time-major": variant(1500, time_major=True),
+    },
+    loops={"trace_scan_kernel": chunk_trips, "trace_scan_backward_kernel": chunk_trips},
+    swept=True,
+    trace=True,
+)
+# Its kernels, and so its variants, are those of gae.
+VTRACE = Op(
+    name="vtrace",
+    inputs=vtrace_inputs,
+    kernel=vtrace,
+    reference=partial(definition, Settings(GAMMA, 1.0, 1.0, 1.0, 1.0)),
+    peers={
+        **plain(lambda _, inputs: baselines.loop_vtrace(inputs, GAMMA), compiled=FORWARD),
+        "torchrl": Peer(lambda _, inputs: baselines.torchrl_vtrace(inputs, GAMMA), FORWARD, module="torchrl"),
+    },
+    reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated", "log_ratio")),
+    cases=(Case("vtrace", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl")), *cases("vtrace")),
+    examples=(Example(Case("vtrace", "scattered", (37, 70))),),
+    small=few_rows,
+    triton=True,
+    swept=True,
+    trace=True,
+)
