@@ -34,9 +34,9 @@ class Array(NamedTuple):
     d: Any
 
 
-# An Array or None for each tensor of the loss, and the target that does not count. A constant must come last: Triton 3.5
-# loses those of an Array that follows the last one.
-Inputs = NamedTuple("Inputs", [*((name, Any) for name in reference.Inputs._fields), ("IGNORE_INDEX", Any)])
+# An Array or None for each tensor of the loss, and the target that does not count. A constant must come last: Triton
+# 3.5 loses those of an Array that follows the last one.
+Inputs: Any = NamedTuple("Inputs", [*((name, Any) for name in reference.Inputs._fields), ("IGNORE_INDEX", Any)])
 
 
 class Shape(NamedTuple):

@@ -196,12 +196,9 @@ class Backward:
         # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
         shared = preference is not None and layout.shared_preference
         arrays: list[Any] = [array(*pair) for pair in zip(self.each, layout.dims, strict=False)]
-        self.written = kernels.Gradients(
-            *arrays,
-            partial=new(layout.chunks, layout.outcomes, layout.cells) if shared else None,
-            scales=None if prompt is None else new(layout.batch, layout.backward_tiles, layout.outcomes),
-            SHARED_PREFERENCE=tl.constexpr(layout.shared_preference),
-        )
+        partial = new(layout.chunks, layout.outcomes, layout.cells) if shared else None
+        scales = None if prompt is None else new(layout.batch, layout.backward_tiles, layout.outcomes)
+        self.written = kernels.Gradients(*arrays, partial, scales, tl.constexpr(layout.shared_preference))
         if projection is not None and not layout.has_direction:
             projection.zero_()
 
