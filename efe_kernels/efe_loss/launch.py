@@ -31,9 +31,12 @@ MAX_CHUNKS = 128
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 16
 PROMPT = TERMS.index("prompt")
+# Tuples of the kernels, which hold whatever Triton traces.
+Arrays: Any = cells.Inputs
+Gradients: Any = kernels.Gradients
 # A letter for each dimension; those of the preference where there is one for each episode.
-DIMS: Any = cells.Inputs("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
-NOTHING: Any = cells.Inputs(*[None] * len(cells.Inputs._fields))
+DIMS = Arrays("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
+NOTHING = Arrays(*[None] * len(Arrays._fields))
 
 
 class Layout:
@@ -76,7 +79,7 @@ class Layout:
         """The inputs as the kernels see them."""
         valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
         found = map(array, inputs._replace(valid=valid), self.dims)
-        return cells.Inputs(*found, tl.constexpr(ignore_index))
+        return Arrays(*found, tl.constexpr(ignore_index))
 
     def launch(self, function: Any, grid: tuple[int, ...], key: Hashable, **block: Any) -> PreparedLaunch:
         """The launch of `function` on this layout. key: what of its arguments it is specialised on beside the inputs.
@@ -198,7 +201,7 @@ class Backward:
         arrays: list[Any] = [array(*pair) for pair in zip(self.each, layout.dims, strict=False)]
         partial = new(layout.chunks, layout.outcomes, layout.cells) if shared else None
         scales = None if prompt is None else new(layout.batch, layout.backward_tiles, layout.outcomes)
-        self.written = kernels.Gradients(*arrays, partial, scales, tl.constexpr(layout.shared_preference))
+        self.written = Gradients(*arrays, partial, scales, tl.constexpr(layout.shared_preference))
         if projection is not None and not layout.has_direction:
             projection.zero_()
 
@@ -234,7 +237,7 @@ class Backward:
         """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
         layout, written = self.layout, self.written
         preference = written.preference_logits if layout.shared_preference else None
-        shared = kernels.Gradients(None, None, None, None, preference, *written[5:])
+        shared = Gradients(None, None, None, None, preference, *written[5:])
         if layout.batch == 0:
             for gradient in (preference, written.projection):
                 if gradient is not None:
