@@ -10,9 +10,10 @@
 #include <tuple>
 #include <vector>
 
-#include "common/parallel.h"
-#include "common/moments.h"
 #include "common/math.h"
+#include "common/moments.h"
+#include "common/parallel.h"
+#include "common/tensor.h"
 
 namespace efe::advantage {
 namespace {
@@ -25,14 +26,14 @@ Normalize normalize_of(const std::optional<c10::string_view>& name) {
 }
 
 template <class A>
-struct Advantage {
-    const A *reward, *value, *grad;
-    const uint8_t* mask;
+struct Inputs {
+    const A *reward, *value;  // [N]
+    const uint8_t* mask;      // [N] or null
     A reward_scale;
     Normalize normalize;
 
     // Normalised reward minus value of elements [begin, begin + count); 0 where they do not count.
-    EFE_INLINE void load(int64_t begin, int64_t count, A* __restrict__ out) const {
+    EFE_INLINE void subtract_value(int64_t begin, int64_t count, A* __restrict__ out) const {
         const A scale = reward_scale;
         const A *rewards = reward + begin, *values = value + begin;
         for (int64_t i = 0; i < count; ++i) out[i] = rewards[i] * scale;
@@ -47,7 +48,7 @@ struct Advantage {
             for (int64_t i = 0; i < count; ++i) out[i] = out[i] > 1 ? A(1) : out[i] < -1 ? A(-1) : out[i];
         }
         for (int64_t i = 0; i < count; ++i) out[i] -= values[i];
-        clear_others(at_offset(mask, begin), count, out);
+        clear_others(mask_from(mask, begin), count, out);
     }
 };
 
@@ -75,52 +76,61 @@ EFE_INLINE void whiten(const Statistics<A>& statistics, const uint8_t* mask, int
     clear_others(mask, size, x);
 }
 
+// What both directions read: tensors that stay alive, and pointers into them.
+struct Tensors {
+    at::Tensor reward, value, mask;
+
+    Tensors(const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask, at::ScalarType type)
+        : reward(contiguous_as(reward, type)),
+          value(contiguous_as(value, type)),
+          mask(contiguous_as(mask, at::kBool)) {}
+
+    template <class A>
+    Inputs<A> inputs(double reward_scale, const std::optional<c10::string_view>& normalize) const {
+        return {data_of<A>(reward), data_of<A>(value), bytes_of(mask), static_cast<A>(reward_scale),
+                normalize_of(normalize)};
+    }
+};
+
 std::tuple<at::Tensor, at::Tensor> rl_advantage_forward(
     const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask, double reward_scale,
     std::optional<c10::string_view> normalize, int64_t group_size) {
     const at::ScalarType type = arithmetic_type(reward) == at::kDouble ? at::kDouble : arithmetic_type(value);
-    const Runs runs(reward.numel(), group_size);
+    const Spans spans(reward.numel(), group_size);
     const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
-    const at::Tensor statistics = at::empty({group_size > 0 ? runs.count() : 0, 3}, out.options());
-    const at::Tensor r = reward.to(type).contiguous(), v = value.to(type).contiguous();
-    const at::Tensor m = mask.has_value() ? mask->contiguous() : at::Tensor();
+    const at::Tensor statistics = at::empty({group_size > 0 ? spans.count() : 0, 3}, out.options());
+    const Tensors tensors(reward, value, mask, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
-        const Advantage<A> p{data_of<A>(r), data_of<A>(v), nullptr, bytes_of(m), static_cast<A>(reward_scale),
-                             normalize_of(normalize)};
+        const Inputs<A> inputs = tensors.inputs<A>(reward_scale, normalize);
         A* const advantage = out.mutable_data_ptr<A>();
         auto* const found = reinterpret_cast<Statistics<A>*>(statistics.mutable_data_ptr<A>());
-        parallel(runs.count(), runs.size, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
-            for (int64_t run = first; run < last; ++run) {
-                const int64_t begin = run * runs.size, length = runs.length(run);
-                p.load(begin, length, advantage + begin);
-                if (group_size == 0) continue;
-                const uint8_t* members = at_offset(p.mask, begin);
-                found[run] = group_statistics(advantage + begin, members, length);
-                whiten(found[run], members, length, advantage + begin);
-            }
+        spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
+            inputs.subtract_value(begin, size, advantage + begin);
+            if (group_size == 0) return;
+            const uint8_t* members = mask_from(inputs.mask, begin);
+            found[span] = group_statistics(advantage + begin, members, size);
+            whiten(found[span], members, size, advantage + begin);
         });
     });
     return {out.to(c10::promoteTypes(reward.scalar_type(), value.scalar_type())), statistics};
 }
 
+// The gradient [size] of the values of a group; grad is [N].
 template <class A>
-EFE_INLINE void backward_group(const Advantage<A>& p, const Statistics<A>& statistics, int64_t begin, int64_t size,
-                               A* __restrict__ out) {
+EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Statistics<A>& statistics, int64_t begin,
+                               int64_t size, A* __restrict__ out) {
     if (statistics.std == 0) {
         std::fill_n(out, size, A(0));
         return;
     }
-    p.load(begin, size, out);
-    const uint8_t* mask = at_offset(p.mask, begin);
+    inputs.subtract_value(begin, size, out);
+    const uint8_t* mask = mask_from(inputs.mask, begin);
     whiten(statistics, mask, size, out);
-    const A* grad = p.grad + begin;
-    const double grad_sum = sum_members(grad, mask, size, [](A value) EFE_SIMD_BODY { return double(value); });
-    const auto product = [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; };
-    const double product_sum = mask == nullptr ? sum(size, product) : sum(size, [&](int64_t i) EFE_SIMD_BODY {
-        const double value = product(i);
-        return mask[i] != 0 ? value : 0.0;
-    });
+    grad += begin;
+    const double grad_sum = sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]); });
+    const double product_sum =
+        sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; });
     const A mean = static_cast<A>(grad_sum / statistics.count);
     const A slope = static_cast<A>(product_sum / ((statistics.count - 1) * statistics.std));
     const A scale = A(1) / (statistics.std + static_cast<A>(kWhitenEps));
@@ -132,26 +142,20 @@ at::Tensor rl_advantage_backward(
     const at::Tensor& grad, const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask,
     const at::Tensor& statistics, double reward_scale, std::optional<c10::string_view> normalize, int64_t group_size) {
     const at::ScalarType type = statistics.scalar_type();
-    const Runs runs(reward.numel(), group_size);
+    const Spans spans(reward.numel(), group_size);
     const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
-    const at::Tensor g = grad.to(type).contiguous(), r = reward.to(type).contiguous(), v = value.to(type).contiguous();
-    const at::Tensor m = mask.has_value() ? mask->contiguous() : at::Tensor(), s = statistics.contiguous();
+    const at::Tensor upstream = contiguous_as(grad, type), found = contiguous_as(statistics, type);
+    const Tensors tensors(reward, value, mask, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
-        const Advantage<A> p{data_of<A>(r), data_of<A>(v), data_of<A>(g), bytes_of(m),
-                             static_cast<A>(reward_scale), normalize_of(normalize)};
+        const Inputs<A> inputs = tensors.inputs<A>(reward_scale, normalize);
+        const A* const grads = data_of<A>(upstream);
         A* const gradient = out.mutable_data_ptr<A>();
-        const auto* const found = reinterpret_cast<const Statistics<A>*>(data_of<A>(s));
-        parallel(runs.count(), runs.size, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
-            for (int64_t run = first; run < last; ++run) {
-                const int64_t begin = run * runs.size, length = runs.length(run);
-                if (group_size > 0) {
-                    backward_group(p, found[run], begin, length, gradient + begin);
-                } else {
-                    for (int64_t i = begin; i < begin + length; ++i) gradient[i] = -p.grad[i];
-                    clear_others(at_offset(p.mask, begin), length, gradient + begin);
-                }
-            }
+        const auto* const groups = reinterpret_cast<const Statistics<A>*>(data_of<A>(found));
+        spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
+            if (group_size > 0) return group_gradient(inputs, grads, groups[span], begin, size, gradient + begin);
+            for (int64_t i = begin; i < begin + size; ++i) gradient[i] = -grads[i];
+            clear_others(mask_from(inputs.mask, begin), size, gradient + begin);
         });
     });
     return out.to(value.scalar_type());

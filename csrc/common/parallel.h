@@ -1,43 +1,44 @@
-// What the kernels of rewards and advantages share: the dtype of the arithmetic, and how work is shared out to threads.
+// How work is shared out to threads.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "common/simd.h"
 
-namespace efe::advantage {
-
-using OptionalTensor = std::optional<at::Tensor>;
+namespace efe {
 
 constexpr int64_t kGrain = 16384;  // elements for which a further thread pays
 
-inline at::ScalarType arithmetic_type(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-template <class Body>
-void for_arithmetic(at::ScalarType type, const Body& body) {
-    type == at::kDouble ? body(double{}) : body(float{});
-}
-
-// body(begin, end) over ranges of [0, count), each item being `cost` elements of work.
+// body(begin, end) under `vectorized` over ranges of [0, count), each item being `cost` elements of work.
 template <class Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
+    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         vectorized([&]() EFE_SIMD_BODY { body(begin, end); });
     });
 }
 
-template <class T>
-const T* data_of(const at::Tensor& tensor) {
-    return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
-}
+// Elements in spans that are computed apart: groups where there are groups, else pieces of a constant size. They depend
+// on the shape alone, and with them the bits of sums over spans.
+struct Spans {
+    static constexpr int64_t kPiece = 4096;
 
-inline const uint8_t* bytes_of(const at::Tensor& mask) { return reinterpret_cast<const uint8_t*>(data_of<bool>(mask)); }
+    int64_t numel, size;
 
-}  // namespace efe::advantage
+    Spans(int64_t numel, int64_t group_size) : numel(numel), size(group_size > 0 ? group_size : kPiece) {}
+    int64_t count() const { return (numel + size - 1) / size; }
+
+    // body(span, index of its first element, number of elements) for every span.
+    template <class Body>
+    void for_each(const Body& body) const {
+        parallel(count(), size, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
+            for (int64_t span = first; span < last; ++span)
+                body(span, span * size, std::min(size, numel - span * size));
+        });
+    }
+};
+
+}  // namespace efe

@@ -54,25 +54,4 @@ void vectorized(const Body& body) {
     body();
 }
 
-// Sum in 16 interleaved lanes, which vectorises without letting the compiler reorder a sum: same bits on every run.
-template <class A>
-struct LaneSum {
-    static constexpr int kLanes = 16;
-    A lanes[kLanes] = {};
-
-    EFE_INLINE void add(const A* values, int count) {
-        int i = 0;
-        for (; i + kLanes <= count; i += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
-        for (int lane = 0; i + lane < count; ++lane) lanes[lane] += values[i + lane];
-    }
-
-    EFE_INLINE A total() const {
-        A eight[8], four[4];
-        for (int lane = 0; lane < 8; ++lane) eight[lane] = lanes[lane] + lanes[lane + 8];
-        for (int lane = 0; lane < 4; ++lane) four[lane] = eight[lane] + eight[lane + 4];
-        return (four[0] + four[2]) + (four[1] + four[3]);
-    }
-};
-
 }  // namespace efe

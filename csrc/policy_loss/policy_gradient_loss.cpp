@@ -10,17 +10,19 @@
 #include <tuple>
 #include <vector>
 
-#include "common/parallel.h"
-#include "common/moments.h"
 #include "common/math.h"
+#include "common/moments.h"
+#include "common/parallel.h"
+#include "common/tensor.h"
 
-namespace efe::advantage {
+namespace efe::policy_loss {
 namespace {
 
 template <class A>
-struct Policy {
-    const A *log_prob, *value, *entropy, *advantage, *value_target, *old_log_prob;
-    const uint8_t* mask;
+struct Inputs {
+    const A *log_prob, *value, *advantage, *value_target;  // [N]
+    const A *entropy, *old_log_prob;                       // [N] or null: backward reads no entropy
+    const uint8_t* mask;                                   // [N] or null
     A clip;
 };
 
@@ -47,19 +49,20 @@ EFE_INLINE A times(A x, A weight) {
 }
 
 template <class A>
-EFE_INLINE void load_log_ratio(const Policy<A>& p, int64_t begin, int64_t count, A* __restrict__ out) {
+EFE_INLINE void load_log_ratio(const Inputs<A>& p, int64_t begin, int64_t count, A* __restrict__ out) {
     const A *log_prob = p.log_prob + begin, *old_log_prob = p.old_log_prob + begin;
     for (int64_t i = 0; i < count; ++i) out[i] = log_prob[i] - old_log_prob[i];
 }
 
 template <class A>
-EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
-    A loss[kChunk], error[kChunk], log_ratio[kChunk], outside[kChunk], divergence[kChunk];
+EFE_INLINE Partial sum_span(const Inputs<A>& p, int64_t begin, int64_t count) {
+    constexpr int64_t kSize = Spans::kPiece;
+    A loss[kSize], error[kSize], log_ratio[kSize], outside[kSize], divergence[kSize];
     const A *log_prob = p.log_prob + begin, *advantage = p.advantage + begin;
     const A *target = p.value_target + begin, *value = p.value + begin;
-    const uint8_t* mask = at_offset(p.mask, begin);
+    const uint8_t* mask = mask_from(p.mask, begin);
     const auto total = [&](const A* x) EFE_SIMD_BODY {
-        return sum_members(x, mask, count, [](A term) EFE_SIMD_BODY { return double(term); });
+        return sum_members(mask, count, [&](int64_t i) EFE_SIMD_BODY { return double(x[i]); });
     };
     Partial partial;
     for (int64_t i = 0; i < count; ++i) error[i] = target[i] - value[i];
@@ -84,30 +87,45 @@ EFE_INLINE Partial sum_chunk(const Policy<A>& p, int64_t begin, int64_t count) {
     partial.entropy = total(p.entropy + begin);
     partial.error = moments_of(error, mask, count);
     partial.target = moments_of(target, mask, count);
-    partial.squared_error = sum_members(error, mask, count, [](A x) EFE_SIMD_BODY { return double(x) * x; });
+    partial.squared_error =
+        sum_members(mask, count, [&](int64_t i) EFE_SIMD_BODY { return double(error[i]) * error[i]; });
     return partial;
 }
 
-// A tensor, row-major, in the arithmetic's type; undefined where there is none.
-at::Tensor flat(const OptionalTensor& tensor, at::ScalarType type) {
-    return tensor.has_value() ? tensor->to(type).contiguous() : at::Tensor();
-}
+// What both directions read: tensors that stay alive, and pointers into them.
+struct Tensors {
+    at::Tensor log_prob, value, advantage, value_target, entropy, old_log_prob, mask;
+
+    Tensors(const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
+            const at::Tensor& value_target, const OptionalTensor& entropy, const OptionalTensor& old_log_prob,
+            const OptionalTensor& mask, at::ScalarType type)
+        : log_prob(contiguous_as(log_prob, type)),
+          value(contiguous_as(value, type)),
+          advantage(contiguous_as(advantage, type)),
+          value_target(contiguous_as(value_target, type)),
+          entropy(contiguous_as(entropy, type)),
+          old_log_prob(contiguous_as(old_log_prob, type)),
+          mask(contiguous_as(mask, at::kBool)) {}
+
+    template <class A>
+    Inputs<A> inputs(double clip) const {
+        return {data_of<A>(log_prob), data_of<A>(value),        data_of<A>(advantage), data_of<A>(value_target),
+                data_of<A>(entropy),  data_of<A>(old_log_prob), bytes_of(mask),        static_cast<A>(clip)};
+    }
+};
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gradient_loss_forward(
     const at::Tensor& entropy, const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
     const at::Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip,
     double value_coef, double entropy_coef) {
     const at::ScalarType type = arithmetic_type(log_prob);
-    const at::Tensor l = flat(log_prob, type), v = flat(value, type), e = flat(entropy, type), a = flat(advantage, type);
-    const at::Tensor t = flat(value_target, type), old = flat(old_log_prob, type), m = flat(mask, at::kBool);
-    const Runs runs(l.numel(), 0);
-    std::vector<Partial> partials(runs.count());
+    const Tensors tensors(log_prob, value, advantage, value_target, entropy, old_log_prob, mask, type);
+    const Spans spans(log_prob.numel(), 0);
+    std::vector<Partial> partials(spans.count());
     for_arithmetic(type, [&](auto zero) {
-        using A = decltype(zero);
-        const Policy<A> p{data_of<A>(l), data_of<A>(v), data_of<A>(e), data_of<A>(a), data_of<A>(t), data_of<A>(old),
-                          bytes_of(m), static_cast<A>(clip)};
-        parallel(runs.count(), runs.size, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
-            for (int64_t run = first; run < last; ++run) partials[run] = sum_chunk(p, run * runs.size, runs.length(run));
+        const auto inputs = tensors.inputs<decltype(zero)>(clip);
+        spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
+            partials[span] = sum_span(inputs, begin, size);
         });
     });
     Partial all;
@@ -124,25 +142,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gr
         std::transform(found, found + 4, diagnostics.mutable_data_ptr<A>(), [](double x) { return static_cast<A>(x); });
     });
     const double total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef);
-    return {scalar(total), scalar(policy), scalar(value_loss),
-            scalar(mean_entropy), diagnostics};
+    return {scalar(total), scalar(policy), scalar(value_loss), scalar(mean_entropy), diagnostics};
 }
 
 template <class A>
-struct PolicyGradients {
-    A *entropy, *log_prob, *value;
+struct Gradients {
+    A *entropy, *log_prob, *value;  // [N], or null where it is not asked for
+};
+
+// What arrives at each element: upstream gradients over the number of those that count.
+template <class A>
+struct Upstream {
+    A policy, value, entropy;
 };
 
 template <class A>
-EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& gradients, int64_t begin, int64_t count,
-                              A policy, A value, A entropy) {
-    const uint8_t* mask = at_offset(p.mask, begin);
+EFE_INLINE void differentiate_span(const Inputs<A>& p, const Upstream<A>& upstream, const Gradients<A>& gradients,
+                                   int64_t begin, int64_t count) {
+    const uint8_t* mask = mask_from(p.mask, begin);
     if (gradients.log_prob != nullptr) {
         A* const __restrict__ out = gradients.log_prob + begin;
         const A* advantage = p.advantage + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = times(advantage[i], -policy);
+        for (int64_t i = 0; i < count; ++i) out[i] = times(advantage[i], -upstream.policy);
         if (p.old_log_prob != nullptr) {
-            A log_ratio[kChunk];
+            A log_ratio[Spans::kPiece];
             load_log_ratio(p, begin, count, log_ratio);
             const A low = A(1) - p.clip, high = A(1) + p.clip;
             for (int64_t i = 0; i < count; ++i) {
@@ -158,11 +181,11 @@ EFE_INLINE void differentiate(const Policy<A>& p, const PolicyGradients<A>& grad
     if (gradients.value != nullptr) {
         A* const __restrict__ out = gradients.value + begin;
         const A *target = p.value_target + begin, *found = p.value + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = times(A(2) * (found[i] - target[i]), value);
+        for (int64_t i = 0; i < count; ++i) out[i] = times(A(2) * (found[i] - target[i]), upstream.value);
         clear_others(mask, count, out);
     }
     if (gradients.entropy != nullptr) {
-        std::fill_n(gradients.entropy + begin, count, entropy);
+        std::fill_n(gradients.entropy + begin, count, upstream.entropy);
         clear_others(mask, count, gradients.entropy + begin);
     }
 }
@@ -174,27 +197,23 @@ std::vector<at::Tensor> policy_gradient_loss_backward(
     const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip, double value_coef,
     double entropy_coef) {
     const at::ScalarType type = diagnostics.scalar_type();
-    const at::Tensor l = flat(log_prob, type), v = flat(value, type), a = flat(advantage, type);
-    const at::Tensor t = flat(value_target, type), old = flat(old_log_prob, type), m = flat(mask, at::kBool);
-    const Runs runs(l.numel(), 0);
+    const Tensors tensors(log_prob, value, advantage, value_target, {}, old_log_prob, mask, type);
     const double share = 1 / std::max(diagnostics[3].item<double>(), 1.0);
     const auto number = [](const OptionalTensor& grad) { return grad.has_value() ? grad->item<double>() : 0.0; };
     const double total = number(grad_total);
     at::Tensor found[3];
     for (int i = 0; i < 3; ++i)
-        if (needs.get(i)) found[i] = at::empty(log_prob.sizes(), l.options());
+        if (needs.get(i)) found[i] = at::empty(log_prob.sizes(), tensors.log_prob.options());
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
         const auto out = [&](int i) { return found[i].defined() ? found[i].mutable_data_ptr<A>() : nullptr; };
-        const Policy<A> p{data_of<A>(l), data_of<A>(v), nullptr, data_of<A>(a), data_of<A>(t), data_of<A>(old),
-                          bytes_of(m), static_cast<A>(clip)};
-        const PolicyGradients<A> gradients{out(0), out(1), out(2)};
-        const A policy = static_cast<A>((total + number(grad_policy)) * share);
-        const A critic = static_cast<A>((total * value_coef + number(grad_value)) * share);
-        const A bonus = static_cast<A>((number(grad_entropy) - total * entropy_coef) * share);
-        parallel(runs.count(), runs.size, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
-            for (int64_t run = first; run < last; ++run)
-                differentiate(p, gradients, run * runs.size, runs.length(run), policy, critic, bonus);
+        const Inputs<A> inputs = tensors.inputs<A>(clip);
+        const Gradients<A> gradients{out(0), out(1), out(2)};
+        const Upstream<A> upstream{static_cast<A>((total + number(grad_policy)) * share),
+                                   static_cast<A>((total * value_coef + number(grad_value)) * share),
+                                   static_cast<A>((number(grad_entropy) - total * entropy_coef) * share)};
+        Spans(log_prob.numel(), 0).for_each([&](int64_t, int64_t begin, int64_t size) EFE_SIMD_BODY {
+            differentiate_span(inputs, upstream, gradients, begin, size);
         });
     });
     std::vector<at::Tensor> wanted;
@@ -209,4 +228,4 @@ TORCH_LIBRARY_IMPL(efe, CPU, library) {
 }
 
 }  // namespace
-}  // namespace efe::advantage
+}  // namespace efe::policy_loss

@@ -9,21 +9,27 @@
 namespace efe::prompt {
 namespace {
 
-// Runs a launcher on the current stream; Ops has made the tensors' device the current one.
-template <class Args>
-void launch(void (*launcher)(const Args&, cudaStream_t), const Args& args) {
+// Calls a launcher with the current stream; Ops has made the tensors' device the current one.
+template <class Args, void (*launcher)(const Args&, cudaStream_t)>
+void on_current_stream(const Args& args) {
     launcher(args, c10::cuda::getCurrentCUDAStream().stream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 struct Cuda {
-    static int64_t pool_chunks(const PoolForward& args) { return cuda::pool_chunks(args); }
-    static void pool_forward(const PoolForward& args) { launch(cuda::pool_forward, args); }
-    static void pool_backward(const PoolBackward& args) { launch(cuda::pool_backward, args); }
-    static void refine_forward(const RefineForward& args) { launch(cuda::refine_forward, args); }
-    static void refine_backward(const RefineBackward& args) { launch(cuda::refine_backward, args); }
-    static void log_prob_forward(const LogProbForward& args) { launch(cuda::log_prob_forward, args); }
-    static void log_prob_backward(const LogProbBackward& args) { launch(cuda::log_prob_backward, args); }
+    static constexpr auto masked_mean_pool_chunks = cuda::masked_mean_pool_chunks;
+    static constexpr auto masked_mean_pool_forward =
+        on_current_stream<MaskedMeanPoolForward, cuda::masked_mean_pool_forward>;
+    static constexpr auto masked_mean_pool_backward =
+        on_current_stream<MaskedMeanPoolBackward, cuda::masked_mean_pool_backward>;
+    static constexpr auto refine_prompt_forward =
+        on_current_stream<RefinePromptForward, cuda::refine_prompt_forward>;
+    static constexpr auto refine_prompt_backward =
+        on_current_stream<RefinePromptBackward, cuda::refine_prompt_backward>;
+    static constexpr auto squashed_log_prob_forward =
+        on_current_stream<SquashedLogProbForward, cuda::squashed_log_prob_forward>;
+    static constexpr auto squashed_log_prob_backward =
+        on_current_stream<SquashedLogProbBackward, cuda::squashed_log_prob_backward>;
 };
 
 }  // namespace

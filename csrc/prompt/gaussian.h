@@ -57,6 +57,19 @@ EFE_INLINE Squashed<A> squash_sigmoid(A u) {
     return {value, e.value * inverse * inverse, log_slope, std::copysign(e.minus_one * inverse, -u)};
 }
 
+// The last component of a row: alpha, what it is made of, and its noise.
+template <class A>
+struct Blend {
+    A noise, log_std, u;
+    Squashed<A> alpha;
+};
+
+template <class A>
+EFE_INLINE Blend<A> blend_of(A mean, A log_std, A noise) {
+    const A u = mean + math::exp(log_std) * noise;
+    return {noise, log_std, u, squash_sigmoid(u)};
+}
+
 // Per row: sums over all D + 1 components (log_slope includes that of alpha) -> log_prob and entropy of (delta, alpha).
 template <class A>
 struct RowSums {
@@ -76,18 +89,25 @@ EFE_INLINE Score<A> score(const RowSums<A>& sums, int64_t dimension, double log_
     return {log_normal - log_determinant, sums.log_std + components * A(kEntropyConstant) + log_determinant};
 }
 
+// log_prob, entropy: [B].
+template <class A>
+EFE_INLINE void store_score(const Score<A>& score, int64_t row, void* log_prob, void* entropy) {
+    static_cast<A*>(log_prob)[row] = score.log_prob;
+    static_cast<A*>(entropy)[row] = score.entropy;
+}
+
 // refine_prompt backward. With the noise fixed, u = mean + std n is the only way to the mean, and
 // log N(u) = -n^2/2 - log_std - const does not depend on u. With J the log-determinant, the gradient arriving at u is
 //     g_u = grad_refined . d refined / du + grad_action + (grad_entropy - grad_log_prob) J'(u)
 // and then d mean = g_u, d log_std = g_u std n + (grad_entropy - grad_log_prob). The caller gives `grad_squashed`, the
 // gradient of the squashed value: grad_refined alpha s for tanh, sum_d grad_refined_d s tanh(u_d) for sigmoid.
 template <class A>
-struct PolicyGradient {
+struct RefinePromptGradient {
     A mean, log_std;
 };
 
 template <class A>
-EFE_INLINE PolicyGradient<A> refine_gradient(
+EFE_INLINE RefinePromptGradient<A> refine_prompt_gradient(
     const Squashed<A>& at_u, A grad_squashed, A grad_action, A grad_determinant, A log_std, A noise) {
     const A mean = grad_squashed * at_u.slope + grad_action + grad_determinant * at_u.log_slope_slope;
     return {mean, mean * math::exp(log_std) * noise + grad_determinant};
@@ -96,12 +116,12 @@ EFE_INLINE PolicyGradient<A> refine_gradient(
 // squashed_log_prob backward. With n = (u - mean) / std: d mean = grad_log_prob n / std,
 // d u = -d mean + (grad_entropy - grad_log_prob) J'(u), d log_std = grad_log_prob (n^2 - 1) + grad_entropy.
 template <class A>
-struct ActionGradient {
+struct SquashedLogProbGradient {
     A action, mean, log_std;
 };
 
 template <class A>
-EFE_INLINE ActionGradient<A> log_prob_gradient(
+EFE_INLINE SquashedLogProbGradient<A> squashed_log_prob_gradient(
     A log_slope_slope, A action, A mean, A log_std, A grad_log_prob, A grad_entropy) {
     const A inverse_std = math::exp(-log_std);
     const A noise = (action - mean) * inverse_std;

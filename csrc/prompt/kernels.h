@@ -1,40 +1,51 @@
-// What the ops hand to a kernel: pointers, strides and sizes, without torch. The CPU (cpu.cpp) and CUDA (cuda.cu) take
-// the same. B rows, D prompt dimensions, W = D + 1 policy components; strides are counted in elements.
+// What the ops hand to a kernel: pointers, strides and sizes, without torch. The CPU (cpu.h) and CUDA (cuda.h) take the
+// same. B rows, D prompt dimensions, W = D + 1 policy components; strides are counted in elements.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/inline.h"
 
 namespace efe::prompt {
 
-enum class Dtype { float32, float64, float16, bfloat16 };
-
 // A matrix with any strides; data is null where an optional tensor is absent (noise, gradients).
 struct Matrix {
     const void* data = nullptr;
-    int64_t row = 0;
-    int64_t column = 0;
+    int64_t stride_row = 0;
+    int64_t stride_column = 0;
 };
 
 // A typed row of such a matrix.
 template <class T>
 struct Row {
     const T* data;
-    int64_t column;
+    int64_t stride;
 };
 
 template <class T>
 EFE_INLINE Row<T> row_of(const Matrix& matrix, int64_t index) {
     const T* data = static_cast<const T*>(matrix.data);
-    return {data == nullptr ? nullptr : data + index * matrix.row, matrix.column};
+    return {data == nullptr ? nullptr : data + index * matrix.stride_row, matrix.stride_column};
 }
 
-struct PoolForward {
+// 0 where the row is absent.
+template <class A>
+EFE_INLINE A element(const Row<A>& row, int64_t index) {
+    return row.data == nullptr ? A(0) : row.data[index * row.stride];
+}
+
+// Row `index` of a contiguous result [.., width]; null where it is not asked for.
+template <class T>
+EFE_INLINE T* result_row(void* data, int64_t index, int64_t width) {
+    return data == nullptr ? nullptr : static_cast<T*>(data) + index * width;
+}
+
+struct MaskedMeanPoolForward {
     Dtype dtype;                      // of hidden and pooled; scale is double for float64, else float
     int64_t rows, length, width;      // N, L, E
     const void* hidden;               // [N, L, E], the strides follow
-    int64_t row, token, column;
+    int64_t stride_row, stride_token, stride_column;
     Matrix mask;                      // [N, L] bool
     void* pooled;                     // [N, E] contiguous
     void* scale;                      // [N], 1 / tokens, 0 without a token
@@ -43,7 +54,7 @@ struct PoolForward {
     int32_t* partial_counts;          // [N, chunks]; null for one chunk
 };
 
-struct PoolBackward {
+struct MaskedMeanPoolBackward {
     Dtype dtype;
     int64_t rows, length, width;
     Matrix grad;                      // [N, E]
@@ -53,7 +64,7 @@ struct PoolBackward {
 };
 
 // In the next four, every tensor but the prompt is double where the prompt is, else float.
-struct RefineForward {
+struct RefinePromptForward {
     Dtype dtype;                      // of prompt and refined
     int64_t batch, dimension;         // B, D
     double delta_scale, log_delta_scale;
@@ -66,7 +77,7 @@ struct RefineForward {
     void* entropy;                    // [B]
 };
 
-struct RefineBackward {
+struct RefinePromptBackward {
     Dtype dtype;                      // of grad_refined
     int64_t batch, dimension;
     double delta_scale;
@@ -80,7 +91,7 @@ struct RefineBackward {
     void* grad_log_std;               // [B, W] contiguous, or null
 };
 
-struct LogProbForward {
+struct SquashedLogProbForward {
     Dtype dtype;                      // float32 or float64, of everything
     int64_t batch, dimension;
     double log_delta_scale;
@@ -89,7 +100,7 @@ struct LogProbForward {
     void* entropy;                    // [B]
 };
 
-struct LogProbBackward {
+struct SquashedLogProbBackward {
     Dtype dtype;
     int64_t batch, dimension;
     Matrix grad_log_prob;             // [B, 1] or null

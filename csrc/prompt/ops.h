@@ -8,34 +8,13 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/tensor.h"
 #include "prompt/kernels.h"
 
 namespace efe::prompt {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-inline Dtype dtype_of(const at::Tensor& tensor) {
-    switch (tensor.scalar_type()) {
-        case at::kFloat:
-            return Dtype::float32;
-        case at::kDouble:
-            return Dtype::float64;
-        case at::kHalf:
-            return Dtype::float16;
-        case at::kBFloat16:
-            return Dtype::bfloat16;
-        default:
-            TORCH_CHECK_TYPE(false, "efe: no kernel for ", tensor.scalar_type());
-    }
-}
-
-inline at::ScalarType accumulate_type(const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 // tensor [rows, columns]; a vector is one row for every index (log_std [W]).
 inline Matrix matrix(const at::Tensor& tensor, at::ScalarType type) {
@@ -64,15 +43,17 @@ inline at::Tensor fold_rows(const at::Tensor& rows, const at::Tensor& like) {
 
 template <class Backend>
 struct Ops {
-    static std::tuple<at::Tensor, at::Tensor> pool_forward(const at::Tensor& hidden, const at::Tensor& mask) {
+    static std::tuple<at::Tensor, at::Tensor> masked_mean_pool_forward(
+        const at::Tensor& hidden, const at::Tensor& mask) {
         const c10::DeviceGuard guard(hidden.device());
         const int64_t rows = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
         at::Tensor pooled = at::empty({rows, width}, hidden.options());
-        at::Tensor scale = at::empty({rows}, hidden.options().dtype(accumulate_type(hidden)));
-        PoolForward args{dtype_of(hidden), rows, length, width, hidden.const_data_ptr(), hidden.stride(0),
-                         hidden.stride(1), hidden.stride(2), matrix(mask, at::kBool), pooled.mutable_data_ptr(),
-                         scale.mutable_data_ptr(), 1, nullptr, nullptr};
-        args.chunks = Backend::pool_chunks(args);
+        at::Tensor scale = at::empty({rows}, hidden.options().dtype(arithmetic_type(hidden)));
+        MaskedMeanPoolForward args{
+            dtype_of(hidden.scalar_type()), rows, length, width, hidden.const_data_ptr(), hidden.stride(0),
+            hidden.stride(1), hidden.stride(2), matrix(mask, at::kBool), pooled.mutable_data_ptr(),
+            scale.mutable_data_ptr(), 1, nullptr, nullptr};
+        args.chunks = Backend::masked_mean_pool_chunks(args);
         at::Tensor sums, counts;
         if (args.chunks > 1) {
             sums = at::empty({rows, args.chunks, width}, scale.options());
@@ -80,37 +61,39 @@ struct Ops {
             args.partial_sums = sums.mutable_data_ptr();
             args.partial_counts = counts.mutable_data_ptr<int32_t>();
         }
-        Backend::pool_forward(args);
+        Backend::masked_mean_pool_forward(args);
         return {pooled, scale};
     }
 
-    static at::Tensor pool_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& scale) {
+    static at::Tensor masked_mean_pool_backward(
+        const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& scale) {
         const c10::DeviceGuard guard(grad.device());
         const int64_t rows = mask.size(0), length = mask.size(1), width = grad.size(1);
         at::Tensor grad_hidden = at::empty({rows, length, width}, grad.options());
-        Backend::pool_backward(
-            {dtype_of(grad), rows, length, width, matrix(grad, grad.scalar_type()), matrix(mask, at::kBool),
-             scale.contiguous().const_data_ptr(), grad_hidden.mutable_data_ptr()});
+        Backend::masked_mean_pool_backward(
+            {dtype_of(grad.scalar_type()), rows, length, width, matrix(grad, grad.scalar_type()),
+             matrix(mask, at::kBool), scale.contiguous().const_data_ptr(), grad_hidden.mutable_data_ptr()});
         return grad_hidden;
     }
 
-    static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> refine_forward(
+    static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> refine_prompt_forward(
         const at::Tensor& prompt, const at::Tensor& mean, const at::Tensor& log_std, const OptionalTensor& noise,
         const OptionalTensor& seed, double delta_scale) {
         const c10::DeviceGuard guard(prompt.device());
-        const at::ScalarType type = accumulate_type(prompt);
+        const at::ScalarType type = arithmetic_type(prompt);
         const int64_t batch = prompt.size(0), dimension = prompt.size(1);
         at::Tensor refined = at::empty({batch, dimension}, prompt.options());
         at::Tensor action = at::empty({batch, dimension + 1}, mean.options());
         at::Tensor log_prob = at::empty({batch}, mean.options()), entropy = at::empty({batch}, mean.options());
-        Backend::refine_forward(
-            {dtype_of(prompt), batch, dimension, delta_scale, std::log(delta_scale), seed_of(seed),
+        Backend::refine_prompt_forward(
+            {dtype_of(prompt.scalar_type()), batch, dimension, delta_scale, std::log(delta_scale), seed_of(seed),
              matrix(prompt, prompt.scalar_type()), matrix(mean, type), matrix(log_std, type), matrix(noise, type),
-             refined.mutable_data_ptr(), action.mutable_data_ptr(), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
+             refined.mutable_data_ptr(), action.mutable_data_ptr(), log_prob.mutable_data_ptr(),
+             entropy.mutable_data_ptr()});
         return {refined, action, log_prob, entropy};
     }
 
-    static std::vector<at::Tensor> refine_backward(
+    static std::vector<at::Tensor> refine_prompt_backward(
         const OptionalTensor& grad_refined, const OptionalTensor& grad_action, const OptionalTensor& grad_log_prob,
         const OptionalTensor& grad_entropy, const at::Tensor& action, const at::Tensor& log_std,
         const OptionalTensor& noise, const OptionalTensor& seed, double delta_scale, const c10::List<bool>& needs) {
@@ -118,36 +101,36 @@ struct Ops {
         const at::ScalarType type = action.scalar_type();
         const at::ScalarType refined_type = grad_refined.has_value() ? grad_refined->scalar_type() : type;
         const int64_t batch = action.size(0), dimension = action.size(1) - 1;
-        Gradients gradients(batch, dimension + 1, action, needs);
-        Backend::refine_backward(
-            {dtype_of(grad_refined.value_or(action)), batch, dimension, delta_scale, seed_of(seed),
+        RowGradients gradients(batch, dimension + 1, action, needs);
+        Backend::refine_prompt_backward(
+            {dtype_of(refined_type), batch, dimension, delta_scale, seed_of(seed),
              matrix(grad_refined, refined_type), matrix(grad_action, type), column(grad_log_prob, type),
              column(grad_entropy, type), matrix(action, type), matrix(log_std, type), matrix(noise, type),
              gradients.data(0), gradients.data(1)});
         return gradients.take(log_std);
     }
 
-    static std::tuple<at::Tensor, at::Tensor> log_prob_forward(
+    static std::tuple<at::Tensor, at::Tensor> squashed_log_prob_forward(
         const at::Tensor& action, const at::Tensor& mean, const at::Tensor& log_std, double delta_scale) {
         const c10::DeviceGuard guard(action.device());
         const at::ScalarType type = action.scalar_type();
         const int64_t batch = action.size(0);
         at::Tensor log_prob = at::empty({batch}, action.options()), entropy = at::empty({batch}, action.options());
-        Backend::log_prob_forward(
-            {dtype_of(action), batch, action.size(1) - 1, std::log(delta_scale), matrix(action, type),
+        Backend::squashed_log_prob_forward(
+            {dtype_of(action.scalar_type()), batch, action.size(1) - 1, std::log(delta_scale), matrix(action, type),
              matrix(mean, type), matrix(log_std, type), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
         return {log_prob, entropy};
     }
 
-    static std::vector<at::Tensor> log_prob_backward(
+    static std::vector<at::Tensor> squashed_log_prob_backward(
         const OptionalTensor& grad_log_prob, const OptionalTensor& grad_entropy, const at::Tensor& action,
         const at::Tensor& mean, const at::Tensor& log_std, const c10::List<bool>& needs) {
         const c10::DeviceGuard guard(action.device());
         const at::ScalarType type = action.scalar_type();
         const int64_t batch = action.size(0), dimension = action.size(1) - 1;
-        Gradients gradients(batch, dimension + 1, action, needs);
-        Backend::log_prob_backward(
-            {dtype_of(action), batch, dimension, column(grad_log_prob, type), column(grad_entropy, type),
+        RowGradients gradients(batch, dimension + 1, action, needs);
+        Backend::squashed_log_prob_backward(
+            {dtype_of(action.scalar_type()), batch, dimension, column(grad_log_prob, type), column(grad_entropy, type),
              matrix(action, type), matrix(mean, type), matrix(log_std, type), gradients.data(0), gradients.data(1),
              gradients.data(2)});
         return gradients.take(log_std);
@@ -155,10 +138,10 @@ struct Ops {
 
 private:
     // Gradients [B, W], only those that are needed; the last belongs to log_std.
-    struct Gradients {
+    struct RowGradients {
         std::vector<at::Tensor> tensors;
 
-        Gradients(int64_t batch, int64_t width, const at::Tensor& like, const c10::List<bool>& needs) {
+        RowGradients(int64_t batch, int64_t width, const at::Tensor& like, const c10::List<bool>& needs) {
             for (const bool need : needs)
                 tensors.push_back(need ? at::empty({batch, width}, like.options()) : at::Tensor());
         }
@@ -179,12 +162,12 @@ private:
 
 template <class Backend>
 void register_ops(torch::Library& library) {
-    library.impl("masked_mean_pool_forward", Ops<Backend>::pool_forward);
-    library.impl("masked_mean_pool_backward", Ops<Backend>::pool_backward);
-    library.impl("refine_prompt_forward", Ops<Backend>::refine_forward);
-    library.impl("refine_prompt_backward", Ops<Backend>::refine_backward);
-    library.impl("squashed_log_prob_forward", Ops<Backend>::log_prob_forward);
-    library.impl("squashed_log_prob_backward", Ops<Backend>::log_prob_backward);
+    library.impl("masked_mean_pool_forward", Ops<Backend>::masked_mean_pool_forward);
+    library.impl("masked_mean_pool_backward", Ops<Backend>::masked_mean_pool_backward);
+    library.impl("refine_prompt_forward", Ops<Backend>::refine_prompt_forward);
+    library.impl("refine_prompt_backward", Ops<Backend>::refine_prompt_backward);
+    library.impl("squashed_log_prob_forward", Ops<Backend>::squashed_log_prob_forward);
+    library.impl("squashed_log_prob_backward", Ops<Backend>::squashed_log_prob_backward);
 }
 
 }  // namespace efe::prompt

@@ -2,8 +2,6 @@
 // integers, so they are exact; the few operations on them are float32, as they are there.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,8 +12,9 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/tensor.h"
 
-namespace efe::advantage {
+namespace efe::reward {
 namespace {
 
 constexpr int64_t kIgnored = -100;
@@ -36,33 +35,34 @@ struct Grid {
     int64_t cells() const { return height * width; }
 };
 
+// body(T{}) with the type T of a grid's elements.
+template <class Body>
+EFE_INLINE void for_element_type(const Grid& grid, const Body& body) {
+    const at::ScalarType type = grid.tensor.scalar_type();
+    if (grid.logits) return for_dtype(dtype_of(type), body);
+    switch (type) {
+        case at::kByte:
+            return body(uint8_t{});
+        case at::kChar:
+            return body(int8_t{});
+        case at::kShort:
+            return body(int16_t{});
+        case at::kInt:
+            return body(int32_t{});
+        case at::kLong:
+            return body(int64_t{});
+        default:
+            TORCH_CHECK_TYPE(false, grid.name, " must hold logits or integers, it was ", type, ".");
+    }
+}
+
 // body(typed pointer to the first row of an episode).
 template <class Body>
 EFE_INLINE void with_episode(const Grid& grid, int64_t b, const Body& body) {
-    const void* data = grid.tensor.const_data_ptr();
-    const int64_t offset = b * grid.stride_b;
-    switch (grid.tensor.scalar_type()) {
-        case at::kFloat:
-            return body(static_cast<const float*>(data) + offset);
-        case at::kDouble:
-            return body(static_cast<const double*>(data) + offset);
-        case at::kHalf:
-            return body(static_cast<const c10::Half*>(data) + offset);
-        case at::kBFloat16:
-            return body(static_cast<const c10::BFloat16*>(data) + offset);
-        case at::kByte:
-            return body(static_cast<const uint8_t*>(data) + offset);
-        case at::kChar:
-            return body(static_cast<const int8_t*>(data) + offset);
-        case at::kShort:
-            return body(static_cast<const int16_t*>(data) + offset);
-        case at::kInt:
-            return body(static_cast<const int32_t*>(data) + offset);
-        case at::kLong:
-            return body(static_cast<const int64_t*>(data) + offset);
-        default:
-            TORCH_CHECK_TYPE(false, grid.name, " must hold logits or integers, it was ", grid.tensor.scalar_type(), ".");
-    }
+    const void* const data = grid.tensor.const_data_ptr();
+    for_element_type(grid, [&](auto zero) EFE_SIMD_BODY {
+        body(static_cast<const decltype(zero)*>(data) + b * grid.stride_b);
+    });
 }
 
 EFE_INLINE int32_t colour_of(int64_t value, int64_t num_colors) {
@@ -105,8 +105,7 @@ EFE_INLINE void read_prediction(const Grid& grid, int64_t b, int64_t num_colors,
             if constexpr (std::is_integral_v<T>) {
                 for (int64_t i = 0; i < grid.width; ++i) colours[i] = colour_of(row[i * grid.stride_w], num_colors);
             } else {
-                using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-                argmax_row(row, grid, num_colors, reinterpret_cast<A*>(w.best.data()), colours);
+                argmax_row(row, grid, num_colors, reinterpret_cast<Arithmetic<T>*>(w.best.data()), colours);
             }
         }
     });
@@ -231,7 +230,7 @@ at::Tensor grid_reward(const at::Tensor& before, const at::Tensor& after, const 
     const int64_t batch = target.size(0);
     const at::Tensor out = at::empty({14, batch}, target.options().dtype(at::kFloat));
     const at::Tensor valid_cells = valid.value_or(at::Tensor());
-    const at::Tensor back = reversibility.has_value() ? reversibility->to(at::kFloat).contiguous() : at::Tensor();
+    const at::Tensor back = contiguous_as(reversibility, at::kFloat);
     float* const table = out.mutable_data_ptr<float>();
     std::vector<int64_t> outside[3];
     for (auto& first : outside) first.assign(batch, -1);
@@ -268,4 +267,4 @@ at::Tensor grid_reward(const at::Tensor& before, const at::Tensor& after, const 
 TORCH_LIBRARY_IMPL(efe, CPU, library) { library.impl("grid_reward", grid_reward); }
 
 }  // namespace
-}  // namespace efe::advantage
+}  // namespace efe::reward

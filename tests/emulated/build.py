@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.emulated.translate import translate
+from tests.emulated.translate import join, translate
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = CSRC / "prompt" / "cuda.cu"
+KERNELS = join(CSRC)
 COMPILER = os.environ.get("CXX", "c++").split()
 # nvcc takes a comparison of signed with unsigned without a word.
 FLAGS = [

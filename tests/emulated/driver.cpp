@@ -1,4 +1,4 @@
-// Drives every launcher of csrc/prompt/cuda.cu, without torch: dtypes, shapes, layouts and missing tensors as they are
+// Drives every launcher of csrc/prompt/cuda.h, without torch: dtypes, shapes, layouts and missing tensors as they are
 // drawn, in buffers of exactly the size needed, which start off alignment. Each case runs in six schedules: three orders
 // of threads and blocks, with the grid limit of the source and with one that makes every grid-stride loop loop. All six
 // must write every value and give the same bits, and the values must be those of a plain loop in double.
@@ -23,6 +23,7 @@
 
 namespace {
 
+using efe::Dtype;
 using namespace efe::prompt;
 
 constexpr int64_t kSmallGrid = 2;
@@ -262,13 +263,13 @@ struct Mask {
     Matrix matrix() const { return {tokens.get(), row, column}; }
 };
 
-void pool_forward(Dtype dtype, const Sizes& size, Layout layout, const Mask& mask) {
+void masked_mean_pool_forward(Dtype dtype, const Sizes& size, Layout layout, const Mask& mask) {
     const auto [rows, length, width] = size;
     const Tensor hidden(dtype, size, layout, draw({0, 0, 0, 0, 1, 3}));
-    const std::string what = describe("pool_forward", dtype, {rows, length, width, layout});
-    PoolForward args{dtype, rows, length, width, hidden.values.data(), hidden.stride[0], hidden.stride[1],
+    const std::string what = describe("masked_mean_pool_forward", dtype, {rows, length, width, layout});
+    MaskedMeanPoolForward args{dtype, rows, length, width, hidden.values.data(), hidden.stride[0], hidden.stride[1],
                      hidden.stride[2], mask.matrix(), nullptr, nullptr, 1, nullptr, nullptr};
-    args.chunks = cuda::pool_chunks(args);
+    args.chunks = cuda::masked_mean_pool_chunks(args);
     const Outputs empty{{"pooled", {dtype, rows * width}}, {"scale", {accumulated(dtype), rows}}};
     const Outputs outputs = in_every_schedule(what, empty, [&](Outputs& out) {
         const int64_t parts = args.chunks > 1 ? rows * args.chunks : 0;
@@ -278,7 +279,7 @@ void pool_forward(Dtype dtype, const Sizes& size, Layout layout, const Mask& mas
         args.scale = out[1].data();
         args.partial_sums = parts > 0 ? sums.data() : nullptr;
         args.partial_counts = parts > 0 ? counts.get() : nullptr;
-        cuda::pool_forward(args, nullptr);
+        cuda::masked_mean_pool_forward(args, nullptr);
     });
     for (int64_t n = 0; n < rows; ++n) {
         double tokens = 0;
@@ -297,14 +298,14 @@ void pool_forward(Dtype dtype, const Sizes& size, Layout layout, const Mask& mas
     }
 }
 
-void pool_backward(Dtype dtype, const Sizes& size, const Mask& mask) {
+void masked_mean_pool_backward(Dtype dtype, const Sizes& size, const Mask& mask) {
     const auto [rows, length, width] = size;
     const Tensor grad = matrix(dtype, rows, width), scale(accumulated(dtype), {1, 1, rows}, contiguous, draw({0, 1}));
-    const std::string what = describe("pool_backward", dtype, {rows, length, width});
+    const std::string what = describe("masked_mean_pool_backward", dtype, {rows, length, width});
     const Outputs empty{{"grad_hidden", {dtype, rows * length * width, draw({0, 0, 1})}}};
     const Outputs outputs = in_every_schedule(what, empty, [&](Outputs& out) {
-        cuda::pool_backward({dtype, rows, length, width, grad.matrix(), mask.matrix(), scale.values.data(), out[0].data()},
-                            nullptr);
+        cuda::masked_mean_pool_backward({dtype, rows, length, width, grad.matrix(), mask.matrix(), scale.values.data(),
+                                         out[0].data()}, nullptr);
     });
     for (int64_t n = 0; n < rows; ++n)
         for (int64_t l = 0; l < length; ++l)
@@ -320,8 +321,8 @@ Sizes pool_sizes() {
 
 void pool(Dtype dtype, const Sizes& size, Layout layout) {
     const Mask mask(size[0], size[1]);
-    pool_forward(dtype, size, layout, mask);
-    pool_backward(dtype, size, mask);
+    masked_mean_pool_forward(dtype, size, layout, mask);
+    masked_mean_pool_backward(dtype, size, mask);
 }
 
 // ---- refine_prompt and squashed_log_prob ----
@@ -366,16 +367,16 @@ void compare_score(
     compare(what, outputs[first + 1], b, {expected.entropy, magnitude});
 }
 
-Values refine_forward(const Policy& policy) {
+Values refine_prompt_forward(const Policy& policy) {
     const auto& [batch, dimension, dtype, mean, log_std, noise] = policy;
-    const std::string what = describe("refine_forward", dtype, {batch, dimension});
+    const std::string what = describe("refine_prompt_forward", dtype, {batch, dimension});
     const Tensor prompt = matrix(dtype, batch, dimension);
     Outputs empty = policy.results({"action"}, {"log_prob", "entropy"});
     empty.push_back({"refined", {dtype, batch * dimension, draw({0, 1})}});
     const Outputs outputs = in_every_schedule(what, empty, [&](Outputs& out) {
-        cuda::refine_forward({dtype, batch, dimension, kDeltaScale, std::log(kDeltaScale), kSeed, prompt.matrix(),
-                              mean.matrix(), log_std.matrix(), noise.matrix(), out[3].data(), out[0].data(),
-                              out[1].data(), out[2].data()}, nullptr);
+        cuda::refine_prompt_forward({dtype, batch, dimension, kDeltaScale, std::log(kDeltaScale), kSeed,
+                                     prompt.matrix(), mean.matrix(), log_std.matrix(), noise.matrix(), out[3].data(),
+                                     out[0].data(), out[1].data(), out[2].data()}, nullptr);
     });
     for (int64_t b = 0; b < batch; ++b) {
         RowSums<double> sums{0, 0, 0};
@@ -411,16 +412,17 @@ struct UpstreamGradients {
           entropy(accumulated(policy.dtype), policy.batch, 1) {}
 };
 
-void refine_backward(const Policy& policy, const Values& action) {
+void refine_prompt_backward(const Policy& policy, const Values& action) {
     const auto& [batch, dimension, dtype, mean, log_std, noise] = policy;
-    const std::string what = describe("refine_backward", dtype, {batch, dimension});
+    const std::string what = describe("refine_prompt_backward", dtype, {batch, dimension});
     const UpstreamGradients grad(policy);
     Outputs empty = policy.results({"grad_mean", "grad_log_std"}, {});
     for (Output& output : empty) output.asked = !chance(4);
     const Outputs outputs = in_every_schedule(what, empty, [&](Outputs& out) {
-        cuda::refine_backward({dtype, batch, dimension, kDeltaScale, kSeed, grad.refined.matrix(), grad.action.matrix(),
-                               grad.log_prob.matrix(), grad.entropy.matrix(), {action.data(), dimension + 1, 1},
-                               log_std.matrix(), noise.matrix(), out[0].data(), out[1].data()}, nullptr);
+        cuda::refine_prompt_backward({dtype, batch, dimension, kDeltaScale, kSeed, grad.refined.matrix(),
+                                      grad.action.matrix(), grad.log_prob.matrix(), grad.entropy.matrix(),
+                                      {action.data(), dimension + 1, 1}, log_std.matrix(), noise.matrix(),
+                                      out[0].data(), out[1].data()}, nullptr);
     });
     for (int64_t b = 0; b < batch; ++b) {
         const double determinant = grad.entropy.at(b, 0) - grad.log_prob.at(b, 0);
@@ -440,8 +442,8 @@ void refine_backward(const Policy& policy, const Values& action) {
                 squash = grad_alpha;
             }
             const double n = policy.noise_at(b, d), s = log_std.at(b, d), grad_action = grad.action.at(b, d);
-            const PolicyGradient<double> expected =
-                refine_gradient(squashed, squash.value, grad_action, determinant, s, n);
+            const RefinePromptGradient<double> expected =
+                refine_prompt_gradient(squashed, squash.value, grad_action, determinant, s, n);
             const double magnitude = squash.magnitude + std::abs(grad_action) + 2 * determinant_magnitude;
             compare(what, outputs[0], at, {expected.mean, magnitude});
             compare(what, outputs[1], at,
@@ -450,12 +452,12 @@ void refine_backward(const Policy& policy, const Values& action) {
     }
 }
 
-void log_prob_forward(const Policy& policy, const Tensor& action) {
+void squashed_log_prob_forward(const Policy& policy, const Tensor& action) {
     const auto& [batch, dimension, dtype, mean, log_std, noise] = policy;
-    const std::string what = describe("log_prob_forward", dtype, {batch, dimension});
+    const std::string what = describe("squashed_log_prob_forward", dtype, {batch, dimension});
     const Outputs outputs = in_every_schedule(what, policy.results({}, {"log_prob", "entropy"}), [&](Outputs& out) {
-        cuda::log_prob_forward({dtype, batch, dimension, std::log(kDeltaScale), action.matrix(), mean.matrix(),
-                                log_std.matrix(), out[0].data(), out[1].data()}, nullptr);
+        cuda::squashed_log_prob_forward({dtype, batch, dimension, std::log(kDeltaScale), action.matrix(),
+                                         mean.matrix(), log_std.matrix(), out[0].data(), out[1].data()}, nullptr);
     });
     for (int64_t b = 0; b < batch; ++b) {
         RowSums<double> sums{0, 0, 0};
@@ -473,22 +475,23 @@ void log_prob_forward(const Policy& policy, const Tensor& action) {
     }
 }
 
-void log_prob_backward(const Policy& policy, const Tensor& action) {
+void squashed_log_prob_backward(const Policy& policy, const Tensor& action) {
     const auto& [batch, dimension, dtype, mean, log_std, noise] = policy;
-    const std::string what = describe("log_prob_backward", dtype, {batch, dimension});
+    const std::string what = describe("squashed_log_prob_backward", dtype, {batch, dimension});
     const UpstreamGradients grad(policy);
     Outputs empty = policy.results({"grad_action", "grad_mean", "grad_log_std"}, {});
     for (Output& output : empty) output.asked = !chance(4);
     const Outputs outputs = in_every_schedule(what, empty, [&](Outputs& out) {
-        cuda::log_prob_backward({dtype, batch, dimension, grad.log_prob.matrix(), grad.entropy.matrix(), action.matrix(),
-                                 mean.matrix(), log_std.matrix(), out[0].data(), out[1].data(), out[2].data()}, nullptr);
+        cuda::squashed_log_prob_backward({dtype, batch, dimension, grad.log_prob.matrix(), grad.entropy.matrix(),
+                                          action.matrix(), mean.matrix(), log_std.matrix(), out[0].data(),
+                                          out[1].data(), out[2].data()}, nullptr);
     });
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t d = 0; d <= dimension; ++d) {
             const double u = action.at(b, d), m = mean.at(b, d), s = log_std.at(b, d), inverse_std = std::exp(-s);
             const double log_prob = grad.log_prob.at(b, 0), entropy = grad.entropy.at(b, 0);
-            const ActionGradient<double> expected =
-                log_prob_gradient(policy.squash(u, d).log_slope_slope, u, m, s, log_prob, entropy);
+            const SquashedLogProbGradient<double> expected =
+                squashed_log_prob_gradient(policy.squash(u, d).log_slope_slope, u, m, s, log_prob, entropy);
             const double most = (std::abs(u) + std::abs(m)) * inverse_std;
             const double mean_magnitude = std::abs(log_prob) * most * inverse_std;
             const double both = std::abs(log_prob) + std::abs(entropy);
@@ -501,11 +504,11 @@ void log_prob_backward(const Policy& policy, const Tensor& action) {
 
 void policy(Dtype dtype) {
     const Policy policy(dtype);
-    refine_backward(policy, refine_forward(policy));
+    refine_prompt_backward(policy, refine_prompt_forward(policy));
     if (dtype != accumulated(dtype)) return;
     const Tensor action = matrix(dtype, policy.batch, policy.dimension + 1);
-    log_prob_forward(policy, action);
-    log_prob_backward(policy, action);
+    squashed_log_prob_forward(policy, action);
+    squashed_log_prob_backward(policy, action);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Builds efe_kernels._C with csrc/prompt/cuda.cu on the emulator, and its glue, in place of the C++ kernels.
+"""Builds efe_kernels._C with the CUDA sources on the emulator, and their glue, in place of the C++ kernels.
 
 Runs in the root of the repository with the arguments of setup.py:
 
@@ -13,9 +13,8 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils import cpp_extension
 
-from tests.emulated.translate import translate
+from tests.emulated.translate import join, translate
 
-SOURCE = "csrc/prompt/cuda.cu"
 TRANSLATED = Path("build/emulated/cuda.cpp")
 # What a GPU would refuse and a CPU forgives: a wide access off its alignment, an index outside of shared memory.
 CHECKS = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
@@ -23,7 +22,7 @@ CHECKS = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
 
 def main() -> None:
     TRANSLATED.parent.mkdir(parents=True, exist_ok=True)
-    write_if_new(TRANSLATED, translate(Path(SOURCE).read_text(), SOURCE))
+    write_if_new(TRANSLATED, translate(join(Path("csrc")), "csrc"))
     setup(
         ext_modules=[
             cpp_extension.CppExtension(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import efe_kernels  # noqa: F401  (declares the ops and loads their kernels)
-from tests.emulated.translate import kernels
+from tests.emulated.translate import join, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ("masked_mean_pool", "refine_prompt", "squashed_log_prob")
@@ -20,7 +20,7 @@ def launches() -> dict[str, int]:
     """How often each kernel was launched on the emulator since the extension was loaded."""
     count = ctypes.CDLL(importlib.import_module("efe_kernels._C").__file__).cuda_emulator_launches
     count.argtypes, count.restype = [ctypes.c_char_p], ctypes.c_int64
-    return {name: count(name.encode()) for name in kernels((ROOT / "csrc/prompt/cuda.cu").read_text())}
+    return {name: count(name.encode()) for name in kernels(join(ROOT / "csrc"))}
 
 
 def pytest_sessionstart() -> None:

@@ -1,4 +1,4 @@
-"""The kernels of csrc/prompt/cuda.cu on the emulator: sound in every mode, and a mistake in them is caught.
+"""The kernels of csrc/prompt on the emulator: sound in every mode, and a mistake in them is caught.
 
 What the driver draws, and what it checks, stands in driver.cpp. Their values are compared with the reference by
 tests/prompt, which `make emulate` runs on the same kernels.
@@ -19,15 +19,14 @@ def test_the_kernels_are_sound(mode: Mode, workshop: Workshop) -> None:
     wrong = missing(mode)
     if wrong is not None:
         pytest.skip(wrong)
-    assert workshop.drive(mode, KERNELS.read_text()) == ""
+    assert workshop.drive(mode, KERNELS) == ""
 
 
 def test_every_mistake_is_caught(workshop: Workshop) -> None:
-    source = KERNELS.read_text()
     tried = [mutation for mutation in ALL if missing(mutation.caught_by) is None]
 
     def drive(index: int) -> str:
-        return workshop.drive(tried[index].caught_by, tried[index].apply(source), f"mutation{index}")
+        return workshop.drive(tried[index].caught_by, tried[index].apply(KERNELS), f"mutation{index}")
 
     with workers() as pool:
         complaints = list(pool.map(drive, range(len(tried))))

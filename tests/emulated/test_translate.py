@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.emulated.build import KERNELS
-from tests.emulated.translate import kernels, translate
+from tests.emulated.translate import HEADER, join, kernels, translate
 
 REFUSED = {
     "__constant__ float table[4];": "__constant__",
@@ -42,6 +44,15 @@ def test_a_construct_that_is_not_known_is_refused_by_name_and_line(source: str) 
     assert str(refusal.value).startswith(f"some.cu:3: the emulator does not know {REFUSED[source]!r}")
 
 
+def test_a_refusal_names_the_source_of_several(tmp_path: Path) -> None:
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / HEADER).write_text("#pragma once\n")
+    for name, text in (("first.cu", f'#include "{HEADER}"\n'), ("second.cu", "\ndim3 grid(1);\n")):
+        (tmp_path / "prompt" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"^csrc/prompt/second\.cu:2: the emulator does not know 'dim3'"):
+        translate(join(tmp_path), "csrc")
+
+
 def test_comments_literals_and_includes_are_no_constructs() -> None:
     source = (
         '#include <cuda_bf16.h>\n// atomicAdd, a <<< b\n/* __shared__\n */ const char* text = "asm \\" threadIdx.y";\n'
@@ -50,8 +61,7 @@ def test_comments_literals_and_includes_are_no_constructs() -> None:
 
 
 def test_every_line_keeps_its_number() -> None:
-    source = KERNELS.read_text()
-    before, after = source.splitlines(), translate(source, "cuda.cu").splitlines()[2:]
+    before, after = KERNELS.splitlines(), translate(KERNELS, "cuda.cu").splitlines()[2:]
     assert len(before) == len(after)
     for number, (old, new) in enumerate(zip(before, after, strict=True), 1):
         rewritten = any(
@@ -61,12 +71,11 @@ def test_every_line_keeps_its_number() -> None:
 
 
 def test_every_kernel_and_launch_of_the_library_is_found() -> None:
-    source = KERNELS.read_text()
-    assert len(kernels(source)) == source.count("__global__")
-    text = translate(source, "cuda.cu")
-    assert text.count("cuda_emulator::launch(") == source.count("<<<")
-    assert text.count("cuda_emulator::launch_bounds(") == source.count("__launch_bounds__")
-    assert text.count("cuda_emulator::poison(") == source.count("__shared__")
+    assert len(kernels(KERNELS)) == KERNELS.count("__global__")
+    text = translate(KERNELS, "cuda.cu")
+    assert text.count("cuda_emulator::launch(") == KERNELS.count("<<<")
+    assert text.count("cuda_emulator::launch_bounds(") == KERNELS.count("__launch_bounds__")
+    assert text.count("cuda_emulator::poison(") == KERNELS.count("__shared__")
     assert text.count("cuda_emulator::grid_limit") == 1
 
 

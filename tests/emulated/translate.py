@@ -1,4 +1,4 @@
-"""Makes C++ for the emulator of a CUDA source: launches, shared memory and launch bounds are rewritten, all else stays.
+"""Makes C++ for the emulator of CUDA sources: launches, shared memory and launch bounds are rewritten, all else stays.
 
 What looks like CUDA and is not known here is refused with its line: the emulator does not guess.
 """
@@ -6,7 +6,10 @@ What looks like CUDA and is not known here is refused with its line: the emulato
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+# The header that holds device code: it must be translated with the sources that include it.
+HEADER = "prompt/cuda_device.h"
 # What device.h and the headers in include/ define as CUDA has it, and the emulator's own namespace.
 KNOWN = {
     "__CUDACC__", "__global__", "__device__", "__forceinline__", "__syncthreads", "__shfl_xor_sync",
@@ -25,19 +28,31 @@ OPAQUE = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])
 SHARED = re.compile(r"(?<!extern )__shared__ ([\w:<>]+ )(\w+)((?:\[[^\];]+\])*);")
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(([^()]*)\)\s+)?(\w+)\([^()]*\)\s*\{")
 LAUNCH = re.compile(r"\b(\w+)(<[^<>;]*>)?\s*<<<")
+PART = re.compile(r'#line 1 "(.+)"')
 GRID_LIMIT = re.compile(r"constexpr int64_t kMaxGrid = ([^;]+);")
+
+
+def join(csrc: Path) -> str:
+    """All CUDA sources in one, so that a place in the text is one in the library: the header, then what includes it."""
+    include = f'#include "{HEADER}"'
+    parts = [(csrc / HEADER).read_text().replace("#pragma once", "")]
+    names = [HEADER]
+    for path in sorted(csrc.glob("*/*.cu")):
+        names.append(str(path.relative_to(csrc)))
+        parts.append(path.read_text().replace(include, ""))
+    return "".join(f'#line 1 "csrc/{name}"\n{part}' for name, part in zip(names, parts, strict=True))
 
 
 def translate(source: str, name: str) -> str:
     """C++ in which every line keeps its number; `name` is what compilers and the emulator call the source."""
     blank = OPAQUE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), source)
-    refuse_unknown(blank, name)
+    refuse_unknown(blank, source, name)
     edits = [*shared_memory(blank), *launch_bounds(blank), *launches(blank), *grid_limit(blank)]
     text = apply(source, edits)
     for construct in (*REWRITTEN, "<<<", ">>>"):
         at = apply(blank, edits).find(construct)
         if at >= 0:
-            raise unknown(construct, apply(blank, edits), at, name)
+            raise unknown(construct, apply(blank, edits), at, source, name)
     return f'#include "device.h"\n#line 1 "{name}"\n{text}'
 
 
@@ -55,16 +70,21 @@ def apply(text: str, edits: list[Edit]) -> str:
     return text
 
 
-def unknown(construct: str, text: str, at: int, name: str) -> ValueError:
-    line = text.count("\n", 0, at) + 1
+def unknown(construct: str, text: str, at: int, source: str, name: str) -> ValueError:
+    """at: where the construct stands in the text, whose lines are those of the source."""
+    begin, line = 0, text.count("\n", 0, at) + 1
+    for number, found in enumerate(source.splitlines()[:line], 1):
+        if part := PART.fullmatch(found):
+            begin, name = number, part[1]
+    line -= begin
     return ValueError(f"{name}:{line}: the emulator does not know {construct!r} in this form; teach it or do without.")
 
 
-def refuse_unknown(blank: str, name: str) -> None:
+def refuse_unknown(blank: str, source: str, name: str) -> None:
     for found in LOOKS_LIKE_CUDA.finditer(blank):
         construct = re.sub(r"\s", "", found[0])
         if not INDEX.fullmatch(construct) and construct not in KNOWN | REWRITTEN:
-            raise unknown(construct, blank, found.start(), name)
+            raise unknown(construct, blank, found.start(), source, name)
 
 
 def shared_memory(blank: str) -> list[Edit]:

@@ -11,6 +11,7 @@ import pytest
 from torch.utils import cpp_extension
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = sorted((CSRC / "prompt").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
@@ -25,12 +26,13 @@ def nvcc(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_kernels_compile_without_spills(source: Path, architecture: str, tmp_path: Path) -> None:
     if architecture not in nvcc("--list-gpu-code"):
         pytest.skip(f"this nvcc does not know {architecture}")
     report = nvcc(
         "-std=c++20", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings", f"-I{CSRC}",
-        "-cubin", str(CSRC / "prompt" / "cuda.cu"), "-o", str(tmp_path / "prompt.cubin"),
+        "-cubin", str(source), "-o", str(tmp_path / "prompt.cubin"),
     )  # fmt: skip
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills, report
@@ -38,7 +40,7 @@ def test_kernels_compile_without_spills(architecture: str, tmp_path: Path) -> No
 
 
 def cuda_includes() -> list[str]:
-    line = re.search(r'INCLUDES="(.*?)"', nvcc("--dryrun", str(CSRC / "prompt" / "cuda.cu")))
+    line = re.search(r'INCLUDES="(.*?)"', nvcc("--dryrun", str(SOURCES[0])))
     assert line is not None
     return line.group(1).split()
 

@@ -1,0 +1,235 @@
+// What both directions of the EFE loss on the CPU share: the inputs as the kernels read them, the walk over them, and
+// the preference. The loss is fused as in efe_kernels/efe_loss/kernels.py, where the derivation of the gradient stands.
+//
+// Work is split into (block of cells, chunk of episodes), whose number depends on the shape alone. Each writes partial
+// sums of its own, which are added up in a fixed order: the same bits with any number of threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+#include "common/simd.h"
+#include "common/tensor.h"
+#include "efe_loss/cells.h"
+#include "efe_loss/outcomes.h"
+#include "efe_loss/product.h"
+
+namespace efe::efe_loss {
+
+constexpr int64_t kTerms = 7;
+enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_term };
+
+constexpr double kPromptLogitRange = 1e4;
+constexpr double kTargetPreferenceFloor = 1e-8;
+
+// The tensors and the settings of the ops, as in efe_kernels/efe_loss/reference.py.
+struct Inputs {
+    const at::Tensor& logits;                 // [B, T, H, W, C]
+    const OptionalTensor& backward_logits;    // [B, T, H, W, C]
+    const OptionalTensor& final_logits;       // [B, H, W, C]
+    const OptionalTensor& observation_probs;  // [B, T, H, W, C]
+    const at::Tensor& preference_logits;      // [H, W, C] or [B, H, W, C]
+    const OptionalTensor& prompt;             // [B, E]
+    const OptionalTensor& projection;         // [C, E]
+    const at::Tensor& target;                 // [B, H, W]
+    const OptionalTensor& target_preference;  // [H, W, C]
+    const OptionalTensor& valid;              // [B, H, W]
+
+    bool has_direction() const { return prompt.has_value() && projection.has_value(); }
+};
+
+struct Settings {
+    at::ArrayRef<double> weights;  // [kTerms]
+    bool hard_cell;
+    double hard_cell_min_ratio;
+    int64_t max_cells, ignore_index;
+};
+
+// The inputs as the kernels read them. Small tensors are converted once: log-free copies, one row of cells per outcome.
+template <class A>
+struct Problem {
+    static constexpr int64_t kMaxChunks = 16;
+
+    int64_t batch, steps, num_cells, outcomes, blocks, chunks, pairs;
+    CellView logits, backward_logits, final_logits, observation_probs, preference_logits;
+    at::Tensor target, counted;                           // [B, H * W]
+    at::Tensor scales;                                    // [B, C] of the preference logits; undefined without a prompt
+    at::Tensor target_preference, log_target_preference;  // [C, H * W], or undefined
+    bool preference_per_episode;
+
+    Problem(const Inputs& inputs, int64_t ignore_index);
+
+    int64_t chunk_size() const { return (batch + chunks - 1) / chunks; }
+    bool has_target_preference() const { return target_preference.defined(); }
+    const A* scales_of(int64_t episode) const {  // [C], or null
+        return scales.defined() ? scales.template const_data_ptr<A>() + episode * outcomes : nullptr;
+    }
+    const int64_t* targets_of(int64_t episode, const Block<A>& block) const {  // [block.count]
+        return target.template const_data_ptr<int64_t>() + episode * num_cells + block.first;
+    }
+};
+
+inline void check_range(const at::Tensor& target, const at::Tensor& counted, int64_t outcomes) {
+    const int64_t* targets = target.const_data_ptr<int64_t>();
+    const bool* counts = counted.const_data_ptr<bool>();
+    for (int64_t i = 0; i < target.numel(); ++i)
+        TORCH_CHECK_VALUE(!counts[i] || (targets[i] >= 0 && targets[i] < outcomes), "target must be in [0, ", outcomes,
+                          ") or ignore_index where a cell counts, it was ", targets[i], ".");
+}
+
+template <class A>
+Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
+    : batch(inputs.logits.size(0)),
+      steps(inputs.logits.size(1)),
+      num_cells(inputs.logits.size(2) * inputs.logits.size(3)),
+      outcomes(inputs.logits.size(4)),
+      blocks((num_cells + kCells - 1) / kCells),
+      chunks(std::min(batch, kMaxChunks)),
+      pairs(inputs.backward_logits.has_value() ? steps : (steps + 1) / 2),
+      logits(view_of(inputs.logits)),
+      preference_per_episode(inputs.preference_logits.dim() == 4) {
+    constexpr at::ScalarType type = c10::CppTypeToScalarType<A>::value;
+    if (inputs.backward_logits.has_value()) backward_logits = view_of(*inputs.backward_logits);
+    if (inputs.final_logits.has_value()) final_logits = view_of(inputs.final_logits->unsqueeze(1));
+    if (inputs.observation_probs.has_value()) observation_probs = view_of(*inputs.observation_probs);
+    const at::Tensor& preference = inputs.preference_logits;
+    preference_logits = view_of((preference_per_episode ? preference : preference.unsqueeze(0)).unsqueeze(1));
+    if (!preference_per_episode) preference_logits.stride_episode = 0;
+    target = contiguous_as(inputs.target, at::kLong);
+    counted = target.ne(ignore_index);
+    if (inputs.valid.has_value()) counted.logical_and_(*inputs.valid);
+    check_range(target, counted, outcomes);
+    if (inputs.prompt.has_value()) scales = inputs.prompt->narrow(1, 0, outcomes).to(type).sigmoid().contiguous();
+    if (inputs.target_preference.has_value()) {
+        target_preference = inputs.target_preference->to(type).flatten(0, 1).t().contiguous();
+        log_target_preference = target_preference.clamp_min(kTargetPreferenceFloor).log();
+    }
+}
+
+// The preference of a block [C, kCells]: its logits as given and times the scales of the prompt, its probabilities c.
+template <class A>
+struct Preference {
+    A *logits, *scaled_logits, *c, *log_c;
+};
+
+// One step of a block: its logits and what `softmax` makes of them.
+template <class A>
+struct Step {
+    A *logits, *p, *d;               // [C, kCells]
+    A l[kCells], information[kCells];
+};
+
+// Room for one block of one episode: arrays [C, kCells].
+template <class A>
+struct Scratch {
+    int64_t size;
+    std::vector<A> storage;
+    Step<A> one, other;  // two steps between which there is agreement
+    A* observation;      // the probabilities of a step
+    A* p_sums;           // the sum of the probabilities of all steps
+    A* preference_sum;   // the gradient of the preference, summed over the episodes of a chunk
+    A* unread;
+    Preference<A> preference;
+
+    explicit Scratch(int64_t outcomes) : size(outcomes * kCells) {
+        A** const arrays[] = {
+            &one.logits,      &one.p,  &one.d,          &other.logits,      &other.p,
+            &other.d,         &unread, &observation,    &p_sums,            &preference_sum,
+            &preference.c,    &preference.log_c,        &preference.logits, &preference.scaled_logits};
+        storage.resize(size * std::size(arrays));
+        A* free = storage.data();
+        for (A** array : arrays) {
+            *array = free;
+            free += size;
+        }
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+template <class A>
+void load_step(const CellView& view, int64_t episode, int64_t step, const Block<A>& block, Step<A>& out) {
+    load(view, episode, step, block, out.logits);
+    softmax(out.logits, view.outcomes, out.p, out.d, out.l, out.information);
+}
+
+template <class A>
+void mark_counted(const Problem<A>& p, int64_t episode, Block<A>& block) {
+    const bool* counted = p.counted.template const_data_ptr<bool>() + episode * p.num_cells + block.first;
+    for (int64_t i = 0; i < kCells; ++i) block.counted[i] = i < block.count && counted[i] ? A(1) : A(0);
+}
+
+template <class A>
+void load_preference(const Problem<A>& p, int64_t episode, const Block<A>& block, const Preference<A>& preference) {
+    A *const logits = preference.logits, *const scaled_logits = preference.scaled_logits;
+    A* const log_c = preference.log_c;
+    load(p.preference_logits, episode, 0, block, logits);
+    const A* scales = p.scales_of(episode);
+    vectorized([&]() EFE_SIMD_BODY {
+        for (int64_t k = 0; k < p.outcomes; ++k) {
+            const A scale = scales != nullptr ? scales[k] : A(1);
+            for (int64_t i = k * kCells; i < (k + 1) * kCells; ++i) {
+                logits[i] = finite_logit(logits[i]);
+                scaled_logits[i] = logits[i] * scale;
+            }
+        }
+    });
+    A l[kCells], unread[kCells];
+    softmax(scaled_logits, p.outcomes, preference.c, log_c, l, unread);
+    vectorized([&]() EFE_SIMD_BODY {
+        for (int64_t k = 0; k < p.outcomes; ++k)
+            for (int64_t i = 0; i < kCells; ++i) log_c[k * kCells + i] -= l[i];
+    });
+}
+
+// KL(c || target preference) per cell, 0 where it is not set; is_set as 0 or 1.
+template <class A>
+void anchor_divergence(const Problem<A>& p, const Block<A>& block, const Preference<A>& preference, A* divergence,
+                       A* is_set) {
+    const A *c = preference.c, *log_c = preference.log_c;
+    const A* anchors = p.target_preference.template const_data_ptr<A>() + block.first;
+    const A* logs = p.log_target_preference.template const_data_ptr<A>() + block.first;
+    vectorized([&]() EFE_SIMD_BODY {
+        for (int64_t i = 0; i < kCells; ++i) divergence[i] = is_set[i] = 0;
+        for (int64_t first = 0; first < p.outcomes; first += kOutcomesInRun) {
+            A run[kCells] = {};
+            for (int64_t k = first; k < std::min(first + kOutcomesInRun, p.outcomes); ++k)
+                for (int64_t i = 0; i < block.count; ++i) {
+                    is_set[i] += anchors[k * p.num_cells + i];
+                    run[i] += c[k * kCells + i] * (log_c[k * kCells + i] - logs[k * p.num_cells + i]);
+                }
+            for (int64_t i = 0; i < kCells; ++i) divergence[i] += run[i];
+        }
+        for (int64_t i = 0; i < kCells; ++i) {
+            is_set[i] = is_set[i] != 0 ? A(1) : A(0);
+            divergence[i] = is_set[i] != 0 ? divergence[i] : A(0);
+        }
+    });
+}
+
+// Runs body(block, episode, chunk, scratch), the preference being loaded, for every block and every episode of each
+// chunk, and between(block, chunk, scratch) after the episodes of a chunk.
+template <class A, class Body, class Between>
+void for_each_block(const Problem<A>& p, const Body& body, const Between& between) {
+    at::parallel_for(0, p.blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
+        Scratch<A> scratch(p.outcomes);
+        for (int64_t task = begin; task < end; ++task) {
+            Block<A> block{task / p.chunks * kCells, 0, {}};
+            block.count = std::min(kCells, p.num_cells - block.first);
+            const int64_t chunk = task % p.chunks, first = chunk * p.chunk_size();
+            for (int64_t episode = first; episode < std::min(first + p.chunk_size(), p.batch); ++episode) {
+                mark_counted(p, episode, block);
+                load_preference(p, episode, block, scratch.preference);
+                body(block, episode, chunk, scratch);
+            }
+            between(block, chunk, scratch);
+        }
+    });
+}
+
+}  // namespace efe::efe_loss
