@@ -56,7 +56,7 @@ sanitize: $(VENV)/.built
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/prompt
 
-# csrc/prompt/cuda.cu without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
+# The CUDA C++ sources without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
 # tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.
 emulate: $(VENV)/.built
 	$(BIN)/python -m tests.emulated.extension --quiet build --build-temp $(EMULATED)/objects --build-lib $(EMULATED)
