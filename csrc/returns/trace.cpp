@@ -11,7 +11,7 @@
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
-#include "returns/tile.h"
+#include "returns/walk.h"
 
 namespace efe::returns {
 namespace {
@@ -23,7 +23,6 @@ struct Discounts {
 
 template <class A>
 struct Trace {
-    int64_t rows, steps;
     Discounts<A> discounts;
     Series terminated, truncated, log_ratio;
     Series reward, value, next_value, advantage, target;
@@ -40,7 +39,7 @@ struct Step {
 template <bool VTrace, class A>
 EFE_INLINE Step<A> step_of(const Discounts<A>& d, A log_ratio, int flags) {
     const A trace = flags != 0 ? A(0) : d.gamma;
-    const A bootstrap = (flags & 1) != 0 ? A(0) : d.gamma;
+    const A bootstrap = (flags & kTerminated) != 0 ? A(0) : d.gamma;
     if constexpr (!VTrace) return {A(1), d.lam * trace, trace, bootstrap};
     const A ratio = math::exp(log_ratio);
     const A rho = ratio > d.rho_clip ? d.rho_clip : ratio;
@@ -48,53 +47,7 @@ EFE_INLINE Step<A> step_of(const Discounts<A>& d, A log_ratio, int flags) {
     return {rho, c * trace, rho * trace, bootstrap};
 }
 
-// term + factor · x, where a factor of 0 lets nothing through: no NaN of another episode either.
-template <class A>
-EFE_INLINE A advance(A factor, A term, A x) {
-    const A through = factor == 0 ? A(0) : x;
-    return term + factor * through;
-}
-
-// Bit 0: terminated, bit 1: truncated.
-template <bool TimeInner, class A>
-EFE_INLINE void load_flags(const Trace<A>& p, const Tile<TimeInner>& tile, int64_t o, uint8_t* __restrict__ out) {
-    uint8_t room[Tile<TimeInner>::kSize];
-    const uint8_t* terminated = read_run(p.terminated, tile, o, room);
-    for (int64_t i = 0; i < tile.inner(); ++i) out[i] = terminated[i];
-    if (p.truncated.data == nullptr) return;
-    const uint8_t* truncated = read_run(p.truncated, tile, o, room);
-    for (int64_t i = 0; i < tile.inner(); ++i) out[i] |= static_cast<uint8_t>(truncated[i] << 1);
-}
-
-// state = update(element, state) along the steps of Rows rows, which do not wait for each other.
-template <int Rows, bool Forward, bool TimeInner, class A, class Update>
-EFE_INLINE void walk_rows(const Tile<TimeInner>& tile, int64_t row, A* state, const Update& update) {
-    A x[Rows];
-    std::copy_n(state + row, Rows, x);
-    for (int64_t n = 0; n < tile.steps; ++n) {
-        const int64_t i = tile.index(row, Forward ? n : tile.steps - 1 - n);
-        const int64_t stride = tile.index(1, 0);
-        EFE_UNROLL
-        for (int64_t r = 0; r < Rows; ++r) x[r] = update(i + r * stride, x[r]);
-    }
-    std::copy_n(x, Rows, state + row);
-}
-
-// The same for all rows: side by side in a register where they lie so, else a few at a time in registers of their own.
-template <bool Forward, bool TimeInner, class A, class Update>
-EFE_INLINE void walk(const Tile<TimeInner>& tile, A* __restrict__ state, const Update& update) {
-    if constexpr (TimeInner) {
-        int64_t row = 0;
-        for (; row + 8 <= tile.rows; row += 8) walk_rows<8, Forward>(tile, row, state, update);
-        for (; row < tile.rows; ++row) walk_rows<1, Forward>(tile, row, state, update);
-    } else {
-        for (int64_t n = 0; n < tile.steps; ++n)
-            for (int64_t row = 0; row < tile.rows; ++row)
-                state[row] = update(tile.index(row, Forward ? n : tile.steps - 1 - n), state[row]);
-    }
-}
-
-template <bool TimeInner, bool VTrace, class A>
+template <bool VTrace, bool TimeInner, class A>
 EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
     using Shape = Tile<TimeInner>;
     const Discounts<A> d = p.discounts;
@@ -107,7 +60,7 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
         const A *reward = read_run(p.reward, tile, o, room[0]), *value = read_run(p.value, tile, o, room[1]);
         const A* next_value = read_run(p.next_value, tile, o, room[2]);
         const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room[3]) : value;  // gae does not look at it
-        load_flags(p, tile, o, flags);
+        load_flags(p.terminated, p.truncated, tile, o, flags);
         for (int64_t i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             delta[at + i] = step.rho * (advance(step.bootstrap, reward[i] * d.reward_scale, next_value[i]) - value[i]);
@@ -135,7 +88,7 @@ EFE_INLINE void forward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* 
 }
 
 // state is what the step before hands on: k_{t-1} s_{t-1}, in vtrace with rho_{t-1} d_{t-1} A_{t-1}.
-template <bool TimeInner, bool VTrace, class A>
+template <bool VTrace, bool TimeInner, class A>
 EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
     using Shape = Tile<TimeInner>;
     const Discounts<A> d = p.discounts;
@@ -148,7 +101,7 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
         std::copy_n(read_run(p.grad_advantage, tile, o, room), inner, advantage + at);
         std::copy_n(read_run(p.grad_target, tile, o, room), inner, target + at);
         const A* log_ratio = VTrace ? read_run(p.log_ratio, tile, o, room) : target + at;  // gae does not look at it
-        load_flags(p, tile, o, flags);
+        load_flags(p.terminated, p.truncated, tile, o, flags);
         for (int64_t i = 0; i < inner; ++i) {
             const Step<A> step = step_of<VTrace>(d, log_ratio[i], flags[i]);
             coefficient[at + i] = step.coefficient;
@@ -180,76 +133,32 @@ EFE_INLINE void backward_tile(const Trace<A>& p, const Tile<TimeInner>& tile, A*
     }
 }
 
-template <bool TimeInner, bool VTrace, bool Backward, class A>
-void run_trace(const Trace<A>& p) {
-    using Shape = Tile<TimeInner>;
-    if (p.rows == 0 || p.steps == 0) return;
-    const int64_t rows = Shape::block_rows(p.rows, p.steps), blocks = (p.rows + rows - 1) / rows;
-    const int64_t chunks = (p.steps + Shape::kTime - 1) / Shape::kTime;
-    parallel(blocks, rows * p.steps, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
-        for (int64_t block = first; block < last; ++block) {
-            A state[Shape::kMaxRows] = {};
-            Shape tile;
-            tile.first_row = block * rows;
-            tile.rows = std::min(rows, p.rows - tile.first_row);
-            tile.one_run = TimeInner && chunks == 1;
-            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                tile.first_step = (Backward ? chunk : chunks - 1 - chunk) * Shape::kTime;
-                tile.steps = std::min<int64_t>(Shape::kTime, p.steps - tile.first_step);
-                tile.next_tile = TimeInner && chunk + 1 < chunks ? (Backward ? Shape::kTime : -Shape::kTime) : 0;
-                if constexpr (Backward)
-                    backward_tile<TimeInner, VTrace>(p, tile, state);
-                else
-                    forward_tile<TimeInner, VTrace>(p, tile, state);
-            }
-        }
+template <bool Backward, bool VTrace, class A>
+void run_trace(const Trace<A>& p, const ResultLayout& layout) {
+    for_tiles<Backward, A>(layout, [&](const auto& tile, A* state) EFE_SIMD_BODY {
+        if constexpr (Backward)
+            backward_tile<VTrace>(p, tile, state);
+        else
+            forward_tile<VTrace>(p, tile, state);
     });
 }
 
 template <bool Backward, class A>
-void run_trace(const Trace<A>& p, bool time_inner) {
-    const bool vtrace = p.log_ratio.data != nullptr;
-    if (time_inner)
-        vtrace ? run_trace<true, true, Backward>(p) : run_trace<true, false, Backward>(p);
-    else
-        vtrace ? run_trace<false, true, Backward>(p) : run_trace<false, false, Backward>(p);
+void run_trace(const Trace<A>& p, const ResultLayout& layout) {
+    p.log_ratio.data != nullptr ? run_trace<Backward, true>(p, layout) : run_trace<Backward, false>(p, layout);
 }
 
-// How the results lie, which is dense, and the dtype of the arithmetic on them.
-struct ResultLayout {
-    int64_t rows, steps, stride_row, stride_time;
-    at::ScalarType type;
-
-    explicit ResultLayout(const at::Tensor& result)
-        : rows(result.size(0)), steps(result.size(1)), stride_row(result.stride(0)), stride_time(result.stride(1)),
-          type(arithmetic_type(result)) {}
-
-    Series series(const OptionalTensor& tensor) const {
-        if (!tensor.has_value() || !tensor->defined()) return {};
-        const int64_t row = rows == 1 ? stride_row : tensor->stride(0);
-        const int64_t time = steps == 1 ? stride_time : tensor->stride(1);
-        const bool as_it_is = tensor->scalar_type() == type || tensor->scalar_type() == at::kBool;
-        const bool inner_contiguous = as_it_is && (time_inner() ? time == 1 : row == 1);
-        const bool dense = inner_contiguous && row == stride_row && time == stride_time;
-        return {const_cast<void*>(tensor->const_data_ptr()), tensor->scalar_type(), row, time, dense, inner_contiguous};
-    }
-
-    template <class A>
-    Trace<A> trace(const Discounts<double>& d, const at::Tensor& terminated, const OptionalTensor& truncated,
-                   const OptionalTensor& log_ratio) const {
-        Trace<A> p{};
-        p.rows = rows;
-        p.steps = steps;
-        p.discounts = {static_cast<A>(d.gamma), static_cast<A>(d.lam), static_cast<A>(d.rho_clip),
-                       static_cast<A>(d.c_clip), static_cast<A>(d.reward_scale)};
-        p.terminated = series(terminated);
-        p.truncated = series(truncated);
-        p.log_ratio = series(log_ratio);
-        return p;
-    }
-
-    bool time_inner() const { return stride_time == 1; }
-};
+template <class A>
+Trace<A> trace_of(const ResultLayout& layout, const Discounts<double>& d, const at::Tensor& terminated,
+                  const OptionalTensor& truncated, const OptionalTensor& log_ratio) {
+    Trace<A> p{};
+    p.discounts = {static_cast<A>(d.gamma), static_cast<A>(d.lam), static_cast<A>(d.rho_clip), static_cast<A>(d.c_clip),
+                   static_cast<A>(d.reward_scale)};
+    p.terminated = layout.series(terminated);
+    p.truncated = layout.series(truncated);
+    p.log_ratio = layout.series(log_ratio);
+    return p;
+}
 
 std::tuple<at::Tensor, at::Tensor> trace_forward(
     const at::Tensor& value, const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
@@ -260,13 +169,13 @@ std::tuple<at::Tensor, at::Tensor> trace_forward(
     for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
         const Discounts<double> discounts{gamma, lam, rho_clip, c_clip, reward_scale};
-        Trace<A> p = layout.trace<A>(discounts, terminated, truncated, log_ratio);
+        Trace<A> p = trace_of<A>(layout, discounts, terminated, truncated, log_ratio);
         p.reward = layout.series(reward);
         p.value = layout.series(value);
         p.next_value = layout.series(next_value);
         p.advantage = layout.series(advantage);
         p.target = layout.series(target);
-        run_trace<false>(p, layout.time_inner());
+        run_trace<false>(p, layout);
     });
     return {advantage, target};
 }
@@ -284,12 +193,12 @@ std::vector<at::Tensor> trace_backward(
     for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
         const Discounts<double> discounts{gamma, lam, rho_clip, c_clip, reward_scale};
-        Trace<A> p = layout.trace<A>(discounts, terminated, truncated, log_ratio);
+        Trace<A> p = trace_of<A>(layout, discounts, terminated, truncated, log_ratio);
         p.grad_advantage = layout.series(grad_advantage);
         p.grad_target = layout.series(grad_target);
         if (needs.get(0)) p.grad_value = layout.series(wanted.front());
         if (needs.get(1)) p.grad_next_value = layout.series(wanted.back());
-        run_trace<true>(p, layout.time_inner());
+        run_trace<true>(p, layout);
     });
     return wanted;
 }
