@@ -56,6 +56,14 @@ def torchrl_vtrace(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, ...]:
     return tuple(tensor[..., 0] for tensor in found)
 
 
+def torchrl_td_lambda(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, ...]:
+    from torchrl.objectives.value.functional import vec_td_lambda_return_estimate
+
+    next_value, reward, terminated = (inputs[name][..., None] for name in ("next_value", "reward", "terminated"))
+    done = stops(inputs)[..., None]
+    return (vec_td_lambda_return_estimate(gamma, lam, next_value, reward, done, terminated)[..., 0],)
+
+
 def trajectories(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """reward, value, next_value, done and terminated as torchrl takes them, [B, T, 1]."""
     *values, terminated = (inputs[name][..., None] for name in ("reward", "value", "next_value", "terminated"))

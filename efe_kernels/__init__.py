@@ -16,6 +16,7 @@ from efe_kernels.functional import (
     refine_prompt,
     rl_advantage,
     squashed_log_prob,
+    td_lambda,
     vtrace,
 )
 from efe_kernels.modules import EFELoss
@@ -36,5 +37,6 @@ __all__ = [
     "refine_prompt",
     "rl_advantage",
     "squashed_log_prob",
+    "td_lambda",
     "vtrace",
 ]

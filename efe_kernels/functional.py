@@ -8,7 +8,7 @@ from efe_kernels.advantage.functional import rl_advantage
 from efe_kernels.efe_loss.functional import EFELossOutput, EFEWeights, efe_loss
 from efe_kernels.policy_loss.functional import PolicyLossOutput, policy_gradient_loss
 from efe_kernels.prompt.functional import RefinedPrompt, masked_mean_pool, refine_prompt, squashed_log_prob
-from efe_kernels.returns.functional import gae, vtrace
+from efe_kernels.returns.functional import gae, td_lambda, vtrace
 from efe_kernels.reward.functional import RewardOutput, RewardWeights, grid_reward
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "refine_prompt",
     "rl_advantage",
     "squashed_log_prob",
+    "td_lambda",
     "vtrace",
 ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import gae, policy_gradient_loss, vtrace
+from efe_kernels import gae, policy_gradient_loss, td_lambda, vtrace
 from efe_kernels.common.library import INTERPRET
 
 # Both sides are float32 recurrences over sums of about 1 / (1 - gamma · lam) terms of size 1, in another order.
@@ -62,6 +62,30 @@ def test_vtrace_is_that_of_torchrl(torchrl: Any, rho_clip: float, c_clip: float,
     found = vtrace(log_pi - log_mu, reward, value, next_value, terminated, truncated, rho_clip=rho_clip, c_clip=c_clip)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other[..., 0], **TOLERANCE)
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize(
+    ("name", "lam"),
+    [
+        ("td_lambda_return_estimate", 0.0),
+        ("td_lambda_return_estimate", 0.9),
+        ("td_lambda_return_estimate", 1.0),
+        ("vec_td_lambda_return_estimate", 0.9),
+    ],
+)
+@pytest.mark.parametrize("steps", STEPS)
+def test_td_lambda_is_that_of_torchrl(torchrl: Any, name: str, lam: float, steps: int, device: str) -> None:
+    reward, _, next_value, terminated, truncated = trajectories(steps, device)
+    expected, found = next_value.clone().requires_grad_(), next_value.clone().requires_grad_()
+    done = terminated | truncated
+    theirs = getattr(torchrl, name)(0.99, lam, *with_feature(expected, reward, done, terminated))[..., 0]
+    ours = td_lambda(reward, found, terminated, truncated, gamma=0.99, lam=lam)
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    upstream = torch.randn_like(ours)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(*pair, upstream)[0] for pair in ((ours, found), (theirs, expected))), **TOLERANCE
+    )
 
 
 def plain_loss(

@@ -24,6 +24,7 @@ OPS: dict[str, Op] = {
         advantage.OP,
         returns.GAE,
         returns.VTRACE,
+        returns.TD_LAMBDA,
         policy_loss.OP,
         prompt.MASKED_MEAN_POOL,
         prompt.REFINE_PROMPT,

@@ -1,4 +1,4 @@
-"""gae and vtrace, two settings of one pair of kernels."""
+"""gae and vtrace, two settings of one pair of kernels, and td_lambda."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from bench.ops.entry import (
     size_of,
 )
 from efe_kernels.returns import reference as trace_reference
-from efe_kernels.returns.ops import kernels
-from efe_kernels.returns.reference import Settings, Transitions
+from efe_kernels.returns.ops import kernels, td_lambda_kernels
+from efe_kernels.returns.reference import Ends, Settings, TDLambdaSettings, Transitions
 
 GAMMA, LAM = 0.99, 0.95
 AGAINST_TORCHRL = ("eager", "torchrl")
@@ -170,6 +170,53 @@ VTRACE = Op(
     examples=(Example(Case("vtrace", "scattered", (37, 70))),),
     small=few_rows,
     triton=True,
+    swept=True,
+    trace=True,
+)
+
+
+def td_lambda_inputs(case: Case) -> Inputs:
+    inputs = gae_inputs(case)
+    del inputs["value"]
+    return inputs
+
+
+def td_lambda(_: Case, inputs: Inputs) -> Results:
+    return (efe_kernels.td_lambda(**inputs, gamma=GAMMA, lam=LAM),)
+
+
+def td_lambda_definition(_: Case, inputs: Inputs) -> Results:
+    ends, settings = Ends(inputs["terminated"], inputs["truncated"]), TDLambdaSettings(GAMMA, LAM, 1.0)
+    return (trace_reference.td_lambda_forward(inputs["next_value"], inputs["reward"], ends, settings),)
+
+
+def td_lambda_launch(steps: int, begin: Callable[[str], None]) -> None:
+    next_value, reward, grad = empties(3, 4096, steps)
+    ends, settings = Ends(*empties(2, 4096, steps, dtype=torch.bool)), TDLambdaSettings(GAMMA, LAM, 1.0)
+    td_lambda_kernels.td_lambda_forward(next_value, reward, ends, settings)
+    begin("backward")
+    td_lambda_kernels.td_lambda_backward(grad, ends, settings)
+
+
+TD_LAMBDA = Op(
+    name="td_lambda",
+    inputs=td_lambda_inputs,
+    kernel=td_lambda,
+    reference=td_lambda_definition,
+    peers={
+        **plain(td_lambda_definition, compiled=FORWARD),
+        "torchrl": Peer(lambda _, inputs: baselines.torchrl_td_lambda(inputs, GAMMA, LAM), FORWARD, module="torchrl"),
+    },
+    reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated")),
+    cases=(Case("td_lambda", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl")), *cases("td_lambda")),
+    examples=(Example(Case("td_lambda", "scattered", (37, 70))),),
+    small=few_rows,
+    triton=True,
+    variants={
+        "td_lambda serial": Variant((4096, 32), partial(td_lambda_launch, 32)),
+        "td_lambda scan": Variant((4096, 1500), partial(td_lambda_launch, 1500)),
+    },
+    loops={"td_lambda_scan_kernel": chunk_trips, "td_lambda_scan_backward_kernel": chunk_trips},
     swept=True,
     trace=True,
 )

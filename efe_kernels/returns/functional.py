@@ -124,6 +124,49 @@ def vtrace(
     return like(advantage, reward), like(target, reward)
 
 
+def td_lambda(
+    reward: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    lam: float = 0.95,
+    reward_scale: float = 1.0,
+) -> Tensor:
+    """TD(lambda) returns along the last dimension, which is time: what a critic is trained towards.
+
+        return_t = reward_scale * reward_t
+                   + gamma * (1 - terminated_t) * ((1 - lam) * next_value_t + lam * return_{t+1})
+
+    Where step t is truncated or the last one, next_value_t stands in for return_{t+1}. With lam=1 this is the
+    discounted Monte-Carlo return, bootstrapped where an episode is cut; with lam=0 it is the target of one step.
+
+    Differentiable in next_value, as the formula is; detach the result to use it as a constant.
+
+    Args:
+        reward: [..., T] float32, float16, bfloat16 or float64; a constant for autograd.
+        next_value, terminated, truncated, gamma, lam, reward_scale: as in `gae`.
+
+    Without leading dimensions one trajectory [T] is taken. Strides as in `gae`.
+
+    Returns:
+        [..., T] in the dtype to which reward and next_value promote. Arithmetic is float32, float64 for float64.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, gamma or lam.
+
+    Source: Sutton 1988, "Learning to predict by the methods of temporal differences".
+    """
+    check_trajectories(terminated, truncated, reward=reward, next_value=next_value)
+    gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
+    reward_scale = checks.number("reward_scale", reward_scale)
+    next_value, reward = promoted(next_value, constant(reward))
+    flags = (rows_of(terminated), None if truncated is None else rows_of(truncated))
+    return like(ops.td_lambda(rows_of(next_value), rows_of(reward), *flags, gamma, lam, reward_scale), reward)
+
+
 def check_trajectories(terminated: Tensor, truncated: Tensor | None, **tensors: Tensor) -> None:
     """Floating-point tensors [..., T] and flags of the same shape."""
     checks.check_alike(**tensors)

@@ -1,4 +1,4 @@
-"""The ops torch.ops.efe.trace_forward and _backward, which are gae and vtrace."""
+"""The ops torch.ops.efe.trace_forward and _backward, which are gae and vtrace, and td_lambda_forward and _backward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from efe_kernels.common.library import triton_module
 from efe_kernels.common.op import differentiable_op
 from efe_kernels.returns import reference
-from efe_kernels.returns.reference import Settings, Trace, Transitions
+from efe_kernels.returns.reference import Ends, Settings, TDLambdaSettings, Trace, Transitions
 
 kernels: Any = triton_module("efe_kernels.returns.kernels")
+td_lambda_kernels: Any = triton_module("efe_kernels.returns.td_lambda_kernels")
 
 
 def laid_out(result: Tensor, like: Tensor) -> Tensor:
@@ -54,3 +55,28 @@ gae = differentiable_op(
     plain=reference.trace_forward,
 ).titled("gae")
 vtrace = gae.titled("vtrace")
+
+
+def td_lambda_forward(next_value: Tensor, reward: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
+    return laid_out(reference.td_lambda_forward(next_value, reward, ends, settings), reward)
+
+
+def td_lambda_backward(grad_result: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
+    return laid_out(reference.td_lambda_backward(grad_result, ends, settings), ends.terminated)
+
+
+def td_lambda_fake(next_value: Tensor, reward: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(reward)
+
+
+td_lambda = differentiable_op(
+    "td_lambda",
+    forward=td_lambda_forward,
+    backward=td_lambda_backward,
+    wrt=("next_value",),
+    like={"next_value": "terminated"},
+    memory_format=torch.preserve_format,
+    fake=td_lambda_fake,
+    triton=(td_lambda_kernels.td_lambda_forward, td_lambda_kernels.td_lambda_backward) if td_lambda_kernels else None,
+    plain=reference.td_lambda_forward,
+)

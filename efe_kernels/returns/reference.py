@@ -1,4 +1,4 @@
-"""gae and vtrace as loops over time in plain PyTorch: the definition, and what serves where no kernel exists.
+"""gae, vtrace and td_lambda as loops over time in plain PyTorch: the definition, and what serves without a kernel.
 
 All tensors are [N, T] of one floating dtype, and bool for terminated and truncated. The forwards are differentiable by
 autograd and pass through the transforms of torch.func; the backwards are the same derivatives written out.
@@ -133,6 +133,58 @@ def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transi
     return along_time(grad_error, to_advantage)
 
 
+class Ends(NamedTuple):
+    """Where an episode ends."""
+
+    terminated: Tensor
+    truncated: Tensor | None
+
+
+class TDLambdaSettings(NamedTuple):
+    gamma: float
+    lam: float
+    reward_scale: float
+
+
+def td_lambda_forward(next_value: Tensor, reward: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
+    """return_t = reward_t + gamma · ((1 - lam) · next_value_t + lam · return_{t+1}) within an episode.
+
+    Its last step, and the last of all, have next_value_t alone in these brackets, and a terminal one has nothing.
+    """
+    dtype = accumulate_dtype(reward)
+    stop = boundaries(ends)
+    steps = reward.shape[1]
+    bootstrap = own_factor(stop, settings).to(dtype) * torch.where(ends.terminated, 0, next_value.to(dtype))
+    delta = reward.to(dtype) * settings.reward_scale + bootstrap
+    returns: list[Tensor] = []
+    following = delta.new_zeros(delta.shape[0])
+    for t in reversed(range(steps)):
+        following = delta[:, t] + passed_on(settings.gamma * settings.lam, stop[:, t], following)
+        returns.append(following)
+    return along_time(returns[::-1], delta).to(reward.dtype)
+
+
+def td_lambda_backward(grad_result: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
+    """Gradient of next_value; the derivation stands beside the kernel."""
+    dtype = accumulate_dtype(grad_result)
+    stop = boundaries(ends)
+    arriving: list[Tensor] = []
+    carried = grad_result.new_zeros(grad_result.shape[0], dtype=dtype)
+    for t in range(grad_result.shape[1]):
+        carried = grad_result[:, t].to(dtype) + carried
+        arriving.append(carried)
+        carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
+    gradient = own_factor(stop, settings).to(dtype) * along_time(arriving, grad_result.to(dtype))
+    return torch.where(ends.terminated, 0, gradient).to(grad_result.dtype)
+
+
+def own_factor(stop: Tensor, settings: TDLambdaSettings) -> Tensor:
+    """What next_value_t counts for where it counts, [N, T] float64: the return stops after the last step."""
+    stop = stop | (torch.arange(stop.shape[1], device=stop.device) == stop.shape[1] - 1)
+    whole = torch.full((), settings.gamma, dtype=torch.float64, device=stop.device)
+    return torch.where(stop, whole, settings.gamma * (1 - settings.lam))
+
+
 def along_time(steps: list[Tensor], like: Tensor) -> Tensor:
     """Steps [N] side by side, [N, T]; without a step `like`, which is [N, 0]."""
     return torch.stack(steps, 1) if steps else like
@@ -143,10 +195,9 @@ def passed_on(factor: float | Tensor, stop: Tensor, x: Tensor) -> Tensor:
     return torch.where(stop | (factor == 0), 0, factor * x)
 
 
-def boundaries(transitions: Transitions) -> Tensor:
+def boundaries(ends: Transitions | Ends) -> Tensor:
     """Where the trace stops."""
-    terminated, truncated, _ = transitions
-    return terminated if truncated is None else terminated | truncated
+    return ends.terminated if ends.truncated is None else ends.terminated | ends.truncated
 
 
 def importance(transitions: Transitions, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ CASES = {
     "efe_loss": Case(lambda x, p: efe_kernels.efe_loss(x, TARGET, p).total, ((2, 3, 4, 5, 10), (4, 5, 10))),
     "efe_loss, every term": Case(every_term, ((2, 3, 4, 5, 10), (4, 5, 10), (2, 12), (10, 12))),
     "gae": Case(lambda v, n: squares(efe_kernels.gae(CONSTANT, v, n, FLAGS)), ((4, 5), (4, 5))),
+    "td_lambda": Case(lambda n: squares((efe_kernels.td_lambda(CONSTANT, n, FLAGS),)), ((4, 5),)),
     "vtrace": Case(lambda v, n: squares(efe_kernels.vtrace(CONSTANT, CONSTANT, v, n, FLAGS)), ((4, 5), (4, 5))),
     "rl_advantage": Case(
         lambda v: squares((efe_kernels.rl_advantage(CONSTANT, v, whiten=True, group_size=10),)), ((4, 5),)

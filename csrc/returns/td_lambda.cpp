@@ -1,0 +1,127 @@
+// td_lambda on the CPU: G_t = delta_t + coefficient_t G_{t+1}. The derivation of the gradient stands in
+// efe_kernels/returns/td_lambda_kernels.py. Arithmetic is A: double for double tensors, else float.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "common/parallel.h"
+#include "common/tensor.h"
+#include "returns/walk.h"
+
+namespace efe::returns {
+namespace {
+
+template <class A>
+struct TDLambda {
+    int64_t steps;
+    A gamma, lam, reward_scale;
+    Series terminated, truncated, reward, next_value, returns;
+    Series grad_returns, grad_next_value;
+};
+
+// The factors of next_value_t and of G_{t+1}, for the run of outer index o.
+template <bool TimeInner, class A>
+EFE_INLINE void load_factors(const TDLambda<A>& p, const Tile<TimeInner>& tile, int64_t o, A* __restrict__ own,
+                             A* __restrict__ coefficient) {
+    uint8_t flags[Tile<TimeInner>::kSize];
+    load_flags(p.terminated, p.truncated, tile, o, flags);
+    mark_last(tile, o, p.steps, flags);
+    const A gamma = p.gamma, shared = p.gamma * (A(1) - p.lam), lam = p.lam * p.gamma;
+    for (int64_t i = 0; i < tile.inner(); ++i) {
+        own[i] = (flags[i] & kTerminated) != 0 ? A(0) : flags[i] != 0 ? gamma : shared;
+        coefficient[i] = flags[i] != 0 ? A(0) : lam;
+    }
+}
+
+template <bool TimeInner, class A>
+EFE_INLINE void forward_tile(const TDLambda<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
+    using Shape = Tile<TimeInner>;
+    A delta[Shape::kSize], coefficient[Shape::kSize], own[Shape::kSize], room[2][Shape::kSize];
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
+        const A *reward = read_run(p.reward, tile, o, room[0]), *next_value = read_run(p.next_value, tile, o, room[1]);
+        load_factors(p, tile, o, own, coefficient + at);
+        const A scale = p.reward_scale;
+        for (int64_t i = 0; i < tile.inner(); ++i) delta[at + i] = advance(own[i], reward[i] * scale, next_value[i]);
+    }
+    walk<false>(tile, state, [&](int64_t i, A after) EFE_SIMD_BODY {
+        return delta[i] = advance(coefficient[i], delta[i], after);
+    });
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        A* const __restrict__ out = run_to_write(p.returns, tile, o, room[0]);
+        std::copy_n(delta + o * Shape::kInner, tile.inner(), out);
+        store_run(p.returns, tile, o, out);
+    }
+}
+
+// state is what the step before hands on: k_{t-1} s_{t-1}.
+template <bool TimeInner, class A>
+EFE_INLINE void backward_tile(const TDLambda<A>& p, const Tile<TimeInner>& tile, A* __restrict__ state) {
+    using Shape = Tile<TimeInner>;
+    A arrival[Shape::kSize], coefficient[Shape::kSize], own[Shape::kSize], room[Shape::kSize];
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
+        std::copy_n(read_run(p.grad_returns, tile, o, room), tile.inner(), arrival + at);
+        load_factors(p, tile, o, own + at, coefficient + at);
+    }
+    walk<true>(tile, state, [&](int64_t i, A handed_on) EFE_SIMD_BODY {
+        arrival[i] += handed_on;
+        return advance(coefficient[i], A(0), arrival[i]);
+    });
+    for (int64_t o = 0; o < tile.outer(); ++o) {
+        const int64_t at = o * Shape::kInner;
+        A* const __restrict__ out = run_to_write(p.grad_next_value, tile, o, room);
+        for (int64_t i = 0; i < tile.inner(); ++i) out[i] = advance(own[at + i], A(0), arrival[at + i]);
+        store_run(p.grad_next_value, tile, o, out);
+    }
+}
+
+template <class A>
+TDLambda<A> problem_of(const ResultLayout& layout, const at::Tensor& terminated, const OptionalTensor& truncated,
+                       double gamma, double lam, double reward_scale) {
+    TDLambda<A> p{};
+    p.steps = layout.steps;
+    p.gamma = static_cast<A>(gamma);
+    p.lam = static_cast<A>(lam);
+    p.reward_scale = static_cast<A>(reward_scale);
+    p.terminated = layout.series(terminated);
+    p.truncated = layout.series(truncated);
+    return p;
+}
+
+at::Tensor td_lambda_forward(const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
+                             const OptionalTensor& truncated, double gamma, double lam, double reward_scale) {
+    const at::Tensor returns = at::empty_like(reward);
+    const ResultLayout layout(returns);
+    for_arithmetic(layout.type, [&](auto zero) {
+        using A = decltype(zero);
+        auto p = problem_of<A>(layout, terminated, truncated, gamma, lam, reward_scale);
+        p.reward = layout.series(reward);
+        p.next_value = layout.series(next_value);
+        p.returns = layout.series(returns);
+        for_tiles<false, A>(layout, [&](const auto& tile, A* state) EFE_SIMD_BODY { forward_tile(p, tile, state); });
+    });
+    return returns;
+}
+
+at::Tensor td_lambda_backward(const at::Tensor& grad_returns, const at::Tensor& terminated,
+                              const OptionalTensor& truncated, double gamma, double lam, double reward_scale) {
+    const at::Tensor gradient = at::empty_like(terminated, grad_returns.options());
+    const ResultLayout layout(gradient);
+    for_arithmetic(layout.type, [&](auto zero) {
+        using A = decltype(zero);
+        auto p = problem_of<A>(layout, terminated, truncated, gamma, lam, reward_scale);
+        p.grad_returns = layout.series(grad_returns);
+        p.grad_next_value = layout.series(gradient);
+        for_tiles<true, A>(layout, [&](const auto& tile, A* state) EFE_SIMD_BODY { backward_tile(p, tile, state); });
+    });
+    return gradient;
+}
+
+TORCH_LIBRARY_IMPL(efe, CPU, library) {
+    library.impl("td_lambda_forward", td_lambda_forward);
+    library.impl("td_lambda_backward", td_lambda_backward);
+}
+
+}  // namespace
+}  // namespace efe::returns
