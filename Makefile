@@ -41,7 +41,7 @@ train: $(VENV)/.built
 # so with the CUDA C++ kernels.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest --ignore tests/emulated
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/test_peers.py
 	$(MAKE) emulate
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's

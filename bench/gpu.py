@@ -128,6 +128,7 @@ def checks(out: Path) -> list[Part]:
         "tests/advantage",
         "tests/policy_loss",
         "tests/reward",
+        "tests/test_peers.py",
         "tests/arc_efe",
         "tests/common",
     )
