@@ -114,8 +114,8 @@ def kernel(case: Case, inputs: Inputs, grad_scale: Tensor | None = None) -> tupl
     return (efe_kernels.efe_loss(**inputs, weights=terms.weights, **settings).total,)
 
 
-def with_grad_scale(promise: float, case: Case, inputs: Inputs) -> tuple[Tensor]:
-    return kernel(case, inputs, torch.full((), promise, device=inputs["logits"].device))
+def with_grad_scale(value: float, case: Case, inputs: Inputs) -> tuple[Tensor]:
+    return kernel(case, inputs, torch.full((), value, device=inputs["logits"].device))
 
 
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
