@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efe_kernels.common.op import first_order
+from efe_kernels.common.op import first_order, spread
 
 EPS = 1e-8
 # What masked cells are filled with: their logits, and their preference *probabilities*.
@@ -138,8 +138,8 @@ class PlanTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:5])
-        found = iter(first_order("arc_efe.EFELoss", plan_gradients, needs, *upstream[:5], *ctx.saved_tensors))
-        return *[next(found) if need else None for need in needs], None
+        found = first_order("arc_efe.EFELoss", plan_gradients, needs, *upstream[:5], *ctx.saved_tensors)
+        return *spread(found, needs), None
 
 
 def plan_gradients(

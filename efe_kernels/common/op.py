@@ -36,6 +36,12 @@ def first_order(name: str, op: Callable[..., Any], *args: Any) -> tuple[Tensor, 
     return tuple(op(*args))
 
 
+def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for where `needs` is true, None elsewhere."""
+    found = iter(gradients)
+    return tuple([next(found) if need else None for need in needs])
+
+
 def transformed() -> bool:
     """Whether the call is inside a transform of torch.func, such as vmap, grad or jacrev."""
     depth: int = torch._C._functorch.get_dynamic_layer_stack_depth()  # of this torch.compile knows what it says
@@ -73,14 +79,16 @@ def apply(function: type[torch.autograd.Function], plain: Callable[..., Any], *a
 class Wiring:
     """Where backward takes its arguments from, by place.
 
-    wrt: arguments of forward that can get a gradient. width: how many arguments forward has.
+    wrt: arguments of forward that can get a gradient. computed: those of them whose gradients backward computes.
+    width: how many arguments forward has.
     differentiable: whether a result is, for each; their gradients come first among the arguments' sources.
     saved, constants: what is kept, of forward's arguments followed by its results.
     order: of the sources [gradients, needs, saved, constants], those that backward takes, in its order.
-    passes: place among wrt -> place of the result whose gradient is that argument's own.
+    passes: the other ones -> place of the result whose gradient is that argument's own.
     """
 
     wrt: tuple[int, ...]
+    computed: tuple[int, ...]
     width: int
     differentiable: tuple[bool, ...]
     saved: tuple[int, ...]
@@ -107,18 +115,18 @@ def wire(
     sources = [*(f"grad_{name}" for name in results), "needs", *saved, *constants]
     return Wiring(
         wrt=tuple(names.index(name) for name in wrt),
+        computed=tuple(names.index(name) for name in wrt if name not in passes),
         width=len(arguments),
         differentiable=tuple(f"grad_{name}" in taken or name in passes.values() for name in results),
         saved=tuple(names.index(name) for name in saved),
         constants=tuple(names.index(name) for name in constants),
         order=tuple(sources.index(name) for name in taken),
-        passes={wrt.index(name): results.index(result) for name, result in passes.items()},
+        passes={names.index(name): results.index(result) for name, result in passes.items()},
     )
 
 
 def function_of(title: str, forward: Any, backward: Any, wiring: Wiring) -> type[torch.autograd.Function]:
     """The autograd Function over the ops `forward` and `backward`. title: what it calls itself in an error."""
-    wrt, passes = wiring.wrt, wiring.passes
     several = len(wiring.differentiable) > 1
     constant_results = [place for place, differentiable in enumerate(wiring.differentiable) if not differentiable]
     in_list = isinstance(backward.default._schema.returns[0].type, torch.ListType)
@@ -141,18 +149,15 @@ def function_of(title: str, forward: Any, backward: Any, wiring: Wiring) -> type
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             gradients: list[Tensor | None] = [None] * wiring.width
-            needs = [ctx.needs_input_grad[place] for place in wrt]
-            for own, result in passes.items():
-                if needs[own]:
-                    gradients[wrt[own]] = grads[result]
-            needs = [need for place, need in enumerate(needs) if place not in passes]
+            for place, result in wiring.passes.items():
+                if ctx.needs_input_grad[place]:
+                    gradients[place] = grads[result]
+            needs = [ctx.needs_input_grad[place] for place in wiring.computed]
             if any(needs) and any([grad is not None for grad in grads]):
                 sources = (*grads, needs, *ctx.saved_tensors, *ctx.constants)
-                found = iter(first_order(title, gradients_of, *[sources[place] for place in wiring.order]))
-                computed = [place for own, place in enumerate(wrt) if own not in passes]
-                for place, need in zip(computed, needs, strict=True):
-                    if need:
-                        gradients[place] = next(found)
+                found = first_order(title, gradients_of, *[sources[place] for place in wiring.order])
+                for place, gradient in zip(wiring.computed, spread(found, needs), strict=True):
+                    gradients[place] = gradient
             return tuple(gradients)
 
     Function.__name__ = f"{title}_function"

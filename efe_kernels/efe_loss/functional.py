@@ -139,6 +139,8 @@ def efe_loss(
         logits, target, backward_logits, final_logits, observation_probs, prompt, valid = one_episode(
             logits, target, backward_logits, final_logits, observation_probs, prompt, valid
         )
+    if not torch.is_grad_enabled():
+        grad_scale = None
     if grad_scale is not None:
         # A copy: what the caller does to the tensor afterwards changes nothing.
         grad_scale = grad_scale.detach().to(torch.float32, copy=True)

@@ -45,12 +45,12 @@ class Layout:
     def __init__(self, inputs: Inputs) -> None:
         logits = inputs.logits
         self.batch, self.steps, height, width, self.outcomes = logits.shape
-        self.cells, self.width = height * width, width
+        self.cells = height * width
         self.prompt_dim = 0 if inputs.prompt is None else inputs.prompt.shape[1]
         self.saved = saved_width(inputs)
         self.has_direction = inputs.prompt is not None and inputs.projection is not None
         self.shared_preference = inputs.preference_logits.dim() == 3
-        self.separate = inputs.backward_logits is not None
+        separate = inputs.backward_logits is not None
         # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
         # In the backward of the prompt term two do not fit into its registers.
         cells_per_lane = 2 if logits.stride(3) == 1 else 1
@@ -66,9 +66,9 @@ class Layout:
         self.dims = DIMS._replace(
             preference_logits=preference, projection=DIMS.projection if self.has_direction else None
         )
-        alone = int(not self.separate and self.steps % 2 == 1)
-        pairs = self.steps if self.separate else (self.steps + 1) // 2
-        sizes = (self.steps, self.cells, self.width, self.outcomes, self.prompt_dim, pairs, alone, self.saved)
+        alone = int(not separate and self.steps % 2 == 1)
+        pairs = self.steps if separate else (self.steps + 1) // 2
+        sizes = (self.steps, self.cells, width, self.outcomes, self.prompt_dim, pairs, alone, self.saved)
         self.shape = Shape(*constants((*sizes, APPROXIMATE)))
         self.launches: dict[Hashable, PreparedLaunch] = {}
 

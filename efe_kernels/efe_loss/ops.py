@@ -11,7 +11,7 @@ from torch.compiler import is_compiling as traced
 from torch.nn import Parameter
 
 from efe_kernels.common.library import INTERPRET, accumulate_dtype, triton_module
-from efe_kernels.common.op import differentiable_op, first_order
+from efe_kernels.common.op import differentiable_op, first_order, spread
 from efe_kernels.efe_loss import reference
 from efe_kernels.efe_loss.reference import Inputs, Outputs, Settings, saved_width
 
@@ -106,7 +106,7 @@ def takes_grad_scale(grad_scale: Tensor, inputs: Inputs) -> bool:
     They write the gradients in forward and hand out the same memory in backward, beside the dispatcher, which a tracer
     would not see.
     """
-    if launch is None or traced() or not (INTERPRET or inputs.logits.is_cuda) or not torch.is_grad_enabled():
+    if launch is None or traced() or not (INTERPRET or inputs.logits.is_cuda):
         return False
     wanted = any(tensor is not None and tensor.requires_grad for tensor in inputs[: len(DIFFERENTIABLE)])
     possible = has_kernel(inputs.logits) and launch.takes_grad_scale(inputs)
@@ -135,9 +135,8 @@ class FusedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, grad_terms: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grad_scale, hard_cell_scale, saved, *tensors = ctx.saved_tensors
         inputs = Inputs(*tensors)
-        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad_total is None and grad_terms is None:
-            return tuple(gradients)
+            return (None,) * len(ctx.needs_input_grad)
         # Handed out once: what the caller holds after this backward must not change in the next one.
         ahead, ctx.gradients = ctx.gradients, None
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
@@ -148,11 +147,8 @@ class FusedFunction(torch.autograd.Function):
         else:
             arguments = (grad_total, grad_terms, *inputs, *ctx.settings, hard_cell_scale, saved, needs)
             found = first_order("efe_loss", efe_loss.backward, *arguments)
-        wanted = iter(found)
-        for place, need in enumerate(needs, start=1):
-            if need:
-                gradients[place] = next(wanted)
-        return tuple(gradients)
+        constants = len(ctx.needs_input_grad) - 1 - len(needs)
+        return None, *spread(found, needs), *(None,) * constants
 
 
 def efe_loss_with(grad_scale: Tensor | None, inputs: Inputs, settings: Settings) -> Outputs:
