@@ -100,14 +100,14 @@ class Parts:
     def watch(self, trainer: Trainer) -> None:
         import torch
 
-        from efe_train import agent
+        from efe_train import agent, policy
 
         self.wrap(trainer.cache, "prompts", "Qwen")
         self.wrap(trainer.agent.planner, "forward", "planner")
         self.wrap(agent, "policy_state", "policy state")
         self.wrap(trainer.agent.policy, "refine_prompt", "refine_prompt")
         self.wrap(trainer.efe_loss, "forward", "efe_loss")
-        self.wrap(trainer.agent.policy, "compute_reward", "grid_reward")
+        self.wrap(policy, "grid_reward", "grid_reward")
         self.wrap(torch.Tensor, "backward", "backward")
         self.wrap(trainer.optimizer, "step", "optimizer")
         self.wrap(trainer.agent.policy, "update", "policy update")

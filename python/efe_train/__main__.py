@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             problem = str(error)
         except torch.OutOfMemoryError:
-            problem = "The GPU ran out of memory: try a smaller --batch_size."
+            problem = "The GPU ran out of memory: try a smaller --batch_size, or --tasks_per_batch in evaluation."
         except ImportError as error:
             if str(error.name).partition(".")[0] in ("efe_kernels", "efe_train"):
                 raise
@@ -34,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: list[str]) -> int:
     # Not at the top of the file: what these import comes with the extra `train`, and may be missing.
-    from efe_train import evaluate, run
+    from efe_train import evaluate, report, run, show
 
-    return evaluate.main(arguments[1:]) if arguments[:1] == ["evaluate"] else run.main(arguments)
+    commands = {"evaluate": evaluate.main, "report": report.main, "show": show.main}
+    command = commands.get(arguments[0]) if arguments else None
+    return command(arguments[1:]) if command else run.main(arguments)
 
 
 if __name__ == "__main__":

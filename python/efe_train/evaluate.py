@@ -5,100 +5,129 @@ The model sees each task's demonstrations and test input, and nothing else: answ
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from efe_train.agent import Agent
-from efe_train.config import COUNT, DATASET, Parser, UserError, choose_device, choose_precision, flag
-from efe_train.data import Query, by_longer_side, collate, evaluation_queries
+from efe_train.adapt import SIDE_BY_SIDE, batches
+from efe_train.config import (
+    COUNT,
+    DATASET,
+    Parser,
+    TrainConfig,
+    UserError,
+    choose_device,
+    choose_precision,
+    flag,
+    number,
+)
+from efe_train.data import evaluation_queries
 from efe_train.files import replaced
-from efe_train.folder import RunFolder, make_folder
-from efe_train.planner import Planner
-from efe_train.policy import Policy
+from efe_train.folder import RunFolder, digest, make_folder
+from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.qwen import load_architecture
-from efe_train.tasks import Grid, evaluates_on_training_tasks, load_tasks
+from efe_train.report import write_report
+from efe_train.scores import (
+    BASELINES,
+    Attempts,
+    Evaluation,
+    Solution,
+    append_solutions,
+    compare,
+    is_solved,
+    read_solutions,
+    score_table,
+    write_evaluation,
+    write_solutions,
+)
+from efe_train.solve import ADAPTED, AGENT, Solver
+from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks, task_json
+from efe_train.train import build_agent, build_loss
 
 
-def load_agent(folder: RunFolder, device: torch.device, dtype: torch.dtype) -> Agent:
-    """The agent of a checkpoint.
+def load_solver(folder: RunFolder, config: TrainConfig, device: torch.device, steps: int, evaluation: str) -> Solver:
+    """What solves tasks with the agent of a checkpoint, and with the loss that trained it.
 
     Raises:
         UserError: the run folder is damaged, or of another version of the model.
     """
-    state, config = folder.read_checkpoint(), folder.read_config()
+    state = folder.read_checkpoint()
+    dtype, _ = choose_precision("auto", device)
     prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
-    agent = Agent(prompter, Planner(), Policy(), device, dtype)
-    for name, module in agent.named_children():
+    agent = build_agent(config, prompter, device, dtype)
+    efe_loss = build_loss(config, reduction="none")
+    for name, module in (*agent.named_children(), ("efe_loss", efe_loss)):
         with folder.fitting():
             module.load_state_dict(state["modules"][name])
-    return agent.eval()
+    return Solver(agent.eval(), efe_loss.requires_grad_(False).to(device), steps, evaluation)
 
 
-@torch.no_grad()
-def attempt(agent: Agent, queries: Sequence[Query]) -> list[tuple[Grid, Grid]]:
-    """Two grids for each query: the most probable one, and the most probable of all others."""
-    batch = collate(queries, few_shapes=agent.device.type == "cuda").to(agent.device)
-    # Without a seed the policy's mean refines, where training draws a sample to learn from.
-    logits = agent.plan(batch, seed=None).logits[:, -1].float().cpu()
-    return [two_best(cells[: query.size[0], : query.size[1]]) for query, cells in zip(queries, logits, strict=True)]
+def solve(solver: Solver, tasks: Sequence[Task], file: Path, most: int | None = None) -> list[list[Solution]]:
+    """The solutions of each task. Those that the file holds of the same evaluation are taken from it; others are added
+    to it as soon as they are found. most: how many tasks are solved in one batch at most.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the file holds what was solved until then.
+    """
+    known = [solution for solution in read_solutions(file) if solution.evaluation == solver.evaluation]
+    write_solutions(file, known)
+    solved = {task.id: found for task in tasks if (found := solutions_of(task, known))}
+    pending = [task for task in tasks if task.id not in solved]
+    limit, cells = SIDE_BY_SIDE[solver.agent.device.type]
+    often = 0.5 if sys.stderr.isatty() else 15.0
+    bar = tqdm(total=len(tasks), initial=len(solved), unit="task", mininterval=often, dynamic_ncols=True)
+    with SignalWatch() as signals, bar:
+        for batch in batches(pending, most or limit, cells):
+            for task, found in zip(batch, solver.solve(batch), strict=True):
+                append_solutions(file, found)
+                solved[task.id] = found
+            bar.set_postfix_str(progress([each for found in solved.values() for each in found]), refresh=False)
+            bar.update(len(batch))
+            if signals.received is not None and len(solved) < len(tasks):
+                raise Interrupted(signals.received)
+    return [solved[task.id] for task in tasks]
 
 
-def two_best(logits: Tensor) -> tuple[Grid, Grid]:
-    """The two most probable grids under logits [H, W, C]: the second one differs in the cell that is least certain."""
-    scores, colours = logits.topk(2, dim=-1)
-    cell = int((scores[..., 0] - scores[..., 1]).argmin())
-    first = colours[..., 0].contiguous()
-    second = first.clone()
-    second.view(-1)[cell] = colours[..., 1].reshape(-1)[cell]
-    return first.numpy(), second.numpy()
+def solutions_of(task: Task, known: Sequence[Solution]) -> list[Solution]:
+    """Those of each of the task's test inputs in order; none where one is missing or the task was another one."""
+    content = task_json(task)
+    found = {each.test: each for each in known if each.task.id == task.id and task_json(each.task) == content}
+    return [found[test] for test in sorted(found)] if len(found) == len(task.tests) else []
 
 
-@dataclass(frozen=True)
-class Score:
-    """Of the test inputs whose answers are known. A prediction of the wrong size has no right pixel."""
-
-    test_inputs: int
-    pixel_accuracy: float | None  # of the first attempt, the mean over test inputs
-    exact_matches: int  # test inputs that one of the two attempts solves
-    right_sizes: int
+def progress(solutions: Sequence[Solution]) -> str:
+    answered = [(each.answer, each.attempts) for each in solutions if each.answer is not None]
+    solved = sum(is_solved(answer, attempts) for answer, attempts in answered)
+    return f"{solved} of {len(answered)} test inputs solved" if answered else ""
 
 
-def score(answers: Sequence[Grid | None], attempts: Sequence[tuple[Grid, Grid]]) -> Score:
-    pixels, exact, sizes = [], 0, 0
-    for answer, pair in zip(answers, attempts, strict=True):
-        if answer is not None:
-            right_size = pair[0].shape == answer.shape
-            sizes += right_size
-            pixels.append(float((pair[0] == answer).mean()) if right_size else 0.0)
-            exact += any(np.array_equal(attempt, answer) for attempt in pair)
-    return Score(len(pixels), float(np.mean(pixels)) if pixels else None, exact, sizes)
+def judge(dataset: str, split: str, tasks: Sequence[Task], solutions: Sequence[Solution], name: str) -> Evaluation:
+    """The scores of the solutions, of the predictors beside them and of the baselines. name: of the solutions' own."""
+    queries = [query for task in tasks for query in evaluation_queries(task)]
+    predictors: dict[str, Sequence[Attempts]] = {name: [solution.attempts for solution in solutions]}
+    for other in solutions[0].others:
+        predictors[other] = [solution.others[other] for solution in solutions]
+    predictors |= {baseline: [take(query) for query in queries] for baseline, take in BASELINES.items()}
+    return compare(dataset, split, [case for task in tasks for case in task.tests], predictors)
 
 
-def solve(agent: Agent, queries: Sequence[Query], batch_size: int) -> list[tuple[Grid, Grid]]:
-    """Attempts in the order of the queries; grids of about one size are solved together."""
-    order = sorted(range(len(queries)), key=lambda index: by_longer_side(queries[index]))
-    attempts: dict[int, tuple[Grid, Grid]] = {}
-    for first in tqdm(range(0, len(order), batch_size), unit="batch", desc="evaluate"):
-        part = order[first : first + batch_size]
-        attempts.update(zip(part, attempt(agent, [queries[index] for index in part]), strict=True))
-    return [attempts[index] for index in range(len(queries))]
-
-
-def submission(
-    owners: Sequence[str], attempts: Sequence[tuple[Grid, Grid]]
-) -> dict[str, list[dict[str, list[list[int]]]]]:
+def submission(owners: Sequence[str], attempts: Sequence[Attempts]) -> dict[str, list[dict[str, list[list[int]]]]]:
     """ARC Prize's format: for each task, for each test input in order, two attempts. owners: the task of each."""
     answers: dict[str, list[dict[str, list[list[int]]]]] = {}
     for owner, (first, second) in zip(owners, attempts, strict=True):
         answers.setdefault(owner, []).append({"attempt_1": first.tolist(), "attempt_2": second.tolist()})
     return answers
+
+
+WRITTEN = ("submission.json", "evaluation.json", "solutions.jsonl")
+
+STEPS = number(int, lambda value: value >= 0, "a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -110,11 +139,30 @@ class EvaluateConfig:
     split: str = field(
         default="eval", metadata=flag("which tasks to solve (default {default})", choices=("eval", "train"))
     )
+    adapt: int = field(
+        default=0,
+        metadata=flag(
+            "train a copy of the planner on the demonstrations of each task for N steps before it solves the task "
+            "(default {default}); on two CPU cores 60 steps take about three seconds a task",
+            type=STEPS,
+            metavar="N",
+        ),
+    )
+    max_tasks: int | None = field(default=None, metadata=flag("solve the first N tasks only", type=COUNT, metavar="N"))
+    tasks_per_batch: int | None = field(
+        default=None,
+        metadata=flag(
+            "tasks that are adapted to side by side, at most (default: 8 on the CPU, 32 on a GPU)",
+            type=COUNT,
+            metavar="N",
+        ),
+    )
     device: str = field(default="auto", metadata=flag("default {default}", choices=("auto", "cuda", "cpu")))
-    batch_size: int = field(default=32, metadata=flag("default {default}", type=COUNT))
     out: str | None = field(
         default=None,
-        metadata=flag("where submission.json and evaluation.json go (default: the run folder)", metavar="DIR"),
+        metadata=flag(
+            "where submission.json, evaluation.json and solutions.jsonl go (default: the run folder)", metavar="DIR"
+        ),
     )
 
 
@@ -124,7 +172,7 @@ def parse_arguments(argv: Sequence[str]) -> EvaluateConfig:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Solve, score, write. Returns the exit code.
+    """Solve, score, write. Returns the exit code: 128 + N where signal N ended it.
 
     Raises:
         UserError: a mistake in the flags, the checkpoint or the data.
@@ -132,40 +180,36 @@ def main(argv: Sequence[str]) -> int:
     config = parse_arguments(argv)
     folder = RunFolder.find(config.checkpoint)
     device = choose_device(config.device)
-    dtype, _ = choose_precision("auto", device)
-    trained_on = folder.read_config().dataset
-    dataset = config.dataset or trained_on
-    tasks = load_tasks(dataset, config.split)
-    queries = [query for task in tasks for query in evaluation_queries(task)]
-    answers = [answer for task in tasks for _, answer in task.tests]
-    owners = [task.id for task in tasks for _ in task.tests]
-    if not queries:
+    trained = folder.read_config()
+    dataset = config.dataset or trained.dataset
+    tasks = [task for task in load_tasks(dataset, config.split) if task.tests][: config.max_tasks]
+    if not tasks:
         raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
-    attempts = solve(load_agent(folder, device, dtype), queries, config.batch_size)
-    result = score(answers, attempts)
+    # Whatever changes the solutions of a task.
+    about = json.dumps([digest(folder.checkpoint), config.adapt, dataset, config.split, device.type])
+    evaluation = hashlib.sha256(about.encode()).hexdigest()[:16]
+    solver = load_solver(folder, trained, device, config.adapt, evaluation)
     out = make_folder(config.out) if config.out else folder.path
-    with replaced(out / "submission.json") as file:
-        file.write(json.dumps(submission(owners, attempts)).encode())
-    with replaced(out / "evaluation.json") as file:
-        file.write(
-            (json.dumps({"dataset": dataset, "split": config.split, **asdict(result)}, indent=2) + "\n").encode()
+    try:
+        found = solve(solver, tasks, out / "solutions.jsonl", config.tasks_per_batch)
+    except Interrupted as stop:
+        print(
+            f"Stopped by {stop.received.name}; the tasks solved so far are kept: the same command goes on from there."
         )
-    seen = dataset == trained_on and (config.split == "train" or evaluates_on_training_tasks(dataset))
-    print(f"{len(tasks)} {config.split} tasks of {dataset}{', which the run was trained on' if seen else ''}")
-    print(score_table(result, len(queries)))
-    print(f"Written: {out / 'submission.json'}, {out / 'evaluation.json'}")
+        return 128 + stop.received
+    solutions = [solution for each in found for solution in each]
+    judged = judge(dataset, config.split, tasks, solutions, ADAPTED if config.adapt else AGENT)
+    with replaced(out / "submission.json") as file:
+        attempts = submission([each.task.id for each in solutions], [each.attempts for each in solutions])
+        file.write(json.dumps(attempts).encode())
+    write_evaluation(out / "evaluation.json", judged)
+    seen = dataset == trained.dataset and (config.split == "train" or evaluates_on_training_tasks(dataset))
+    print(f"{len(tasks)} {config.split} tasks of {dataset}{', most of which the run was trained on' if seen else ''}")
+    print(score_table(judged))
+    print(f"Written: {', '.join(str(out / name) for name in WRITTEN)}")
+    if out == folder.path:
+        print(f"With the curves of the run: {write_report(folder)}")
     return 0
-
-
-def score_table(result: Score, test_inputs: int) -> str:
-    if result.pixel_accuracy is None:
-        return f"The answers to the {test_inputs} test inputs are unknown: nothing is scored."
-    return (
-        f"{result.test_inputs} of {test_inputs} test inputs have a known answer\n"
-        f"Pixel accuracy  {result.pixel_accuracy:.4f}  (0 where the size is wrong)\n"
-        f"Right sizes     {result.right_sizes}\n"
-        f"Exact matches   {result.exact_matches}  (with two attempts)"
-    )
 
 
 if __name__ == "__main__":

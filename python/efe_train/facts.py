@@ -1,10 +1,9 @@
-"""What the demonstrations of a task and an input grid show: the output's size, and facts for prompt and policy."""
+"""What the demonstrations of a task and an input grid show: facts for prompt and policy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -76,38 +75,3 @@ def observe(demonstrations: Sequence[Pair], source: Grid, size: tuple[int, int])
 def is_recolouring(pair: Pair) -> bool:
     """Whether the output replaces each colour of the input by one colour. Both have the same size."""
     return len(np.unique(pair.input * NUM_COLORS + pair.output)) == len(np.unique(pair.input))
-
-
-def infer_size(demonstrations: Sequence[Pair], source: Grid) -> tuple[int, int]:
-    """The output size that the demonstrations suggest for this input."""
-    height, width = (
-        infer_side(
-            [pair.input.shape[axis] for pair in demonstrations],
-            [pair.input.shape[1 - axis] for pair in demonstrations],
-            [pair.output.shape[axis] for pair in demonstrations],
-            (source.shape[axis], source.shape[1 - axis]),
-        )
-        for axis in (0, 1)
-    )
-    return height, width
-
-
-def infer_side(along: list[int], across: list[int], wanted: list[int], source: tuple[int, int]) -> int:
-    """One side of the output by the first rule that fits every demonstration.
-
-    along, across, source: the side of the inputs on this axis and on the other. wanted: that of the outputs.
-    """
-    if not wanted or along == wanted:
-        return source[0]
-    if across == wanted:
-        return source[1]
-    ratios = sorted(Fraction(out, side) for out, side in zip(wanted, along, strict=True))
-    grown = source[0] * ratios[0]
-    if ratios[0] == ratios[-1] and grown.denominator == 1 and 1 <= grown <= MAX_GRID_SIZE:
-        return int(grown)
-    if len(set(wanted)) == 1:
-        return wanted[0]
-    steps = {out - side for out, side in zip(wanted, along, strict=True)}
-    if len(steps) == 1 and 1 <= source[0] + min(steps) <= MAX_GRID_SIZE:
-        return source[0] + min(steps)
-    return min(max(round(source[0] * ratios[len(ratios) // 2]), 1), MAX_GRID_SIZE)

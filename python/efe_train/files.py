@@ -50,6 +50,15 @@ def read_json(file: Path, remedy: str = "") -> Any:
     raise UserError(f"{file} cannot be read as JSON ({reason}){remedy and ': ' + remedy}.")
 
 
+def read_lines(file: Path) -> Iterator[Any]:
+    """The values of a file of JSON lines, up to the first line that is damaged; none where there is no file."""
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        try:
+            yield parse_json(line)
+        except ValueError:
+            return
+
+
 @contextmanager
 def written(file: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
     """A stream into a file, which is on the disk afterwards.

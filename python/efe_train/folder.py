@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from efe_train.config import TrainConfig, UserError, config_from_saved
-from efe_train.files import REMEDY, parse_json, read_json, replaced, written
+from efe_train.files import REMEDY, read_json, read_lines, replaced, written
 from efe_train.metrics import Row
 
 RUNS = Path("runs")
@@ -54,11 +54,11 @@ class RunFolder:
         return cls(make_folder(path))
 
     @classmethod
-    def find(cls, out: str | None) -> RunFolder:
+    def find(cls, out: str | None, holding: Sequence[str] = ("checkpoint.pt", "config.json")) -> RunFolder:
         """The run folder of that name, or the newest one under runs/.
 
         Raises:
-            UserError: there is none, or it has no checkpoint.
+            UserError: there is none, or it lacks one of the files that it should be holding.
         """
         newest = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
         if not out and not newest:
@@ -66,8 +66,8 @@ class RunFolder:
                 f"There is no run with a checkpoint under {RUNS}/ to go on from: name one, or begin a new run."
             )
         path = Path(out) if out else newest[-1].parent
-        if not (path / "checkpoint.pt").is_file() or not (path / "config.json").is_file():
-            raise UserError(f"{str(path)!r} is not a run folder: it should hold checkpoint.pt and config.json.")
+        if not all((path / name).is_file() for name in holding):
+            raise UserError(f"{str(path)!r} is not a run folder: it should hold {' and '.join(holding)}.")
         return cls(path)
 
     @property
@@ -113,11 +113,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, float]]:
         """The rows of the batches, up to the first line that is damaged."""
         rows: list[dict[str, float]] = []
-        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else []:
-            try:
-                row = parse_json(line)
-            except ValueError:
-                break
+        for row in read_lines(self.metrics):
             if not (isinstance(row, dict) and isinstance(row.get("batch"), int)):
                 break
             rows.append(row)
@@ -189,4 +185,8 @@ def lines(rows: Iterable[Row]) -> bytes:
 
 
 def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

@@ -41,7 +41,14 @@ METRICS = (
     Metric("efe", closing="EFE (unweighted)", tracked=True),  # without the weights that the loss puts on it
     Metric("mask_ratio", bar="mask", closing="Mask ratio", tracked=True),  # share of cells that the plan gets wrong
     Metric("reward", bar="reward", closing="Reward", signed=True, tracked=True),
+    # Share of cells that the plan gets right, with Qwen's own prompt and with the refined one.
+    # acc_copying and acc_look_up are what the scaled input and the untrained planner get right of the same cells.
+    Metric("acc_before", closing="Accuracy before", tracked=True),
+    Metric("acc_after", closing="Accuracy after", tracked=True),
+    Metric("acc_copying", closing="Accuracy, copying"),
+    Metric("acc_look_up", closing="Accuracy, look-up"),
     Metric("qwen_grad", bar="Qwen_grad", tracked=True),  # L2 norm of Qwen's gradient at the last refresh
+    # L2 norm of a query's prompt, the mean over the batch.
     Metric(
         "prompt_norm",
         check="Qwen's weights and learning rate (lower --qwen_lr), or fp16 activations (--precision bf16)",
@@ -57,6 +64,10 @@ METRICS = (
     Metric("agent_lr", tracked=True),
     Metric("qwen_lr", tracked=True),
     Metric("queries_per_s", bar="queries/s", tracked=True),
+    # After the last batch of an epoch alone: of the tasks that are held out, the first attempt without adaptation.
+    Metric("val_pixels", tracked=True),
+    Metric("val_changed", tracked=True),
+    Metric("val_exact", tracked=True),  # share of the test inputs
 )
 
 LOG_LINE = (

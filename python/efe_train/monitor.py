@@ -31,17 +31,20 @@ class Monitor:
     """Feed it the metrics of every batch in order.
 
     loss_scaling: whether a GradScaler is at work, which makes a gradient overflow now and then and skips that step.
+    reads: whether the agent has Qwen's prompts, so that Qwen gets a gradient.
     """
 
-    def __init__(self, *, loss_scaling: bool = False) -> None:
+    def __init__(self, *, loss_scaling: bool = False, reads: bool = True) -> None:
         self.loss_scaling = loss_scaling
+        self.reads = reads
         self.losses: deque[float] = deque(maxlen=2 * WINDOW)
         self.without_qwen = 0
         self.overflows = 0
         self.next_trend = 2 * WINDOW
+        self.gains: deque[float] = deque(maxlen=WINDOW)
 
     def observe(self, row: Row) -> list[RedFlag]:
-        flags = [self.not_finite(row), self.no_qwen_gradient(row), self.no_progress(row)]
+        flags = [self.not_finite(row), self.no_qwen_gradient(row), self.no_progress(row), self.only_copies(row)]
         return [flag for flag in flags if flag is not None]
 
     def not_finite(self, row: Row) -> RedFlag | None:
@@ -55,6 +58,9 @@ class Monitor:
         return None
 
     def no_qwen_gradient(self, row: Row) -> RedFlag | None:
+        # In the closing phase of a run the policy alone learns.
+        if row["agent_lr"] == 0 or not self.reads:
+            return None
         self.without_qwen = 0 if row["qwen_grad"] > 0 and row["refresh"] else self.without_qwen + 1
         if self.without_qwen == 0 or self.without_qwen % WINDOW:
             return None
@@ -68,6 +74,8 @@ class Monitor:
 
     def no_progress(self, row: Row) -> RedFlag | None:
         """Looks at the EFE itself, not at the loss, whose weight on it changes after the first epoch."""
+        if row["agent_lr"] == 0:
+            return None
         self.losses.append(row["efe"])
         batch = int(row["batch"])
         if batch < self.next_trend or len(self.losses) < 2 * WINDOW:
@@ -82,4 +90,17 @@ class Monitor:
             f"The loss is {'rising' if now > before else 'flat'}: its EFE was {before:.4f} in the {WINDOW} batches "
             f"before the last {WINDOW} and is {now:.4f} now (batch {batch}). Check the learning rates (--agent_lr, "
             "--qwen_lr): too high makes it rise, too low makes it flat; or the run has learned what it can.",
+        )
+
+    def only_copies(self, row: Row) -> RedFlag | None:
+        """Of the window before, from the second one on: in the first one the agent may still be learning to copy."""
+        self.gains.append(row["acc_after"] - row["acc_copying"])
+        batch = int(row["batch"])
+        if batch % WINDOW or batch == WINDOW or sum(self.gains) > 0:
+            return None
+        return RedFlag(
+            batch,
+            f"The agent is no better than copying its input: over the {WINDOW} batches up to batch {batch} it gets "
+            f"{-sum(self.gains) / len(self.gains):.4f} fewer cells right. Check that the demonstrations say something "
+            "(--without look_up leaves them out), and the learning rate (--agent_lr).",
         )

@@ -1,4 +1,4 @@
-"""The planner: a small convolutional network that drafts the output grid and improves the draft step by step."""
+"""The planner: what the demonstrations say as a first draft, and a small network that corrects it step by step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,52 @@ import torch
 from torch import Tensor, nn
 
 from efe_train.config import NUM_COLORS, PLANNING_STEPS, PROMPT_DIM
+from efe_train.data import Observation
+from efe_train.lookup import KEPT, STATISTICS, table_names
+from efe_train.views import WATCHED
+
+DILATIONS = (1, 2)
+"""Of the steps in turn: two weights are shared by all steps."""
+
+DECISIVENESS = 20.0
+"""How much the tables' scores decide: a table that gets a tenth more of the cells right counts seven times as much."""
+
+FLOOR = 0.01
+"""Probability that the first draft leaves to colours which the demonstrations rule out."""
+
+
+class Recall(nn.Module):
+    """The first draft: what the tables of a look-up say, each as far as it is to be trusted.
+
+    A table counts by which one it is, by how reliable it has been on the demonstrations, by how often they show the
+    pattern of a cell, and by what the prompt makes of its reliability. Untrained this is a fixed rule of reliability.
+    """
+
+    def __init__(self, prompt_dim: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.table = nn.Embedding(len(table_names()) + 1, 1)
+        self.worth = nn.Linear(STATISTICS, 1, bias=False)
+        self.judge = nn.Linear(STATISTICS, hidden)
+        self.steer = nn.Linear(prompt_dim, 2 * hidden)
+        self.verdict = nn.Linear(hidden, 1, bias=False)
+        self.doubt = nn.Parameter(torch.tensor(0.3).log())
+        with torch.no_grad():
+            self.table.weight.zero_()
+            self.worth.weight.copy_(torch.tensor([1.0, 1.0, 0.3, 0.1, 0.0, 0.0]))
+            self.verdict.weight.zero_()
+
+    def forward(self, seen: Observation, prompt: Tensor) -> Tensor:
+        """Probabilities [B, 10, H, W]."""
+        gain, shift = self.steer(prompt)[:, None].chunk(2, -1)
+        judged = nn.functional.silu(self.judge(seen.statistics) * (1 + gain) + shift)
+        score = self.table(seen.tables) + self.worth(seen.statistics) + self.verdict(judged)
+        trust = (DECISIVENESS * (score - score.amax(1, keepdim=True))).exp()[..., None]
+        known = seen.counts.sum(2)
+        weight = trust / (known + self.doubt.exp())
+        votes = (weight[:, :, None] * seen.counts).sum(1)
+        # Where no table knows the pattern, the colour stays.
+        votes = votes + 1e-4 * one_hot(seen.views[:, :1])[:, :NUM_COLORS] + 1e-9
+        return votes / votes.sum(1, keepdim=True)
 
 
 class PlanningStep(nn.Module):
@@ -26,32 +72,63 @@ class PlanningStep(nn.Module):
 
 
 class Planner(nn.Module):
-    """Predicts the output grid in T steps from the input grid and a prompt.
+    """Predicts the output grid in T steps from what is seen of a query and from a prompt.
 
-    The state of a cell starts as an embedding of the input's colour there, so that what stays the same is easily kept.
+    The steps share their weights, and each sees the draft of the one before it: at evaluation more of them can be run.
     Cells outside the grid are held at zero: the plan of a grid does not depend on the padding around it.
     """
 
-    def __init__(self, channels: int = 64, steps: int = PLANNING_STEPS, prompt_dim: int = PROMPT_DIM) -> None:
+    def __init__(
+        self,
+        channels: int = 48,
+        steps: int = PLANNING_STEPS,
+        prompt_dim: int = PROMPT_DIM,
+        *,
+        look_up: bool = True,
+    ) -> None:
+        """look_up: whether it sees what the demonstrations say."""
         super().__init__()
-        # One channel per colour and one for cells outside, for each of the two views.
-        self.embed = nn.Conv2d(2 * (NUM_COLORS + 1), channels, 1)
-        self.steps = nn.ModuleList(
-            PlanningStep(channels, prompt_dim, dilation=1 << (step % 4)) for step in range(steps)
-        )
+        self.num_steps = steps
+        self.look_up = look_up
+        self.recall = Recall(prompt_dim)
+        self.embed = nn.Conv2d(len(WATCHED) * (NUM_COLORS + 1) + KEPT * (NUM_COLORS + 1), channels, 1)
+        self.draft = nn.Conv2d(NUM_COLORS, channels, 1)
+        self.steps = nn.ModuleList(PlanningStep(channels, prompt_dim, dilation) for dilation in DILATIONS)
         self.head = nn.Conv2d(channels, NUM_COLORS, 1)
+        self.confidence = nn.Linear(STATISTICS, 1)
+        # Untrained, the plan is the first draft.
+        for parameter in (*self.confidence.parameters(), *self.head.parameters()):
+            nn.init.zeros_(parameter)
 
-    def forward(self, views: Tensor, valid: Tensor, prompt: Tensor) -> Tensor:
-        """Logits [B, T, H, W, C] in the memory order [B, T, C, H, W], the loss's fast path.
+    def forward(self, seen: Observation, prompt: Tensor, steps: int | None = None) -> Tensor:
+        """Logits [B, T, H, W, 10] in the memory order [B, T, 10, H, W], the loss's fast path.
 
-        views: [B, 2, H, W] integers. valid: [B, H, W] bool. prompt: [B, D].
+        prompt: [B, D]. steps: T, instead of the number that the planner was built with.
         """
-        inside = valid[:, None].to(prompt.dtype)
+        if not self.look_up:
+            seen = seen.without_look_up()
+        with torch.autocast(prompt.device.type, enabled=False):
+            recalled = self.recall(seen, prompt.float())
+            confidence = self.confidence(seen.statistics[:, 0]).exp()[:, :, None, None]
+            logits = first = confidence * (recalled + FLOOR).log()
+        inside = seen.valid[:, None].to(prompt.dtype)
         cells = inside.sum((2, 3)).clamp_min(1)
-        colours = nn.functional.one_hot(views, NUM_COLORS + 1).permute(0, 1, 4, 2, 3).flatten(1, 2)
-        state = self.embed(colours.to(prompt.dtype)) * inside
+        known = seen.counts.sum(2)
+        shares = seen.counts / (known + 0.1)[:, :, None]
+        colours = torch.cat([one_hot(seen.views), shares.flatten(1, 2), known / (known + 3)], 1)
+        evidence = self.embed(colours) * inside
+        state = torch.zeros_like(evidence)
         drafts = []
-        for step in self.steps:
-            state = step(state, prompt, inside, cells)
-            drafts.append(self.head(state))
+        for number in range(steps or self.num_steps):
+            state = state + evidence + self.draft(logits.softmax(1)) * inside
+            state = self.steps[number % len(DILATIONS)](state, prompt, inside, cells)
+            correction = self.head(state)
+            logits = (first + correction).to(correction.dtype)
+            drafts.append(logits)
         return torch.stack(drafts, dim=1).permute(0, 1, 3, 4, 2)
+
+
+def one_hot(views: Tensor) -> Tensor:
+    """[B, V * 11, H, W], a plane for each view and colour. views: [B, V, H, W]."""
+    flags = views[:, :, None] == torch.arange(NUM_COLORS + 1, device=views.device)[:, None, None]
+    return flags.flatten(1, 2).float()

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine_prompt, rl_advantage, squashed_log_prob
 from efe_train.config import NUM_COLORS, PROMPT_DIM
+from efe_train.data import Batch
 from efe_train.facts import NUM_FEATURES
 
 NUM_CONTROLS = NUM_COLORS + 2
 LOG_STD_RANGE = (-3.0, 0.0)
 """The entropy bonus pulls to the upper end: the refinement spreads over its range and does not stick to the ends."""
 MAX_GRAD_NORM = 1.0
+SHARPNESS = 8.0
 
 
 class PolicyOutput(NamedTuple):
@@ -30,12 +32,13 @@ class PolicyOutput(NamedTuple):
 class Rollout:
     """What `Policy.update` needs of a batch; no tensor of it carries a graph.
 
-    state: [B, S], action: [B, D+1] before squashing, reward: [B].
+    state: [B, S]. action: [K, B, D+1] before squashing, K samples for each query. lesson: [K, B], the reward
+    and whatever else the policy is to learn from.
     """
 
     state: Tensor
     action: Tensor
-    reward: Tensor
+    lesson: Tensor
 
 
 class PolicyUpdate(NamedTuple):
@@ -81,13 +84,32 @@ class Policy(nn.Module):
         """
         return grid_reward(before, after, target, valid=valid).reward
 
+    @staticmethod
+    def expected_gain(before: Tensor, after: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """The gain in the mean probability of the target's colours, [B] without a graph.
+
+        The policy learns from it beside the reward, which is 0 for nearly all refinements. The logits are sharpened, so
+        that it is the nearly decided cells that count, and being surer of the same plan is no gain.
+        """
+
+        def right(logits: Tensor) -> Tensor:
+            probs = (SHARPNESS * logits.detach().float()).softmax(-1)
+            return (probs.gather(-1, target[..., None])[..., 0] * valid).sum((1, 2))
+
+        return (right(after) - right(before)) / valid.sum((1, 2)).clamp_min(1)
+
     def update(self, rollout: Rollout, optimizer: torch.optim.Optimizer) -> PolicyUpdate:
         """One step of the score-function gradient on the rollout. optimizer: that of this policy's parameters."""
         optimizer.zero_grad(set_to_none=True)
-        mean, log_std, value = self(rollout.state)
-        log_prob, entropy = squashed_log_prob(rollout.action, mean, log_std)
-        advantage = rl_advantage(rollout.reward, value).detach()
-        value_target = advantage + value.detach()
+        samples = len(rollout.action)
+        # The samples of a query stand together, which is what a group of `rl_advantage` is.
+        mean, log_std, value = (part.repeat_interleave(samples, 0) for part in self(rollout.state))
+        action, lesson = rollout.action.transpose(0, 1).flatten(0, 1), rollout.lesson.T.flatten()
+        log_prob, entropy = squashed_log_prob(action, mean, log_std)
+        value_target = rl_advantage(lesson, torch.zeros_like(lesson))
+        # Most refinements change little: within a query it counts which sample is better, not by how much.
+        several = samples > 1
+        advantage = rl_advantage(lesson, value.detach(), whiten=several, group_size=samples if several else None)
         loss = policy_gradient_loss(log_prob, advantage, value, value_target, entropy).total
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRAD_NORM)
@@ -95,17 +117,18 @@ class Policy(nn.Module):
         return PolicyUpdate(loss.detach(), grad_norm)
 
 
-def policy_state(prompt: Tensor, before: Tensor, views: Tensor, valid: Tensor, features: Tensor) -> Tensor:
+def policy_state(prompt: Tensor, before: Tensor, batch: Batch) -> Tensor:
     """What the policy sees, [B, S] without a graph: the prompt, the control and the features of the task.
 
     The control sums up the planner's unrefined plan `before` [B, H, W, C]: its mean colours, its mean entropy and the
     share of cells where it departs from the input. Like all that the policy sees it knows nothing of the target.
     """
-    inside = valid[..., None].float()
+    inside = batch.valid[..., None].float()
     cells = inside.sum((1, 2, 3)).clamp_min(1)[:, None]
     log_probs = before.detach().float().log_softmax(-1)
     probs = log_probs.exp()
     colours = (probs * inside).sum((1, 2)) / cells
     entropy = -(probs * log_probs * inside).sum((1, 2, 3))[:, None] / cells
-    departs = ((before.argmax(-1) != views[:, 0]) & valid).sum((1, 2))[:, None] / cells
-    return torch.cat([prompt.detach(), colours, entropy, departs, features], 1)
+    scaled = batch.observation.views[:, 0]
+    departs = ((before.argmax(-1) != scaled) & batch.valid).sum((1, 2))[:, None] / cells
+    return torch.cat([prompt.detach(), colours, entropy, departs, batch.features], 1)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from efe_train.augment import Augmentation
 from efe_train.config import (
     TrainConfig,
     UserError,
@@ -22,14 +24,24 @@ from efe_train.config import (
     parse_train_arguments,
     resumed,
 )
-from efe_train.data import Example, collate, epoch_batches, fingerprint, training_examples
+from efe_train.console import bar_text, check_tracker, closing_table, log_line, start_tracker
+from efe_train.data import (
+    Example,
+    collate,
+    epoch_batches,
+    evaluation_queries,
+    fingerprint,
+    held_out,
+    training_examples,
+)
 from efe_train.folder import RunFolder
 from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.metrics import METRICS, Row
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.qwen import Prompter, build_prompter, load_architecture
-from efe_train.report import bar_text, check_tracker, closing_table, log_line, start_tracker
-from efe_train.tasks import evaluates_on_training_tasks, load_tasks
+from efe_train.report import write_report
+from efe_train.scores import score
+from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
 from efe_train.train import Trainer
 
 LOG_EVERY = 10
@@ -71,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
     scored = (
         "tasks that it was trained on" if evaluates_on_training_tasks(run.trainer.config.dataset) else "held-out tasks"
     )
+    run.folder.say(f"Curves: {write_report(run.folder)}")
     run.folder.say(f"Score it on the {scored}: efe-train evaluate --checkpoint {run.folder.path}")
     return 0
 
@@ -89,16 +102,18 @@ def prepare(argv: Sequence[str]) -> Run:
     dtype, precision_reason = choose_precision(config.precision, device)
     check_tracker(config.log_with)
     tasks = load_tasks(config.dataset)
-    examples = training_examples(tasks)
+    kept, scored = held_out(tasks, config.validation)
+    examples = training_examples(kept)
     torch.manual_seed(config.seed)
     state = begun.read_checkpoint() if begun else None
     folder, prompter, about_qwen = continued(config, begun) if begun else created(config)
     if config.gradient_checkpointing:
         prompter.recompute_activations()
-    trainer = Trainer(config, prompter, device, dtype)
+    batches = config.epochs * math.ceil(len(examples) / config.batch_size)
+    trainer = Trainer(config, prompter, device, dtype, batches)
     if state is not None:
         restore(trainer, state, examples, folder)
-    run = Run(trainer, examples, folder)
+    run = Run(trainer, examples, scored, folder)
     if trainer.batches_done >= run.total:
         raise UserError(
             f"The run in {folder.path} has done all its {trainer.batches_done} batches: "
@@ -109,7 +124,8 @@ def prepare(argv: Sequence[str]) -> Run:
     shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
     folder.say(
-        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(examples)} training queries, "
+        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(scored)} of them held out, "
+        f"{len(examples)} training queries, "
         f"{run.batches_per_epoch} batches per epoch, batches {trainer.batches_done + 1} to {run.total}\n"
         f"Device: {device}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
         f"Qwen: {about_qwen}\n"
@@ -150,16 +166,21 @@ def restore(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example]
 class Run:
     """A run from its first or its next batch to the end: progress, log, metrics, red flags and checkpoints."""
 
-    def __init__(self, trainer: Trainer, examples: Sequence[Example], folder: RunFolder) -> None:
+    def __init__(
+        self, trainer: Trainer, examples: Sequence[Example], scored: Sequence[Task], folder: RunFolder
+    ) -> None:
+        """scored: the tasks that are held out."""
         config = trainer.config
         self.trainer = trainer
         self.examples = examples
+        self.cases = [case for task in scored for case in task.tests]
+        self.queries = [query for task in scored for query in evaluation_queries(task)]
         self.folder = folder
         self.qwen_digests = folder.qwen_digests()
         self.tracker: Any | None = None
         self.batches_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = min(config.epochs * self.batches_per_epoch, config.max_batches or sys.maxsize)
-        self.monitor = Monitor(loss_scaling=trainer.scaler.is_enabled())
+        self.monitor = Monitor(loss_scaling=trainer.scaler.is_enabled(), reads=trainer.agent.reads)
         self.unread: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self.clock = time.perf_counter()
         self.candidate: int | None = None
@@ -185,7 +206,7 @@ class Run:
                 self.train_batch(epoch, examples)
                 done = trainer.batches_done
                 last = done == self.total or signals.received is not None
-                if done == 1 or done % LOG_EVERY == 0 or last:
+                if done == 1 or done % LOG_EVERY == 0 or done % self.batches_per_epoch == 0 or last:
                     row = self.read_metrics()
                     self.folder.say(log_line(row))
                     bar.set_postfix_str(bar_text(row), refresh=False)
@@ -214,13 +235,37 @@ class Run:
         batch = collate(
             [example.query for example in examples],
             [example.answer for example in examples],
+            self.augmentations(len(examples)),
             few_shapes=trainer.device.type == "cuda",
         )
-        refresh = trainer.refresh_is_due()
+        refresh, rate = trainer.refresh_is_due(), trainer.rate()
         metrics = trainer.step(batch.to(trainer.device), epoch)
-        agent_lr, qwen_lr = (group["lr"] for group in trainer.optimizer.param_groups)
-        known = {"batch": trainer.batches_done, "epoch": epoch, "queries": len(examples), "refresh": refresh}
+        agent_lr, qwen_lr = (rate * full for full in trainer.rates)
+        known = {
+            "batch": trainer.batches_done,
+            "epoch": epoch,
+            "queries": len(examples),
+            "refresh": refresh and rate > 0,
+        }
         self.unread.append(({**known, "agent_lr": agent_lr, "qwen_lr": qwen_lr}, metrics))
+
+    def augmentations(self, count: int) -> list[Augmentation] | None:
+        """Of the queries of the next batch: a function of seed and batch, so that a resumed run draws the same."""
+        config, done = self.trainer.config, self.trainer.batches_done
+        if config.augment == "off":
+            return None
+        generator = np.random.default_rng([config.seed, done, 1])
+        return [Augmentation.drawn(generator) for _ in range(count)]
+
+    def validate(self) -> dict[str, float]:
+        """The val_ metrics, where tasks are held out and their answers known."""
+        grids = self.trainer.agent.predict(self.queries, self.trainer.config.batch_size)
+        result = score(self.cases, [(grid, grid) for grid in grids])
+        if not result.test_inputs:
+            return {}
+        found = (result.pixel_accuracy, result.changed_accuracy, result.exact_matches / result.test_inputs)
+        named = zip(("val_pixels", "val_changed", "val_exact"), found, strict=True)
+        return {name: value for name, value in named if value is not None}
 
     def read_metrics(self) -> dict[str, float]:
         """Bring the metrics since the last reading to the host in one transfer, and look at them. Returns the last row.
@@ -236,7 +281,9 @@ class Run:
             for (known, metrics), numbers in zip(self.unread, values, strict=True)
         ]
         self.unread.clear()
-        self.clock = now
+        if self.trainer.batches_done % self.batches_per_epoch == 0:
+            rows[-1] |= self.validate()
+        self.clock = time.perf_counter()
         self.folder.append_metrics(rows)
         for row in rows:
             self.judge(row)
@@ -244,7 +291,7 @@ class Run:
 
     def judge(self, row: Row) -> None:
         if self.tracker is not None:
-            tracked = {metric.name: row[metric.name] for metric in METRICS if metric.tracked}
+            tracked = {metric.name: row[metric.name] for metric in METRICS if metric.tracked and metric.name in row}
             self.tracker.log(tracked, step=int(row["batch"]))
         for flag in self.monitor.observe(row):
             self.raise_flag(flag)

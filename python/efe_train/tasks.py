@@ -18,6 +18,11 @@ Grid = npt.NDArray[np.int64]
 SPLITS = {"train": "training", "eval": "evaluation"}
 """What ARC's files and folders call them."""
 
+COLOURS = (
+    "#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"
+)  # fmt: skip
+"""How ARC's own pages draw the colours 0 to 9."""
+
 CONTEST_FILES = "arc-agi_*_challenges.json"
 
 
@@ -27,13 +32,15 @@ class Pair:
     output: Grid
 
 
+Case = tuple[Grid, Grid | None]
+"""A test input and its answer, where that is known."""
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
-    """tests: input grids with their answers; None where the file does not tell."""
-
     id: str
     demonstrations: tuple[Pair, ...]
-    tests: tuple[tuple[Grid, Grid | None], ...]
+    tests: tuple[Case, ...]
 
 
 def load_tasks(dataset: str, split: str = "train") -> list[Task]:
@@ -141,6 +148,17 @@ def parse_task(name: str, content: Any, where: str) -> Task:
             for number, (given, wanted) in enumerate(tests)
         ),
     )
+
+
+def task_json(task: Task) -> dict[str, Any]:
+    """ARC's JSON of a task, which `parse_task` reads. A test input without a known answer has no "output"."""
+    return {
+        "train": [{"input": pair.input.tolist(), "output": pair.output.tolist()} for pair in task.demonstrations],
+        "test": [
+            {"input": source.tolist()} if answer is None else {"input": source.tolist(), "output": answer.tolist()}
+            for source, answer in task.tests
+        ],
+    }
 
 
 def parse_grid(value: Any, where: str) -> Grid:

@@ -12,6 +12,7 @@ import torch
 
 from efe_train.config import TrainConfig
 from efe_train.data import Example, training_examples
+from efe_train.planner import Planner
 from efe_train.qwen import Prompter, build_prompter
 from efe_train.tasks import Pair, Task
 from efe_train.train import Trainer
@@ -35,6 +36,17 @@ def recolouring_task(seed: int, pairs: int = 3) -> dict[str, list[dict[str, list
         return {"input": grid.tolist(), "output": (grid + 1).tolist()}
 
     return {"train": [pair() for _ in range(pairs)], "test": [pair()]}
+
+
+def unshown_task(seed: int) -> dict[str, list[dict[str, list[list[int]]]]]:
+    """As above, but no two pairs of it have a colour in common: its demonstrations do not tell what becomes of one."""
+    generator = np.random.default_rng(seed)
+
+    def pair(colours: list[int]) -> dict[str, list[list[int]]]:
+        grid = generator.choice(colours, size=generator.integers(3, 7, size=2))
+        return {"input": grid.tolist(), "output": (grid + 1).tolist()}
+
+    return {"train": [pair([0, 2]), pair([4, 6]), pair([1, 8])], "test": [pair([3, 5])]}
 
 
 def write_tasks(folder: Path, tasks: dict[str, Any]) -> Path:
@@ -70,6 +82,16 @@ def pristine_prompter() -> Prompter:
 def prompter(pristine_prompter: Prompter) -> Prompter:
     """A small Qwen of its own for each test, always with the same weights."""
     return copy.deepcopy(pristine_prompter)
+
+
+def stirred(planner: Planner) -> Planner:
+    """The planner with small random weights where an untrained one has zeros, which let no gradient through."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in planner.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=generator)
+    return planner
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from efe_train.data import Batch, Example, collate
 from efe_train.planner import Planner
 from efe_train.policy import Policy
 from efe_train.qwen import Prompter
+from tests.efe_train.conftest import stirred
 
 
 @pytest.fixture
 def agent(prompter: Prompter) -> Agent:
     torch.manual_seed(0)
-    return Agent(prompter, Planner(), Policy(), torch.device("cpu"), torch.float32)
+    return Agent(prompter, stirred(Planner()), Policy(), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -51,5 +52,18 @@ def test_gradients_of_the_plan_reach_planner_and_qwen_and_not_the_policy(agent: 
 
 def test_the_unrefined_plan_is_the_planners_with_qwens_prompt(agent: Agent, batch: Batch) -> None:
     plan = agent.plan(batch, seed=1)
-    assert torch.equal(plan.before, agent.planner(batch.views, batch.valid, plan.prompt)[:, -1])
-    assert torch.equal(plan.logits, agent.planner(batch.views, batch.valid, plan.refined.prompt))
+    assert torch.equal(plan.before, agent.planner(batch.observation, plan.prompt)[:, -1])
+    assert torch.equal(plan.logits, agent.planner(batch.observation, plan.refined.prompt))
+
+
+def test_prediction_takes_the_mean_and_gives_each_grid_in_its_own_size(agent: Agent, examples: list[Example]) -> None:
+    queries = [example.query for example in examples[:7]]
+    assert len({query.size for query in queries}) > 2
+    agent.train()
+    grids = agent.predict(queries, batch_size=3)
+    assert all(module.training for module in agent.modules())
+    agent.eval()
+    for query, grid in zip(queries, grids, strict=True):
+        ends = agent.plan(collate([query]), seed=None).logits[0, -1].argmax(-1)
+        assert grid.tolist() == ends.tolist()
+    assert agent.predict([], batch_size=3) == []

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from efe_kernels import EFEWeights
 from efe_train.config import (
+    EFE_TERMS,
+    PARTS,
     TrainConfig,
     UserError,
     choose_precision,
@@ -13,6 +16,7 @@ from efe_train.config import (
     learning_rates,
     parse_train_arguments,
     resumed,
+    term_weights,
 )
 
 
@@ -30,11 +34,13 @@ def test_flags_work_with_underscore_and_with_hyphen() -> None:
         "5",
     ]
     underscore += ["--max_grad_norm", "0", "--log_with", "wandb", "--qwen_model", "here"]
-    underscore += ["--lora_rank", "8", "--gradient_checkpointing"]
+    underscore += ["--lora_rank", "8", "--gradient_checkpointing", "--policy_samples", "2", "--policy_share", "0.5"]
+    underscore += ["--efe_weights", "risk=1", "--validation", "0"]
     hyphen = [flag.replace("_", "-") for flag in underscore]
     expected = {
         "agent_lr": 0.1, "qwen_lr": 0.2, "max_batches": 3, "batch_size": 4, "prompt_refresh": 5, "max_grad_norm": 0.0,
         "log_with": "wandb", "qwen_model": "here", "lora_rank": 8, "gradient_checkpointing": True,
+        "policy_samples": 2, "policy_share": 0.5, "efe_weights": "risk=1", "validation": 0.0,
     }  # fmt: skip
     assert parse_train_arguments(underscore) == parse_train_arguments(hyphen) == expected
 
@@ -95,8 +101,44 @@ def test_a_resumed_run_keeps_its_settings_and_takes_those_that_may_change() -> N
         {"qwen_model": "x"},
         {"lora_rank": 2},
         {"prompt_refresh": 3},
+        {"augment": "off"},
+        {"validation": 0.0},
+        {"policy_samples": 1},
+        {"policy_share": 0.0},
+        {"efe_weights": "risk=1"},
+        {"without": "prompt"},
     ],
 )
 def test_a_resumed_run_refuses_what_would_make_it_another_run(change: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"--{next(iter(change))} was .* leave --{next(iter(change))} out"):
         resumed(TrainConfig(), change)
+
+
+def test_the_terms_are_those_of_the_loss_and_the_default_weighs_some_of_them() -> None:
+    assert tuple(field.name for field in dataclasses.fields(EFEWeights)) == EFE_TERMS
+    default = term_weights(TrainConfig().efe_weights)
+    assert default and EFEWeights(**default) != EFEWeights()
+
+
+@pytest.mark.parametrize(("text", "weights"), [
+    ("risk=0.1,step=0", {"risk": 0.1, "step": 0.0}),
+    ("anchor=2", {"anchor": 2.0}),
+    ("", {}),
+])  # fmt: skip
+def test_weights_of_terms_are_read_from_a_flag(text: str, weights: dict[str, float]) -> None:
+    (given,) = parse_train_arguments(["--efe_weights", text]).values()
+    assert term_weights(str(given)) == weights
+
+
+@pytest.mark.parametrize("text", ["rsk=1", "risk=a", "risk=-1", "risk=nan", "risk", "=1", "risk=1;step=0"])
+def test_weights_of_terms_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--efe_weights.* must (name some of risk,.* step|be a number)"):
+        parse_train_arguments(["--efe_weights", text])
+
+
+def test_parts_are_left_out_by_name() -> None:
+    whole, without = TrainConfig(), TrainConfig(without="prompt,hard_cell")
+    assert all(whole.has(part) for part in PARTS)
+    assert [part for part in PARTS if not without.has(part)] == ["prompt", "hard_cell"]
+    with pytest.raises(UserError, match=r"--without: must be some of look_up, .*, it was 'prompt,qwen'"):
+        parse_train_arguments(["--without", "prompt,qwen"])

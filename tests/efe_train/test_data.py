@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from efe_train import data
+from efe_train.augment import Augmentation
 from efe_train.config import UserError
-from efe_train.data import OUTSIDE, Example, Query
+from efe_train.data import Example, Query
+from efe_train.lookup import KEPT, STATISTICS
 from efe_train.tasks import Pair, Task, load_tasks, parse_task
+from efe_train.views import OUTSIDE, WATCHED
 from tests.efe_train.conftest import recolouring_task
 
 
@@ -22,8 +25,7 @@ def what_the_model_sees(query: Query) -> tuple[Any, ...]:
     return (
         data.prompt_text(query, 2000),
         query.facts,
-        batch.views.tolist(),
-        batch.valid.tolist(),
+        [tensor.tolist() for tensor in batch.observation],
         batch.features.tolist(),
     )
 
@@ -81,11 +83,16 @@ def test_ragged_queries_are_padded_and_marked() -> None:
     large = Query("large", (), np.array([[3], [4]]), (4, 3))
     batch = data.collate([small, large], [np.array([[5, 6]]), np.full((4, 3), 7)])
     assert batch.target is not None
-    assert batch.views.shape == (2, 2, 4, 3)
-    assert batch.valid[0].sum() == 2 and batch.valid[0, 0, :2].all()
-    assert batch.valid[1].all()
-    assert (batch.views[0, :, ~batch.valid[0]] == OUTSIDE).all()
-    assert (batch.views[:, 0][batch.valid] < OUTSIDE).all()
+    valid, views, counts, tables, statistics = batch.observation
+    assert views.shape == (2, len(WATCHED), 4, 3)
+    assert counts.shape == (2, KEPT, 10, 4, 3)
+    assert tables.shape == (2, KEPT)
+    assert statistics.shape == (2, KEPT, STATISTICS)
+    assert valid is batch.valid
+    assert valid[0].sum() == 2 and valid[0, 0, :2].all()
+    assert valid[1].all()
+    assert (views[0, :, ~valid[0]] == OUTSIDE).all()
+    assert (views[:, 0][valid] < OUTSIDE).all()
     assert batch.target[0, 0, :2].tolist() == [5, 6]
     assert batch.target[1].eq(7).all()
 
@@ -95,17 +102,41 @@ def test_few_shapes_are_squares_of_few_sides(size: tuple[int, int], side: int) -
     query, answer = Query("one", (), np.ones(size, dtype=np.int64), size), np.ones(size, dtype=np.int64)
     tight, padded = data.collate([query], [answer]), data.collate([query], [answer], few_shapes=True)
     assert padded.target is not None and tight.target is not None
-    assert padded.views.shape == (1, 2, side, side)
+    assert padded.observation.views.shape == (1, len(WATCHED), side, side)
     assert padded.valid.sum() == size[0] * size[1]
     assert torch.equal(padded.target[padded.valid], tight.target[tight.valid])
-    assert torch.equal(padded.views[:, :, : size[0], : size[1]], tight.views)
+    assert torch.equal(padded.observation.views[..., : size[0], : size[1]], tight.observation.views)
 
 
-def test_the_views_show_the_input_scaled_and_tiled() -> None:
-    grid = np.array([[1, 2], [3, 4]])
-    assert data.scaled(grid, 4, 2).tolist() == [[1, 2], [1, 2], [3, 4], [3, 4]]
-    assert data.tiled(grid, 4, 3).tolist() == [[1, 2, 1], [3, 4, 3], [1, 2, 1], [3, 4, 3]]
-    assert data.scaled(grid, 1, 1).tolist() == data.tiled(grid, 1, 1).tolist() == [[1]]
+def test_what_the_demonstrations_say_is_zero_in_padding() -> None:
+    pair = Pair(np.array([[1, 2]]), np.array([[3, 4]]))
+    narrow, high = Query("narrow", (pair, pair), pair.input, (1, 2)), Query("high", (), np.array([[5]]), (3, 1))
+    batch = data.collate([narrow, high])
+    assert batch.target is None
+    assert np.array_equal(batch.observation.counts[0, :, :, :1, :2], narrow.lookup.counts)
+    assert not batch.observation.counts[0, ..., ~batch.valid[0]].any()
+    assert np.array_equal(batch.observation.statistics[0], narrow.lookup.statistics)
+    assert not batch.observation.counts[1].any() and not batch.observation.statistics[1].any()
+
+
+def test_a_batch_of_augmented_queries_is_the_batch_of_the_augmentations(examples: list[Example]) -> None:
+    generator = np.random.default_rng(0)
+    queries, answers = [example.query for example in examples], [example.answer for example in examples]
+    changes = [Augmentation.drawn(generator) for _ in queries]
+    batch = data.collate(queries, answers, changes, few_shapes=True)
+    assert batch.target is not None
+    for row, (query, answer, change) in enumerate(zip(queries, answers, changes, strict=True)):
+        height, width = change.size(query.size)
+        assert batch.queries[row].size == (height, width)
+        assert batch.valid[row].sum() == height * width and batch.valid[row, :height, :width].all()
+        assert np.array_equal(batch.target[row, :height, :width], change.grid(answer))
+        seen = batch.observation.views[row, :, :height, :width]
+        assert np.array_equal(seen[0], batch.queries[row].source)
+        assert np.array_equal(seen, change.views(query.views))
+        assert np.array_equal(batch.observation.counts[row, :, :, :height, :width], change.lookup(query.lookup).counts)
+        assert np.array_equal(batch.features[row], data.collate([query]).features[0])
+        for pair, turned in zip(query.demonstrations, batch.queries[row].demonstrations, strict=True):
+            assert np.array_equal(turned.output, change.grid(pair.output))
 
 
 def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(examples: list[Example]) -> None:
@@ -162,4 +193,4 @@ def test_data_that_changed_has_another_fingerprint(examples: list[Example]) -> N
 def test_a_batch_moves_as_a_whole(examples: list[Example]) -> None:
     batch = data.collate([examples[0].query], [examples[0].answer]).to(torch.device("meta"))
     assert batch.target is not None
-    assert {tensor.device.type for tensor in (batch.views, batch.valid, batch.features, batch.target)} == {"meta"}
+    assert {tensor.device.type for tensor in (*batch.observation, batch.features, batch.target)} == {"meta"}

@@ -1,38 +1,19 @@
 from __future__ import annotations
 
-import itertools
 import json
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from efe_train.__main__ import main
-from efe_train.evaluate import score, submission, two_best
+from efe_train.evaluate import submission
+from efe_train.scores import Solution, read_solutions
+from efe_train.solve import Solver
+from efe_train.tasks import Task
 from tests.efe_train.conftest import recolouring_task, write_tasks
-
-
-def test_the_two_attempts_are_the_two_most_probable_grids() -> None:
-    logits = torch.randn(2, 2, 3)
-    log_probs = logits.log_softmax(-1)
-
-    def log_prob(grid: tuple[int, ...]) -> float:
-        return sum(log_probs.reshape(4, 3)[cell, colour].item() for cell, colour in enumerate(grid))
-
-    ranked = sorted(itertools.product(range(3), repeat=4), key=log_prob, reverse=True)
-    first, second = two_best(logits)
-    assert tuple(first.ravel()) == ranked[0]
-    assert tuple(second.ravel()) == ranked[1]
-
-
-def test_the_score_counts_pixels_sizes_and_either_attempt() -> None:
-    answer = np.array([[1, 2], [3, 4]])
-    near = np.array([[1, 2], [3, 5]])
-    wide = np.zeros((2, 3), np.int64)
-    result = score([answer, answer, answer, None], [(near, answer), (near, near), (wide, wide), (near, near)])
-    assert (result.test_inputs, result.exact_matches, result.right_sizes) == (3, 1, 2)
-    assert result.pixel_accuracy == pytest.approx((0.75 + 0.75 + 0) / 3)
 
 
 def test_the_submission_has_arc_prizes_format() -> None:
@@ -50,8 +31,9 @@ def run_folder(arc_folder: Path, tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize("adapt", ["0", "2"])
 def test_evaluation_answers_every_test_input_and_never_looks_at_the_answers(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapt: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = {f"task{seed}": recolouring_task(seed) for seed in range(3)}
     honest = write_tasks(tmp_path / "honest", tasks)
@@ -64,24 +46,97 @@ def test_evaluation_answers_every_test_input_and_never_looks_at_the_answers(
     found = []
     for dataset in (honest, forged, blind):
         out = tmp_path / f"out_{dataset.name}"
-        arguments = ["evaluate", "--checkpoint", str(run_folder), "--dataset", str(dataset), "--out", str(out)]
-        assert main(arguments) == 0
-        found.append(json.loads((out / "submission.json").read_text()))
+        arguments = ["--checkpoint", str(run_folder), "--dataset", str(dataset), "--adapt", adapt, "--out", str(out)]
+        assert main(["evaluate", *arguments]) == 0
+        others = [solution.to_json()["others"] for solution in read_solutions(out / "solutions.jsonl")]
+        found.append((json.loads((out / "submission.json").read_text()), others))
     assert found[0] == found[1] == found[2]
-    assert set(found[0]) == set(tasks)
+    answers, others = found[0]
+    assert set(answers) == set(tasks) and len(others) == 3
     for name, task in tasks.items():
-        (attempts,) = found[0][name]
+        (attempts,) = answers[name]
         assert attempts["attempt_1"] != attempts["attempt_2"]
         assert np.shape(attempts["attempt_1"]) == np.shape(attempts["attempt_2"]) == np.shape(task["test"][0]["input"])
     scores = [
-        json.loads((tmp_path / f"out_{name}" / "evaluation.json").read_text()) for name in ("honest", "forged", "blind")
+        json.loads((tmp_path / f"out_{name}" / "evaluation.json").read_text())["scores"]
+        for name in ("honest", "forged", "blind")
     ]
-    assert [result["right_sizes"] for result in scores] == [3, 0, 0]
-    assert [result["test_inputs"] for result in scores] == [3, 3, 0]
-    assert scores[2]["pixel_accuracy"] is None
+    assert [result["agent"]["all"]["right_sizes"] for result in scores] == [3, 0, 0]
+    assert [result["agent"]["all"]["test_inputs"] for result in scores] == [3, 3, 0]
+    assert scores[2]["agent"]["all"]["pixel_accuracy"] is None
+    compared = ["agent", "agent without refinement", "look-up", "copying", "commonest colour"]
+    assert list(scores[0]) == (["agent, adapted", *compared] if adapt != "0" else compared)
     printed = capsys.readouterr().out
-    assert printed.count("Pixel accuracy") == 2 and "3 of 3 test inputs have a known answer" in printed
+    assert printed.count("all (3 test inputs)") == 2 and "3 of 3 test inputs have a known answer" in printed
     assert "The answers to the 3 test inputs are unknown: nothing is scored." in printed
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> list[list[str]]:
+    """The ids of each batch that is solved from now on. In one of them, counted from 1, SIGTERM arrives."""
+    batches: list[list[str]] = []
+    solve = Solver.solve
+
+    def solve_and_record(self: Solver, tasks: Sequence[Task]) -> list[list[Solution]]:
+        batches.append([task.id for task in tasks])
+        if len(batches) == stop_in:
+            signal.raise_signal(signal.SIGTERM)
+        return solve(self, tasks)
+
+    monkeypatch.setattr(Solver, "solve", solve_and_record)
+    return batches
+
+
+def test_an_evaluation_that_a_signal_ended_goes_on_where_it_stopped(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_tasks(tmp_path / "others", {f"task{seed}": recolouring_task(seed) for seed in range(4)})
+    given = ["--checkpoint", str(run_folder), "--dataset", str(dataset), "--adapt", "1", "--tasks_per_batch", "1"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(["evaluate", *given, "--out", str(whole)]) == 0
+    capsys.readouterr()
+    arguments = ["evaluate", *given, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        before = recorded(patch, stop_in=3)
+        assert main(arguments) == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.startswith("Stopped by SIGTERM; ")
+    assert len(read_solutions(out / "solutions.jsonl")) == len(before) == 3
+    assert not (out / "submission.json").exists()
+    # The last line was only half written: the task is solved again.
+    (out / "solutions.jsonl").write_bytes((out / "solutions.jsonl").read_bytes()[:-9])
+    with monkeypatch.context() as patch:
+        after = recorded(patch)
+        assert main(arguments) == 0
+    assert sorted(before[:2] + after) == [["task0"], ["task1"], ["task2"], ["task3"]]
+    for name in ("submission.json", "evaluation.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+
+
+def test_another_evaluation_begins_anew(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {f"task{seed}": recolouring_task(seed) for seed in range(2)}
+    arguments = ["evaluate", "--checkpoint", str(run_folder), "--dataset", str(write_tasks(tmp_path / "others", tasks))]
+    batches = recorded(monkeypatch)
+
+    def solved(*more: str) -> list[str]:
+        batches.clear()
+        assert main([*arguments, *more]) == 0
+        return sorted(task for batch in batches for task in batch)
+
+    assert solved("--max_tasks", "1") == ["task0"]
+    assert solved() == ["task1"]
+    assert solved() == []
+    assert solved("--adapt", "1") == ["task0", "task1"]
+    tasks["task0"]["test"][0]["input"] = [[1, 2], [3, 4]]
+    write_tasks(tmp_path / "others", tasks)
+    assert solved("--adapt", "1") == ["task0"]
+    assert main(["--resume", "--out", str(run_folder), "--max_batches", "3"]) == 0
+    assert solved("--adapt", "1") == ["task0", "task1"]
+
+
+def test_a_task_with_one_demonstration_is_solved_without_adaptation(run_folder: Path, tmp_path: Path) -> None:
+    dataset = write_tasks(tmp_path / "others", {"single": recolouring_task(1, pairs=1), "task": recolouring_task(2)})
+    assert main(["evaluate", "--checkpoint", str(run_folder), "--dataset", str(dataset), "--adapt", "2"]) == 0
+    single, _ = sorted(read_solutions(run_folder / "solutions.jsonl"), key=lambda solution: solution.task.id)
+    assert [grid.tolist() for grid in single.attempts] == [grid.tolist() for grid in single.others["agent"]]
 
 
 def test_tasks_that_the_run_was_trained_on_are_called_so(
@@ -107,7 +162,9 @@ def test_a_solution_is_recognised(run_folder: Path, tmp_path: Path) -> None:
         tasks[name]["test"][0]["output"] = attempts["attempt_2"]
     write_tasks(tmp_path / "others", tasks)
     assert main(arguments) == 0
-    assert json.loads((run_folder / "evaluation.json").read_text())["exact_matches"] == 3
+    scores = json.loads((run_folder / "evaluation.json").read_text())["scores"]
+    assert scores["agent"]["all"]["exact_matches"] == scores["agent"]["same size"]["exact_matches"] == 3
+    assert "3 (100.0%)" in (run_folder / "report.html").read_text()
 
 
 def test_mistakes_are_explained_in_one_sentence(
@@ -124,6 +181,7 @@ def test_mistakes_are_explained_in_one_sentence(
     assert "--checkpoint" in complaint()
     assert "is not a run folder" in complaint("--checkpoint", str(tmp_path / "nowhere"))
     assert "--split" in complaint("--checkpoint", str(run_folder), "--split", "middle")
+    assert "--adapt" in complaint("--checkpoint", str(run_folder), "--adapt", "-1")
     assert "neither a folder nor a data set" in complaint("--checkpoint", str(run_folder), "--dataset", "nothing")
     (run_folder / "checkpoint.pt").write_bytes(b"broken")
     assert "is damaged" in complaint("--checkpoint", str(run_folder))

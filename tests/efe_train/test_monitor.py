@@ -18,6 +18,9 @@ def row(batch: int, **changes: float) -> dict[str, float]:
         "prompt_norm": 10.0,
         "policy_loss": -0.1,
         "policy_grad_norm": 0.5,
+        "acc_after": 0.9,
+        "acc_copying": 0.8,
+        "agent_lr": 1e-3,
     }
     return {**healthy, **changes}
 
@@ -76,3 +79,23 @@ def test_a_loss_that_does_not_fall_is_reported_once_per_window(slope: float, wor
     assert [flag.batch for flag in found] == [2 * WINDOW, 3 * WINDOW]
     assert all(word in flag.message and "Check the learning rates" in flag.message for flag in found)
     assert not any(flag.fatal for flag in found)
+
+
+def test_the_closing_phase_in_which_only_the_policy_learns_raises_no_flag() -> None:
+    monitor = Monitor()
+    assert flags(monitor, [row(batch) for batch in range(1, 3 * WINDOW + 1)]) == []
+    closing = [row(batch, agent_lr=0.0, qwen_grad=0.0, efe=1.0) for batch in range(3 * WINDOW + 1, 6 * WINDOW + 1)]
+    assert flags(monitor, closing) == []
+
+
+def test_an_agent_that_only_copies_is_reported_from_the_second_window_on() -> None:
+    rows = [row(batch, acc_after=0.78) for batch in range(1, 3 * WINDOW + 50)]
+    found = flags(Monitor(), rows)
+    assert [flag.batch for flag in found] == [2 * WINDOW, 3 * WINDOW]
+    assert all("no better than copying" in flag.message and "0.0200 fewer" in flag.message for flag in found)
+    assert not any(flag.fatal for flag in found)
+
+
+def test_an_agent_that_copies_at_first_and_then_learns_is_not_reported() -> None:
+    rows = [row(batch, acc_after=0.7 if batch <= WINDOW else 0.82) for batch in range(1, 3 * WINDOW + 1)]
+    assert flags(Monitor(), rows) == []

@@ -1,44 +1,146 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
+import pytest
 import torch
+from torch import Tensor
 
 from efe_train.config import NUM_COLORS, PLANNING_STEPS, PROMPT_DIM
-from efe_train.data import Example, collate
-from efe_train.planner import Planner
+from efe_train.data import Example, Observation, collate
+from efe_train.lookup import KEPT, STATISTICS
+from efe_train.planner import FLOOR, Planner, Recall
+from efe_train.views import OUTSIDE, WATCHED
+from tests.efe_train.conftest import stirred
 
 
-def test_the_plan_has_the_memory_order_of_the_fast_path(examples: list[Example]) -> None:
-    batch = collate([example.query for example in examples])
-    logits = Planner()(batch.views, batch.valid, torch.randn(len(examples), PROMPT_DIM))
-    height, width = batch.valid.shape[1:]
-    assert logits.shape == (len(examples), PLANNING_STEPS, height, width, NUM_COLORS)
+@pytest.fixture
+def planner() -> Planner:
+    torch.manual_seed(0)
+    return stirred(Planner())
+
+
+@pytest.fixture
+def seen(examples: list[Example]) -> Observation:
+    return collate([example.query for example in examples]).observation
+
+
+@pytest.fixture
+def prompt(examples: list[Example]) -> Tensor:
+    return torch.randn(len(examples), PROMPT_DIM, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_plan_has_the_memory_order_of_the_fast_path(planner: Planner, seen: Observation, prompt: Tensor) -> None:
+    logits = planner(seen, prompt)
+    height, width = seen.valid.shape[1:]
+    assert logits.shape == (len(prompt), PLANNING_STEPS, height, width, NUM_COLORS)
     assert logits.permute(0, 1, 4, 2, 3).is_contiguous()
 
 
-def test_the_plan_of_a_grid_does_not_depend_on_the_padding_around_it(examples: list[Example]) -> None:
-    planner = Planner().double()
-    queries = [example.query for example in examples]
-    prompt = torch.randn(len(queries), PROMPT_DIM, dtype=torch.float64)
-    together = collate(queries)
-    padded = planner(together.views, together.valid, prompt)
-    for row, query in enumerate(queries):
-        alone = collate([query])
-        expected = planner(alone.views, alone.valid, prompt[row : row + 1])[0]
-        height, width = query.size
-        # float64 convolutions that add the same terms and some zeros in another order
-        torch.testing.assert_close(padded[row, :, :height, :width], expected, rtol=0, atol=1e-12)
+def test_the_plan_of_a_grid_does_not_depend_on_the_padding_around_it(
+    planner: Planner, seen: Observation, prompt: Tensor, examples: list[Example]
+) -> None:
+    padded = planner(seen, prompt)
+    for row, example in enumerate(examples):
+        alone = planner(collate([example.query]).observation, prompt[row : row + 1])[0]
+        height, width = example.query.size
+        # float32 sums of the same terms and some zeros in another order, through six steps
+        torch.testing.assert_close(padded[row, :, :height, :width], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_prompt_and_input_steer_every_step_from_the_start(examples: list[Example]) -> None:
-    planner = Planner()
-    batch = collate([examples[0].query])
-    prompt = torch.randn(1, PROMPT_DIM, requires_grad=True)
-    logits = planner(batch.views, batch.valid, prompt)
+@pytest.mark.parametrize("steps", [1, PLANNING_STEPS, 2 * PLANNING_STEPS])
+def test_an_untrained_plan_is_the_first_draft_after_any_number_of_steps(
+    steps: int, seen: Observation, prompt: Tensor
+) -> None:
+    untrained = Planner()
+    logits = untrained(seen, prompt, steps)
+    first = (untrained.recall(seen, prompt) + FLOOR).log().movedim(1, -1)
+    assert logits.shape[1] == steps
+    assert torch.equal(logits, first[:, None].expand_as(logits))
+    # The prompts of an untrained agent say nothing yet.
+    assert torch.equal(untrained(seen, torch.zeros_like(prompt), steps), logits)
+
+
+def test_a_plan_goes_on_for_more_steps_than_it_was_trained_with(
+    planner: Planner, seen: Observation, prompt: Tensor
+) -> None:
+    usual, longer = planner(seen, prompt), planner(seen, prompt, 2 * PLANNING_STEPS)
+    assert torch.equal(longer[:, :PLANNING_STEPS], usual)
+    assert longer.isfinite().all()
+    drafts = longer.unbind(1)
+    assert all(not torch.equal(one, other) for one, other in pairwise(drafts))
+
+
+def test_prompt_and_input_steer_every_step(planner: Planner, seen: Observation, prompt: Tensor) -> None:
+    prompt.requires_grad_()
+    logits = planner(seen, prompt)
     for step in range(PLANNING_STEPS):
         (gradient,) = torch.autograd.grad(logits[:, step].square().sum(), prompt, retain_graph=True)
         assert gradient.norm() > 0
     logits.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in planner.parameters())
-    recoloured = batch.views.clone()
+    silent = [name for name, each in planner.named_parameters() if each.grad is None or each.grad.norm() == 0]
+    assert silent == []
+    recoloured = seen.views.clone()
     recoloured[..., 0, 0] = (recoloured[..., 0, 0] + 1) % NUM_COLORS
-    assert not torch.equal(planner(recoloured, batch.valid, prompt), logits)
+    assert not torch.equal(planner(seen._replace(views=recoloured), prompt), logits)
+
+
+def test_without_the_look_up_the_demonstrations_make_no_difference(seen: Observation, prompt: Tensor) -> None:
+    torch.manual_seed(0)
+    planner = stirred(Planner(look_up=False))
+    silent = seen._replace(counts=torch.zeros_like(seen.counts), statistics=torch.zeros_like(seen.statistics))
+    assert seen.counts.any()
+    assert torch.equal(planner(seen, prompt), planner(silent, prompt))
+    # Untrained, it copies.
+    copies = Planner(look_up=False)(seen, prompt)[:, -1].argmax(-1)
+    assert torch.equal(copies[seen.valid], seen.views[:, 0][seen.valid])
+
+
+def one_cell(colour: int, tables: dict[int, tuple[int, list[float]]]) -> Observation:
+    """A query of one cell. tables: for each place in the look-up, the colour that it names and its statistics."""
+    counts, statistics = torch.zeros(1, KEPT, NUM_COLORS, 1, 1), torch.zeros(1, KEPT, STATISTICS)
+    for place, (named, figures) in tables.items():
+        counts[0, place, named] = 5
+        statistics[0, place] = torch.tensor(figures)
+    views = torch.full((1, len(WATCHED), 1, 1), OUTSIDE)
+    views[:, 0] = colour
+    valid, numbers = torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, KEPT, dtype=torch.long)
+    return Observation(valid, views, counts, numbers, statistics)
+
+
+RELIABLE = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+DOUBTFUL = [0.8, 0.3, 0.2, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("tables", "colour"), [
+    ({0: (3, RELIABLE), 1: (7, DOUBTFUL)}, 3),
+    ({0: (3, DOUBTFUL), 1: (7, RELIABLE)}, 7),
+    # Two tables that are wrong together do not outvote one that is right.
+    ({0: (3, DOUBTFUL), 1: (3, DOUBTFUL), 2: (7, RELIABLE)}, 7),
+    ({4: (6, DOUBTFUL)}, 6),
+    ({}, 2),
+])  # fmt: skip
+def test_recall_prefers_the_reliable_table_and_where_none_knows_the_colour_stays(
+    tables: dict[int, tuple[int, list[float]]], colour: int
+) -> None:
+    torch.manual_seed(0)
+    probabilities = Recall(PROMPT_DIM)(one_cell(2, tables), torch.randn(1, PROMPT_DIM))
+    assert probabilities.argmax(1).item() == colour
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-6)
+    assert probabilities[0, colour].item() > 0.99
+
+
+def test_a_pattern_that_was_seen_often_counts_for_more() -> None:
+    seen = one_cell(2, {0: (3, DOUBTFUL), 1: (7, DOUBTFUL)})
+    seen.counts[0, 0, 3], seen.counts[0, 1, 7] = 1, 200
+    probabilities = Recall(PROMPT_DIM)(seen, torch.zeros(1, PROMPT_DIM))
+    assert probabilities[0, 7] > probabilities[0, 3] > 0.1
+
+
+def test_training_can_come_to_trust_one_kind_of_table_more_than_its_reliability_says() -> None:
+    recall = Recall(PROMPT_DIM)
+    seen = one_cell(2, {0: (3, RELIABLE), 1: (7, DOUBTFUL)})
+    seen.tables[0, 0], seen.tables[0, 1] = 4, 9
+    with torch.no_grad():
+        recall.table.weight[9] = 2
+    assert recall(seen, torch.zeros(1, PROMPT_DIM)).argmax(1).item() == 7

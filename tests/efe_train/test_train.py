@@ -2,24 +2,33 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import squashed_log_prob
-from efe_train import agent
-from efe_train.config import TrainConfig
-from efe_train.data import Batch, Example, collate
-from efe_train.policy import Policy, Rollout, policy_state
+from efe_kernels import EFEWeights, squashed_log_prob
+from efe_train.agent import Plan
+from efe_train.config import NUM_COLORS, TrainConfig, term_weights
+from efe_train.data import Batch, Example, Observation, Query, collate
+from efe_train.policy import Policy, Rollout
 from efe_train.qwen import Prompter
-from efe_train.train import EFE_WEIGHT, REWARD_WEIGHT, Trainer, epoch_weight
+from efe_train.tasks import Pair
+from efe_train.train import EFE_WEIGHT, POLICY_RATE, REWARD_WEIGHT, Trainer, epoch_weight, rate_factor
+from tests.efe_train.conftest import stirred
 
 
 @pytest.fixture
 def batch(examples: list[Example]) -> Batch:
     return collate([example.query for example in examples[:6]], [example.answer for example in examples[:6]])
+
+
+def new_trainer(prompter: Prompter, batches: int | None = None, **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(TrainConfig(**settings), prompter, torch.device("cpu"), torch.float32, batches)
 
 
 def copy_of(module: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +63,7 @@ def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_ste
         seen["gradients"] = [parameter.grad for parameter in self.parameters()]
         seen["planner moved"] = not same(planner, trainer.agent.planner.state_dict())
         seen["policy unmoved"] = same(policy, self.state_dict())
-        seen["graphs"] = [tensor.requires_grad for tensor in (rollout.state, rollout.action, rollout.reward)]
+        seen["graphs"] = [tensor.requires_grad for tensor in (rollout.state, rollout.action, rollout.lesson)]
         return update(self, rollout, optimizer)
 
     monkeypatch.setattr(Policy, "update", spy)
@@ -69,18 +78,28 @@ def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_ste
 def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
     prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_step(policy_first: bool) -> tuple[list[Tensor | None], dict[str, Tensor], dict[str, Tensor]]:
-        torch.manual_seed(0)
-        trainer = Trainer(TrainConfig(), copy.deepcopy(prompter), torch.device("cpu"), torch.float32)
+    update, descend = Policy.update, Trainer.descend
+    rollouts: list[Rollout] = []
+
+    def one_step() -> tuple[list[Tensor | None], dict[str, Tensor], dict[str, Tensor]]:
+        trainer = new_trainer(copy.deepcopy(prompter))
         seen = gradients_at_the_step(trainer)
-        if policy_first:
-            swap_order(trainer, monkeypatch)
         trainer.step(batch, 0)
-        monkeypatch.undo()
         return seen, copy_of(trainer.agent.planner), copy_of(trainer.agent.policy)
 
-    gradients, planner, policy = one_step(policy_first=False)
-    swapped_gradients, swapped_planner, swapped_policy = one_step(policy_first=True)
+    def late(self: Policy, rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
+        rollouts.append(rollout)
+        return update(self, rollout, optimizer)
+
+    def early(self: Trainer, *args: Any) -> Any:
+        done = update(self.agent.policy, rollouts[0], self.policy_optimizer)
+        monkeypatch.setattr(Policy, "update", lambda *_: done)
+        return descend(self, *args)
+
+    monkeypatch.setattr(Policy, "update", late)
+    gradients, planner, policy = one_step()
+    monkeypatch.setattr(Trainer, "descend", early)
+    swapped_gradients, swapped_planner, swapped_policy = one_step()
     assert len(gradients) == len(swapped_gradients) > 0
     for expected, found in zip(gradients, swapped_gradients, strict=True):
         assert (expected is None) == (found is None)
@@ -100,33 +119,7 @@ def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_upda
     trainer.optimizer.register_step_post_hook(lambda *_: seen.extend(p.grad for p in trainer.agent.policy.parameters()))
     trainer.step(batch, 0)
     for found, gradient, copied in zip(seen, left, copies, strict=True):
-        assert found is gradient and torch.equal(gradient, copied)
-
-
-def swap_order(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the policy's update happen after the forward pass and before the main backward."""
-    policy = trainer.agent.policy
-    update, compute_reward = policy.update, policy.compute_reward
-    known: dict[str, Any] = {}
-
-    def keep(name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            known[name] = function(*args, **kwargs)
-            return known[name]
-
-        return call
-
-    def update_early(*args: Any) -> Any:
-        reward = compute_reward(*args)
-        known["update"] = update(
-            Rollout(known["state"], known["refined"].action.detach(), reward), trainer.policy_optimizer
-        )
-        return reward
-
-    monkeypatch.setattr(agent, "policy_state", keep("state", policy_state))
-    monkeypatch.setattr(policy, "refine_prompt", keep("refined", policy.refine_prompt))
-    monkeypatch.setattr(policy, "compute_reward", update_early)
-    monkeypatch.setattr(policy, "update", lambda *_: known["update"])
+        assert gradient is not None and found is gradient and torch.equal(gradient, copied)
 
 
 def test_qwen_trains_on_refresh_batches_and_only_there(trainer: Trainer, batch: Batch) -> None:
@@ -148,7 +141,7 @@ def test_the_gradient_of_the_loss_reaches_qwens_first_layer(trainer: Trainer, ba
 
 
 def test_over_two_steps_a_gradient_arrives_at_qwens_first_layer(prompter: Prompter, batch: Batch) -> None:
-    trainer = Trainer(TrainConfig(prompt_refresh=1), prompter, torch.device("cpu"), torch.float32)
+    trainer = new_trainer(prompter, prompt_refresh=1)
     model: Any = prompter.language_model
     arrived: list[float] = []
     model.layers[0].register_full_backward_hook(lambda _, __, grads: arrived.append(grads[0].norm().item()))
@@ -168,31 +161,36 @@ def test_the_prompt_cache_is_part_of_a_checkpoint(trainer: Trainer, prompter: Pr
     assert torch.equal(other.cache.prompts(other.agent.prompt, batch.queries, refresh=False), expected)
 
 
+@pytest.mark.parametrize("closing", [False, True])
 def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action(
-    trainer: Trainer, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    closing: bool, prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[Tensor] = []
-    evaluated: list[Tensor] = []
+    trainer = new_trainer(prompter, 4, policy_samples=3)
+    trainer.batches_done = 3 if closing else 0
+    drawn: dict[tuple[float, ...], Tensor] = {}
+    evaluated: list[tuple[Tensor, Tensor]] = []
     refine_prompt = trainer.agent.policy.refine_prompt
 
     def draw(*args: Any) -> Any:
         refined = refine_prompt(*args)
-        drawn.append(refined.log_prob.detach())
+        for action, log_prob in zip(refined.action, refined.log_prob, strict=True):
+            drawn[tuple(action.tolist())] = log_prob.detach()
         return refined
 
-    def evaluate(*args: Any) -> tuple[Tensor, Tensor]:
-        log_prob, entropy = squashed_log_prob(*args)
-        evaluated.append(log_prob.detach())
+    def evaluate(action: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        log_prob, entropy = squashed_log_prob(action, *args)
+        evaluated.extend(zip(action, log_prob.detach(), strict=True))
         return log_prob, entropy
 
     monkeypatch.setattr(trainer.agent.policy, "refine_prompt", draw)
     monkeypatch.setattr("efe_train.policy.squashed_log_prob", evaluate)
     for _ in range(2):
         trainer.step(batch, 0)
-    assert len(drawn) == len(evaluated) == 2
-    # The sum of 257 terms of a few nats each, in float32, from the noise and from u = mean + std · noise.
-    torch.testing.assert_close(evaluated, drawn, rtol=1e-5, atol=1e-3)
-    assert not torch.allclose(drawn[0], drawn[1], rtol=1e-5, atol=1e-3)
+    # Three of six queries in each step, or three samples of all six.
+    assert len(evaluated) == (2 * 3 * 6 if closing else 2 * 3)
+    for action, log_prob in evaluated:
+        # The sum of 257 terms of a few nats each, in float32, from the noise and from u = mean + std · noise.
+        torch.testing.assert_close(log_prob, drawn[tuple(action.tolist())], rtol=1e-5, atol=1e-3)
 
 
 def test_qwen_is_in_train_mode_and_every_parameter_has_an_optimizer(trainer: Trainer) -> None:
@@ -224,9 +222,7 @@ def test_metrics_stay_on_the_device_without_a_graph(trainer: Trainer, batch: Bat
 
 def test_gradients_are_clipped_and_zero_switches_clipping_off(prompter: Prompter, batch: Batch) -> None:
     def norm_at_the_step(max_grad_norm: float) -> tuple[float, float]:
-        torch.manual_seed(0)
-        config = TrainConfig(max_grad_norm=max_grad_norm)
-        trainer = Trainer(config, copy.deepcopy(prompter), torch.device("cpu"), torch.float32)
+        trainer = new_trainer(copy.deepcopy(prompter), max_grad_norm=max_grad_norm)
         seen = gradients_at_the_step(trainer)
         reported = trainer.step(batch, 0)["grad_norm"]
         return nn.utils.get_total_norm([g for g in seen if g is not None]).item(), reported.item()
@@ -269,8 +265,7 @@ def test_an_overflow_under_loss_scaling_skips_the_step_and_lowers_the_scale(prom
 def test_loss_scaling_does_not_change_the_reported_gradient(prompter: Prompter, batch: Batch) -> None:
     norms = []
     for scale in (1.0, 2.0**10):
-        torch.manual_seed(0)
-        trainer = Trainer(TrainConfig(), copy.deepcopy(prompter), torch.device("cpu"), torch.float32)
+        trainer = new_trainer(copy.deepcopy(prompter))
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         norms.append(trainer.step(batch, 0)["qwen_grad"].item())
     # a power of two scales every product exactly
@@ -280,12 +275,226 @@ def test_loss_scaling_does_not_change_the_reported_gradient(prompter: Prompter, 
 def test_bf16_runs_the_same_step_with_float32_weights(prompter: Prompter, batch: Batch) -> None:
     trainer = Trainer(TrainConfig(), prompter, torch.device("cpu"), torch.bfloat16)
     seen: list[torch.dtype] = []
-    trainer.efe_loss.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    trainer.agent.planner.head.register_forward_hook(lambda _, __, found: seen.append(found.dtype))
     metrics = trainer.step(batch, 0)
-    assert seen == [torch.bfloat16]
+    assert set(seen) == {torch.bfloat16}
     assert all(value.isfinite() for value in metrics.values())
     assert metrics["qwen_grad"] > 0
     assert not trainer.scaler.is_enabled()
     assert all(
         parameter.dtype == torch.float32 for module in trainer.modules().values() for parameter in module.parameters()
     )
+
+
+def test_the_rates_rise_then_fall_to_nothing_and_stay_there() -> None:
+    factors = [rate_factor(done, 100) for done in range(110)]
+    peak = factors.index(max(factors))
+    assert 0 < factors[0] < 0.1 and factors[peak] > 0.9
+    assert all(earlier < later for earlier, later in pairwise(factors[: peak + 1]))
+    assert all(later < earlier for earlier, later in pairwise(factors[peak:101]))
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[100:] == [0.0] * 10
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 30])
+def test_the_planner_learns_in_every_batch_that_is_its_own(batches: int) -> None:
+    assert all(0 < rate_factor(done, batches) <= 1 for done in range(batches))
+    assert rate_factor(batches, batches) == 0
+    assert rate_factor(0, 0) == 0
+
+
+def test_the_optimizer_steps_at_the_rates_of_its_batch(prompter: Prompter, batch: Batch) -> None:
+    trainer = new_trainer(prompter, 8, policy_share=0.5, agent_lr=0.01, qwen_lr=0.02)
+    seen: list[tuple[float, ...]] = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(lrs(optimizer)))
+    for _ in range(8):
+        trainer.step(batch, 0)
+    assert seen == [(rate_factor(done, 4) * 0.01, rate_factor(done, 4) * 0.02) for done in range(4)]
+    assert lrs(trainer.policy_optimizer) == pytest.approx((POLICY_RATE * 0.01,))
+
+
+def lrs(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
+    return tuple(group["lr"] for group in optimizer.param_groups)
+
+
+def test_in_the_closing_phase_only_the_policy_moves(prompter: Prompter, batch: Batch) -> None:
+    trainer = new_trainer(prompter, 8, prompt_refresh=2, policy_samples=3)
+    assert trainer.planner_batches == 6
+    states = []
+    for _ in range(8):
+        metrics = trainer.step(batch, 0)
+        states.append({name: copy_of(module) for name, module in trainer.modules().items()})
+    for name in ("planner", "prompter", "efe_loss"):
+        assert not same(states[3][name], states[5][name])
+        assert same(states[5][name], states[7][name])
+    assert "target_preference" in states[7]["efe_loss"]
+    assert not same(states[5]["policy"], states[6]["policy"]) and not same(states[6]["policy"], states[7]["policy"])
+    assert metrics["grad_norm"] == 0
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def plans_of(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """Filled with the plan of each step."""
+    plans: list[Plan] = []
+    plan = trainer.agent.plan
+
+    def kept(*args: Any) -> Plan:
+        plans.append(plan(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(trainer.agent, "plan", kept)
+    return plans
+
+
+def test_half_of_the_queries_are_planned_unrefined_by_turns_and_all_of_them_teach_qwen(
+    prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(prompter, prompt_refresh=1)
+    stirred(trainer.agent.planner)
+    plans = plans_of(trainer, monkeypatch)
+    prompts: list[Tensor] = []
+    ask = trainer.agent.prompt
+
+    def asked(queries: Any) -> Tensor:
+        prompts.append(ask(queries))
+        prompts[-1].retain_grad()
+        return prompts[-1]
+
+    monkeypatch.setattr(trainer.agent, "prompt", asked)
+    for _ in range(2):
+        trainer.step(batch, 0)
+    for done, plan in enumerate(plans):
+        unrefined = (plan.used == plan.prompt).all(1).tolist()
+        assert unrefined == [(row + done) % 2 == 1 for row in range(6)]
+        assert torch.equal(plan.used[done::2], plan.refined.prompt[done::2])
+    assert all(prompt.grad is not None and (prompt.grad.norm(dim=1) > 0).all() for prompt in prompts)
+
+
+def test_in_the_closing_phase_the_policy_learns_from_samples_of_every_query(
+    prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(prompter, 4, policy_samples=3)
+    trainer.batches_done = 3
+    plans = plans_of(trainer, monkeypatch)
+    update = trainer.agent.policy.update
+    rollouts: list[Rollout] = []
+
+    def keep(rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
+        rollouts.append(rollout)
+        return update(rollout, optimizer)
+
+    monkeypatch.setattr(trainer.agent.policy, "update", keep)
+    trainer.step(batch, 0)
+    assert torch.equal(plans[0].used, plans[0].refined.prompt)
+    (rollout,) = rollouts
+    assert rollout.action.shape[:2] == rollout.lesson.shape == (3, 6)
+    assert torch.equal(rollout.action[0], plans[0].refined.action)
+    assert not torch.equal(rollout.action[0], rollout.action[1])
+    assert not torch.equal(rollout.action[1], rollout.action[2])
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_batch_of_one_query_is_learned_from(closing: bool, prompter: Prompter, examples: list[Example]) -> None:
+    trainer = new_trainer(prompter, 4)
+    trainer.batches_done = 3 if closing else 0
+    alone = collate([examples[0].query], [examples[0].answer])
+    for _ in range(2):
+        metrics = trainer.step(alone, 0)
+        assert all(value.isfinite() for value in metrics.values())
+
+
+class Parrot(nn.Module):
+    """A planner that copies the input where it is given Qwen's prompt, and says 7 everywhere where that is refined."""
+
+    def __init__(self, prompts: Tensor) -> None:
+        super().__init__()
+        self.prompts = prompts
+        self.scale = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, seen: Observation, prompt: Tensor) -> Tensor:
+        refined = (prompt[:, None] != self.prompts).any(-1).all(1)
+        grid = torch.where(refined[:, None, None], 7, seen.views[:, 0] % NUM_COLORS)
+        return self.scale * nn.functional.one_hot(grid, NUM_COLORS).float()[:, None]
+
+
+def test_accuracies_are_shares_of_cells_of_the_plan_of_copying_and_of_the_untrained_planner(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    grids = [generator.integers(4, size=size) for size in ((4, 5), (6, 3), (5, 5))]
+    shown = tuple(Pair(grid, grid + 1) for grid in grids)
+    # Of 4 cells: copying gets 1, 0 and 2 right, the demonstrations tell 3, 4 and 3, and 1, 0 and 2 are 7.
+    cases = [
+        ([[1, 2, 3, 7]], [[2, 3, 9, 7]]),
+        ([[0, 1], [2, 3]], [[1, 2], [3, 4]]),
+        ([[0, 7], [7, 2]], [[1, 7], [7, 9]]),
+    ]
+    queries = [Query(f"query{n}", shown, np.array(source), np.shape(source)) for n, (source, _) in enumerate(cases)]
+    batch = collate(queries, [np.array(answer) for _, answer in cases])
+    with torch.no_grad():
+        prompts = trainer.agent.prompt(queries)
+    monkeypatch.setattr(trainer.agent, "prompt", lambda _: prompts)
+    monkeypatch.setattr(trainer.agent, "planner", Parrot(prompts))
+    # The first and the third query are refined in the first batch, the second one in the second batch.
+    for copying, look_up, after in (((1 + 2) / 8, (3 + 3) / 8, (1 + 2) / 8), (0, 1, 0)):
+        metrics = trainer.step(batch, 0)
+        assert metrics["acc_copying"] == metrics["acc_before"] == pytest.approx(copying)
+        assert metrics["acc_look_up"] == pytest.approx(look_up)
+        assert metrics["acc_after"] == pytest.approx(after)
+
+
+def test_the_first_plan_of_an_untrained_agent_is_what_the_demonstrations_say(trainer: Trainer, batch: Batch) -> None:
+    metrics = trainer.step(batch, 0)
+    assert metrics["acc_before"] == metrics["acc_after"] == metrics["acc_look_up"]
+
+
+def test_without_the_prompt_qwen_has_no_say(prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(prompter, without="prompt")
+    plans = plans_of(trainer, monkeypatch)
+    before = copy_of(trainer.agent.prompter.language_model)
+    metrics = trainer.step(batch, 0)
+    assert not plans[0].prompt.any()
+    assert metrics["qwen_grad"] == 0
+    assert same(before, trainer.agent.prompter.language_model.state_dict())
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_without_refinement_every_plan_is_unrefined(
+    closing: bool, prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(prompter, 4, without="refinement")
+    trainer.batches_done = 3 if closing else 0
+    plans = plans_of(trainer, monkeypatch)
+    metrics = trainer.step(batch, 0)
+    assert torch.equal(plans[0].used, plans[0].prompt)
+    assert metrics["acc_after"] == metrics["acc_before"]
+    assert metrics["reward"] == 0
+    assert all(value.isfinite() for value in metrics.values())
+
+
+def test_the_weights_of_the_terms_and_the_hard_cell_are_those_that_were_asked_for(prompter: Prompter) -> None:
+    trainer = new_trainer(prompter, efe_weights="risk=0.25,step=0", without="hard_cell")
+    kept = term_weights(TrainConfig.efe_weights)
+    assert trainer.efe_loss.weights == EFEWeights(**{**kept, "risk": 0.25, "step": 0})
+    assert not trainer.efe_loss.hard_cell
+    assert new_trainer(prompter).efe_loss.hard_cell
+
+
+def test_a_trainer_that_goes_on_from_a_state_ends_as_one_that_never_stopped(
+    prompter: Prompter, examples: list[Example]
+) -> None:
+    """From the planner's last batches into the closing phase, with refreshes in both."""
+    parts = [examples[first : first + 6] for first in (0, 6)] * 4
+    batches = [collate([each.query for each in part], [each.answer for each in part]) for part in parts]
+    settings = {"prompt_refresh": 3, "policy_samples": 2}
+    straight = new_trainer(copy.deepcopy(prompter), 8, **settings)
+    for done, batch in enumerate(batches):
+        if done == 4:
+            state = copy.deepcopy(straight.state_dict())
+        straight.step(batch, 0)
+    resumed = new_trainer(copy.deepcopy(prompter), 8, **settings)
+    resumed.load_state_dict(state)
+    for batch in batches[4:]:
+        resumed.step(batch, 0)
+    for name, module in straight.modules().items():
+        assert same(module.state_dict(), resumed.modules()[name].state_dict())
