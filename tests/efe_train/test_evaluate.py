@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efe_train import data
 from efe_train.__main__ import main
 from efe_train.evaluate import submission
+from efe_train.lookup import Lookup, look_up
 from efe_train.scores import Solution, read_solutions
 from efe_train.solve import Solver
-from efe_train.tasks import Task
+from efe_train.tasks import Grid, Pair, Task
 from tests.efe_train.conftest import recolouring_task, write_tasks
 
 
@@ -69,6 +71,25 @@ def test_evaluation_answers_every_test_input_and_never_looks_at_the_answers(
     printed = capsys.readouterr().out
     assert printed.count("all (3 test inputs)") == 2 and "3 of 3 test inputs have a known answer" in printed
     assert "The answers to the 3 test inputs are unknown: nothing is scored." in printed
+
+
+def test_without_the_look_up_nothing_of_it_reaches_the_attempts(
+    arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--dataset", str(arc_folder), "--max_batches", "2", "--batch_size", "6", "--without", "look_up"]
+    assert main([*arguments, "--out", str(out)]) == 0
+
+    def misled(demonstrations: Sequence[Pair], source: Grid, size: tuple[int, int]) -> Lookup:
+        found = look_up(demonstrations, source, size)
+        return Lookup(np.roll(found.counts, 1, 1), found.tables, found.statistics)
+
+    submissions = []
+    for name in ("honest", "misled"):
+        assert main(["evaluate", "--checkpoint", str(out), "--out", str(tmp_path / name)]) == 0
+        submissions.append((tmp_path / name / "submission.json").read_text())
+        monkeypatch.setattr(data, "look_up", misled)
+    assert submissions[0] == submissions[1]
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, stop_in: int = 0) -> list[list[str]]:
