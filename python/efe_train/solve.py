@@ -21,7 +21,7 @@ from efe_kernels import EFELoss
 from efe_train.adapt import Lesson, Weights, adapt
 from efe_train.agent import Agent
 from efe_train.augment import Augmentation
-from efe_train.data import Query, collate, evaluation_queries, training_examples
+from efe_train.data import Observation, Query, collate, evaluation_queries, training_examples
 from efe_train.planner import Planner
 from efe_train.scores import Attempts, Solution, copying
 from efe_train.tasks import Grid, Task
@@ -79,10 +79,11 @@ class Solver:
         self, task: Task, number: int, query: Query, weights: Weights, refined: Tensor, unrefined: Tensor
     ) -> Solution:
         planner = self.agent.planner
-        agent = self.drafts(planner, {}, query, refined)
-        adapted = self.drafts(planner, weights, query, refined) if weights else agent
-        bare = self.drafts(planner, {}, query, unrefined)
-        looked_up, guesses = votes(self.drafts(self.untrained, {}, query, unrefined)), copying(query)
+        seen = collate([query] * ORIENTATIONS, None, TURNED).to(self.agent.device).observation
+        agent = self.drafts(planner, {}, query, seen, refined)
+        adapted = self.drafts(planner, weights, query, seen, refined) if weights else agent
+        bare = self.drafts(planner, {}, query, seen, unrefined)
+        looked_up, guesses = votes(self.drafts(self.untrained, {}, query, seen, unrefined)), copying(query)
         made = {
             ADAPTED: attempts(votes(adapted, ends=2 if weights else 1), votes(agent), looked_up, otherwise=guesses),
             AGENT: attempts(votes(agent), looked_up, otherwise=guesses),
@@ -101,13 +102,14 @@ class Solver:
         return Planner(steps=1, look_up=self.agent.planner.look_up).to(self.agent.device)
 
     @torch.no_grad()
-    def drafts(self, planner: Planner, weights: Weights, query: Query, prompt: Tensor) -> Probabilities:
+    def drafts(
+        self, planner: Planner, weights: Weights, query: Query, seen: Observation, prompt: Tensor
+    ) -> Probabilities:
         """What a query's plan, and one step more, comes to in each orientation, [8, T+1, C, H, W], turned back.
 
-        weights: of the planner, where they are not its own.
+        weights: of the planner, where they are not its own. seen: of the query in each orientation.
         """
-        turned = collate([query] * ORIENTATIONS, None, TURNED).to(self.agent.device)
-        given = turned.observation, prompt.expand(ORIENTATIONS, -1), planner.num_steps + 1
+        given = seen, prompt.expand(ORIENTATIONS, -1), planner.num_steps + 1
         with self.agent.autocast():
             logits = functional_call(planner, weights, given)
         found = logits.float().softmax(-1).movedim(-1, 2).cpu().numpy()
