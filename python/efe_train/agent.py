@@ -26,8 +26,8 @@ class Plan:
 
     logits: [B, T, H, W, C], the plan with the prompt `used` [B, D]: the refined one, in some rows perhaps the unrefined
     `prompt` [B, D]. before: [B, H, W, C], where the plan with the unrefined prompt ends. state: [B, S],
-    what the policy saw. refined: what it did. Gradients reach prompter and planner through `logits`; `before` and
-    `state` have no graph.
+    what the policy saw, standardised. refined: what it did. Gradients reach prompter and planner through `logits`;
+    `before` and `state` have no graph.
     """
 
     logits: Tensor
@@ -87,7 +87,7 @@ class Agent(nn.Module):
         before = self.outcome(batch, prompt)
 
         # 3. The policy refines the prompt. A loss of the plan trains Qwen through the refined prompt, not the policy.
-        state = policy_state(prompt, before, batch)
+        state = self.policy.standardise(policy_state(prompt, before, batch))
         refined = self.policy.refine_prompt(prompt, state, seed)
         chosen = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
         chosen[rows] = self.refines

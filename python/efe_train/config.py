@@ -102,7 +102,8 @@ class TrainConfig:
     agent_lr: float | None = field(
         default=None,
         metadata=flag(
-            "rate of planner and loss, the policy's is three tenths; " + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
+            "rate of planner and loss, the policy's is a fifth of it and in the closing phase twice as much; "
+            + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
             type=RATE,
         ),
     )
@@ -176,7 +177,7 @@ class TrainConfig:
         ),
     )
     policy_share: float = field(
-        default=0.25,
+        default=0.4,
         metadata=flag(
             "share of the batches, at the end, in which only the policy learns (default {default})",
             type=SHARE,

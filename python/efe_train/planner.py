@@ -13,6 +13,9 @@ from efe_train.views import WATCHED
 DILATIONS = (1, 2)
 """Of the steps in turn: two weights are shared by all steps."""
 
+GIST = 8
+"""Numbers that the planner reads of a prompt: a policy that learns from rewards alone has few directions to search."""
+
 DECISIVENESS = 20.0
 """How much the tables' scores decide: a table that gets a tenth more of the cells right counts seven times as much."""
 
@@ -27,12 +30,12 @@ class Recall(nn.Module):
     pattern of a cell, and by what the prompt makes of its reliability. Untrained this is a fixed rule of reliability.
     """
 
-    def __init__(self, prompt_dim: int, hidden: int = 32) -> None:
+    def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.table = nn.Embedding(len(table_names()) + 1, 1)
         self.worth = nn.Linear(STATISTICS, 1, bias=False)
         self.judge = nn.Linear(STATISTICS, hidden)
-        self.steer = nn.Linear(prompt_dim, 2 * hidden)
+        self.steer = nn.Linear(GIST, 2 * hidden)
         self.verdict = nn.Linear(hidden, 1, bias=False)
         self.doubt = nn.Parameter(torch.tensor(0.3).log())
         with torch.no_grad():
@@ -40,9 +43,9 @@ class Recall(nn.Module):
             self.worth.weight.copy_(torch.tensor([1.0, 1.0, 0.3, 0.1, 0.0, 0.0]))
             self.verdict.weight.zero_()
 
-    def forward(self, seen: Observation, prompt: Tensor) -> Tensor:
-        """Probabilities [B, 10, H, W]."""
-        gain, shift = self.steer(prompt)[:, None].chunk(2, -1)
+    def forward(self, seen: Observation, gist: Tensor) -> Tensor:
+        """Probabilities [B, 10, H, W]. gist: [B, GIST], of the prompt."""
+        gain, shift = self.steer(gist)[:, None].chunk(2, -1)
         judged = nn.functional.silu(self.judge(seen.statistics) * (1 + gain) + shift)
         score = self.table(seen.tables) + self.worth(seen.statistics) + self.verdict(judged)
         trust = (DECISIVENESS * (score - score.amax(1, keepdim=True))).exp()[..., None]
@@ -57,16 +60,18 @@ class Recall(nn.Module):
 class PlanningStep(nn.Module):
     """One residual update of the cells' state, steered by the prompt and by the mean state of the grid."""
 
-    def __init__(self, channels: int, prompt_dim: int, dilation: int) -> None:
+    def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
         self.look = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
-        self.steer = nn.Linear(prompt_dim + channels, 2 * channels)
+        self.steer = nn.Linear(GIST + channels, 2 * channels)
         self.update = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, state: Tensor, prompt: Tensor, valid: Tensor, cells: Tensor) -> Tensor:
-        """state: [B, K, H, W], zero outside the grid. valid: [B, 1, H, W]. cells: [B, 1], how many are valid."""
+    def forward(self, state: Tensor, gist: Tensor, valid: Tensor, cells: Tensor) -> Tensor:
+        """state: [B, K, H, W], zero outside the grid. gist: [B, GIST], of the prompt. valid: [B, 1, H, W]. cells:
+        [B, 1], how many are valid.
+        """
         overview = state.sum((2, 3)) / cells
-        gain, shift = self.steer(torch.cat([prompt, overview], 1))[:, :, None, None].chunk(2, 1)
+        gain, shift = self.steer(torch.cat([gist, overview], 1))[:, :, None, None].chunk(2, 1)
         seen = self.look(nn.functional.silu(state)) * (1 + gain) + shift
         return (state + self.update(nn.functional.silu(seen))) * valid
 
@@ -90,10 +95,12 @@ class Planner(nn.Module):
         super().__init__()
         self.num_steps = steps
         self.look_up = look_up
-        self.recall = Recall(prompt_dim)
+        self.gist = nn.Linear(prompt_dim, GIST)
+        self.balance = nn.Linear(GIST, 3)
+        self.recall = Recall()
         self.embed = nn.Conv2d(len(WATCHED) * (NUM_COLORS + 1) + KEPT * (NUM_COLORS + 1), channels, 1)
         self.draft = nn.Conv2d(NUM_COLORS, channels, 1)
-        self.steps = nn.ModuleList(PlanningStep(channels, prompt_dim, dilation) for dilation in DILATIONS)
+        self.steps = nn.ModuleList(PlanningStep(channels, dilation) for dilation in DILATIONS)
         self.head = nn.Conv2d(channels, NUM_COLORS, 1)
         self.confidence = nn.Linear(STATISTICS, 1)
         # Untrained, the plan is the first draft.
@@ -108,9 +115,11 @@ class Planner(nn.Module):
         if not self.look_up:
             seen = seen.without_look_up()
         with torch.autocast(prompt.device.type, enabled=False):
-            recalled = self.recall(seen, prompt.float())
-            confidence = self.confidence(seen.statistics[:, 0]).exp()[:, :, None, None]
-            logits = first = confidence * (recalled + FLOOR).log()
+            gist = self.gist(prompt.float())
+            # The prompt weighs the first draft, the corrections to it, and the colours of the input against each other.
+            trust, boldness, keep = self.balance(gist)[..., None, None, None].unbind(1)
+            logits = first = self.first_draft(seen, gist, trust, keep)
+            boldness = boldness.exp()
         inside = seen.valid[:, None].to(prompt.dtype)
         cells = inside.sum((2, 3)).clamp_min(1)
         known = seen.counts.sum(2)
@@ -121,11 +130,19 @@ class Planner(nn.Module):
         drafts = []
         for number in range(steps or self.num_steps):
             state = state + evidence + self.draft(logits.softmax(1)) * inside
-            state = self.steps[number % len(DILATIONS)](state, prompt, inside, cells)
+            state = self.steps[number % len(DILATIONS)](state, gist, inside, cells)
             correction = self.head(state)
-            logits = (first + correction).to(correction.dtype)
+            logits = (first + boldness * correction).to(correction.dtype)
             drafts.append(logits)
         return torch.stack(drafts, dim=1).permute(0, 1, 3, 4, 2)
+
+    def first_draft(self, seen: Observation, gist: Tensor, trust: Tensor, keep: Tensor) -> Tensor:
+        """Logits [B, 10, H, W] before any correction. trust: [B, 1, 1, 1], how sure of the look-up to be beside what
+        its best table says of itself. keep: [B, 1, 1, 1], what the colours of the input count for.
+        """
+        confidence = (self.confidence(seen.statistics[:, 0])[..., None, None] + trust).exp()
+        unchanged = one_hot(seen.views[:, :1])[:, :NUM_COLORS]
+        return confidence * (self.recall(seen, gist) + FLOOR).log() + keep * unchanged
 
 
 def one_hot(views: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine
 from efe_train.config import NUM_COLORS, PROMPT_DIM
 from efe_train.data import Batch
 from efe_train.facts import NUM_FEATURES
+from efe_train.standardise import Standardise
 
 NUM_CONTROLS = NUM_COLORS + 2
 LOG_STD_RANGE = (-3.0, 0.0)
 """The entropy bonus pulls to the upper end: the refinement spreads over its range and does not stick to the ends."""
 MAX_GRAD_NORM = 1.0
-SHARPNESS = 8.0
+SHARPNESS = 4.0
 
 
 class PolicyOutput(NamedTuple):
@@ -53,14 +54,18 @@ class Policy(nn.Module):
 
     def __init__(self, prompt_dim: int = PROMPT_DIM, hidden: int = 128) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(prompt_dim + NUM_CONTROLS + NUM_FEATURES, hidden), nn.SiLU())
+        self.widths = prompt_dim, NUM_CONTROLS + NUM_FEATURES
+        self.standardise = Standardise(sum(self.widths))
+        self.read, self.see = (nn.Linear(width, hidden) for width in self.widths)
         self.mean = nn.Linear(hidden, prompt_dim + 1)
         self.log_std = nn.Linear(hidden, prompt_dim + 1)
         self.value = nn.Linear(hidden, 1)
 
     def forward(self, state: Tensor) -> PolicyOutput:
-        """state: [B, S] as `policy_state` makes it."""
-        hidden = self.body(state)
+        """state: [B, S] as `policy_state` makes it, standardised."""
+        prompt, facts = state.split(self.widths, 1)
+        # Ten times as many numbers as there are facts: as they are, they would drown them.
+        hidden = nn.functional.silu(self.read(prompt / len(prompt[0]) ** 0.5) + self.see(facts))
         low, high = LOG_STD_RANGE
         # A smooth bound: a clamp would stop the gradient at its ends.
         log_std = low + (high - low) * torch.sigmoid(self.log_std(hidden))

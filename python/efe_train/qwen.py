@@ -15,14 +15,11 @@ from efe_kernels import masked_mean_pool
 from efe_train.config import PROMPT_DIM, UserError
 from efe_train.data import Query, prompt_text
 from efe_train.files import REMEDY
+from efe_train.standardise import Standardise
 
 SMALL_TOKENS = 384
 PRETRAINED_TOKENS = 2048
 """Longest prompts. A pretrained Qwen reads about as many tokens as the small one reads bytes: each digit is one."""
-
-
-LEAST_VARIANCE = 1e-3
-"""Added to the variance of a feature over queries, so that one that hardly varies is not blown up."""
 
 
 class Prompter(nn.Module):
@@ -39,6 +36,7 @@ class Prompter(nn.Module):
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         width = int(language_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        # Texts of one kind have nearly the same mean hidden state: as it is, a tenth of a prompt would tell them apart.
         self.projection = nn.Sequential(nn.LayerNorm(width), Standardise(width), nn.Linear(width, prompt_dim))
 
     def forward(self, queries: Sequence[Query]) -> Tensor:
@@ -77,37 +75,6 @@ class Prompter(nn.Module):
         """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""
         self.language_model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
         self.tokenizer.save_pretrained(folder)
-
-
-class Standardise(nn.Module):
-    """Each feature minus its mean over queries, divided by its deviation.
-
-    Texts of one kind have nearly the same mean hidden state: without this, prompts would be told apart by a tenth of
-    their size. The statistics are running ones, in training as well: a prompt hardly depends on its batch.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    started: Tensor
-
-    def __init__(self, width: int, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("variance", torch.ones(width))
-        self.register_buffer("started", torch.tensor(False))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, E]"""
-        if self.training and len(features) > 1:
-            self.observe(features.detach().float())
-        return (features - self.mean) * (self.variance + LEAST_VARIANCE).rsqrt()
-
-    def observe(self, features: Tensor) -> None:
-        share = torch.where(self.started, self.momentum, 1.0)
-        self.mean.lerp_(features.mean(0), share)
-        self.variance.lerp_(features.var(0), share)
-        self.started.fill_(True)
 
 
 class PromptCache:

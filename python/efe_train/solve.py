@@ -22,7 +22,7 @@ from efe_train.adapt import Lesson, Weights, adapt
 from efe_train.agent import Agent
 from efe_train.augment import Augmentation
 from efe_train.data import Observation, Query, collate, evaluation_queries, training_examples
-from efe_train.planner import Planner
+from efe_train.planner import GIST, Planner, Recall
 from efe_train.scores import Attempts, Solution, copying
 from efe_train.tasks import Grid, Task
 from efe_train.views import ORIENTATIONS
@@ -83,7 +83,7 @@ class Solver:
         agent = self.drafts(planner, {}, query, seen, refined)
         adapted = self.drafts(planner, weights, query, seen, refined) if weights else agent
         bare = self.drafts(planner, {}, query, seen, unrefined)
-        looked_up, guesses = votes(self.drafts(self.untrained, {}, query, seen, unrefined)), copying(query)
+        looked_up, guesses = votes(self.look_up(query, seen)), copying(query)
         made = {
             ADAPTED: attempts(votes(adapted, ends=2 if weights else 1), votes(agent), looked_up, otherwise=guesses),
             AGENT: attempts(votes(agent), looked_up, otherwise=guesses),
@@ -97,9 +97,16 @@ class Solver:
         return Solution(task, number, plan, made[first], {name: made[name] for name in others}, self.evaluation)
 
     @cached_property
-    def untrained(self) -> Planner:
-        """Its plan is what the look-up says."""
-        return Planner(steps=1, look_up=self.agent.planner.look_up).to(self.agent.device)
+    def rule(self) -> Recall:
+        return Recall().to(self.agent.device)
+
+    @torch.no_grad()
+    def look_up(self, query: Query, seen: Observation) -> Probabilities:
+        """What the demonstrations say by a fixed rule, as the drafts of a plan that does not move."""
+        if not self.agent.planner.look_up:
+            seen = seen.without_look_up()
+        found = self.rule(seen, torch.zeros(ORIENTATIONS, GIST, device=self.agent.device))
+        return turned_back(found[:, None].expand(-1, 2, -1, -1, -1), query)
 
     @torch.no_grad()
     def drafts(
@@ -112,14 +119,18 @@ class Solver:
         given = seen, prompt.expand(ORIENTATIONS, -1), planner.num_steps + 1
         with self.agent.autocast():
             logits = functional_call(planner, weights, given)
-        found = logits.float().softmax(-1).movedim(-1, 2).cpu().numpy()
-        sizes = [change.size(query.size) for change in TURNED]
-        return np.stack(
-            [
-                np.stack([change.restored(draft[:, :height, :width]) for draft in plan])
-                for change, plan, (height, width) in zip(TURNED, found, sizes, strict=True)
-            ]
-        )
+        return turned_back(logits.float().softmax(-1).movedim(-1, 2), query)
+
+
+def turned_back(drafts: Tensor, query: Query) -> Probabilities:
+    """Drafts [8, T, C, H, W] of a query in each orientation, all in the query's own."""
+    sizes = [change.size(query.size) for change in TURNED]
+    return np.stack(
+        [
+            np.stack([change.restored(draft[:, :height, :width]) for draft in plan])
+            for change, plan, (height, width) in zip(TURNED, drafts.cpu().numpy(), sizes, strict=True)
+        ]
+    )
 
 
 def votes(drafts: Probabilities, ends: int = 1) -> list[Grid]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from efe_kernels import EFELoss, EFEWeights
 from efe_train.agent import Agent, Plan
-from efe_train.config import PROMPT_DIM, TrainConfig, learning_rates, term_weights
+from efe_train.config import TrainConfig, learning_rates, term_weights
 from efe_train.data import Batch
-from efe_train.planner import Planner, Recall
+from efe_train.planner import GIST, Planner, Recall
 from efe_train.policy import Policy, Rollout
 from efe_train.qwen import PromptCache, Prompter
 
@@ -20,8 +20,11 @@ EFE_WEIGHT = 0.7
 
 REWARD_WEIGHT = 0.3
 
-POLICY_RATE = 0.3
-"""Learning rate of the policy over that of the planner: a gradient estimated from a few rewards is a noisy one."""
+POLICY_RATES = (0.2, 2.0)
+"""Learning rates of the policy over the full one of the planner: while the planner moves, and in the closing phase.
+
+What is learned of a planner that moves is soon out of date.
+"""
 
 WARMUP = 20
 """Batches over which the rates rise: at the full rate, the first steps would spoil what the look-up says."""
@@ -87,11 +90,11 @@ class Trainer:
                 {"params": [weight for weight in prompter.parameters() if weight.requires_grad], "lr": qwen_lr},
             ]
         )
-        self.policy_optimizer = torch.optim.Adam(self.agent.policy.parameters(), lr=POLICY_RATE * agent_lr)
+        self.policy_optimizer = torch.optim.Adam(self.agent.policy.parameters())
         # Parameters stay float32; fp16 gradients need scaling, and with bf16 and fp32 the same calls do nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # What the demonstrations say by a fixed rule: what training has to improve on.
-        self.untrained = Recall(PROMPT_DIM).to(device).requires_grad_(False)
+        self.untrained = Recall().to(device).requires_grad_(False)
         self.batches_done = 0
         self.qwen_grad = torch.zeros((), device=device)
 
@@ -99,6 +102,7 @@ class Trainer:
         """One training step. Returns its metrics, 0-d tensors on the device: nothing here waits for it."""
         assert batch.target is not None
         agent, refresh, rate = self.agent, self.refresh_is_due(), self.rate()
+        self.set_rates(rate)
 
         # At rate 0, in the closing phase, only the policy learns: the prompter's running statistics stay as they are.
         agent.prompter.train(rate > 0)
@@ -120,12 +124,13 @@ class Trainer:
             loss = weight * efe.total - REWARD_WEIGHT * tried.reward.mean()
 
         # 6. Backward and the step of planner, loss and Qwen.
-        grad_norm = self.descend(loss, rate, refresh) if rate > 0 else torch.zeros_like(self.qwen_grad)
+        grad_norm = self.descend(loss, refresh) if rate > 0 else torch.zeros_like(self.qwen_grad)
 
         # 7. Then the policy, from the stored state and actions: no graph is shared with the loss above.
         policy = agent.policy.update(Rollout(plan.state[rows], tried.action, tried.lesson), self.policy_optimizer)
 
         mask_ratio = efe.mask_ratio.mean()
+        by_rule = self.untrained(batch.observation, plan.prompt.new_zeros(len(plan.prompt), GIST))
         if rate > 0:
             self.efe_loss.update_target_preference(batch.target, batch.valid, 1 - mask_ratio)
         self.batches_done += 1
@@ -137,7 +142,7 @@ class Trainer:
             "acc_before": right(plan.before.argmax(-1), batch, rows).mean(),
             "acc_after": tried.accuracy.mean(),
             "acc_copying": right(batch.observation.views[:, 0], batch, rows).mean(),
-            "acc_look_up": right(self.untrained(batch.observation, plan.prompt.detach()).argmax(1), batch, rows).mean(),
+            "acc_look_up": right(by_rule.argmax(1), batch, rows).mean(),
             "qwen_grad": self.qwen_grad,
             "grad_norm": grad_norm,
             "prompt_norm": plan.prompt.detach().norm(dim=1).mean(),
@@ -164,10 +169,8 @@ class Trainer:
             trials.append((action[rows], reward, lesson, right(after.argmax(-1), batch, rows)))
         return Trials(*map(torch.stack, zip(*trials, strict=True)))
 
-    def descend(self, loss: Tensor, rate: float, refresh: bool) -> Tensor:
+    def descend(self, loss: Tensor, refresh: bool) -> Tensor:
         """One step of planner, loss and Qwen down the gradient. Returns its norm before clipping."""
-        for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * full
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -179,6 +182,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return grad_norm
+
+    def set_rates(self, rate: float) -> None:
+        for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * full
+        self.policy_optimizer.param_groups[0]["lr"] = POLICY_RATES[rate == 0] * self.rates[0]
 
     def rate(self) -> float:
         """What the rates of planner, loss and Qwen are multiplied by in this batch."""
@@ -228,7 +236,6 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-        self.policy_optimizer.param_groups[0]["lr"] = POLICY_RATE * self.rates[0]
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

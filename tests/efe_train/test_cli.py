@@ -106,7 +106,7 @@ def test_training_learns_and_qwen_gets_a_gradient_at_every_refresh(tmp_path: Pat
 def test_a_resumed_run_ends_as_one_that_never_stopped(stop: int, arc_folder: Path, tmp_path: Path) -> None:
     """Of nine queries in two batches per epoch; each query is shown in another orientation and colours each time."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    arguments = ("--epochs", "5", "--prompt_refresh", "4", "--validation", "0.25")
+    arguments = ("--epochs", "5", "--prompt_refresh", "4", "--validation", "0.25", "--policy_share", "0.2")
     assert train(arc_folder, straight, *arguments) == 0
     assert train(arc_folder, broken, *arguments, "--max_batches", str(stop)) == 0
     # What a run that was killed after its checkpoint leaves behind is replaced.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from efe_train.config import NUM_COLORS, PLANNING_STEPS, PROMPT_DIM
 from efe_train.data import Example, Observation, collate
 from efe_train.lookup import KEPT, STATISTICS
-from efe_train.planner import FLOOR, Planner, Recall
+from efe_train.planner import FLOOR, GIST, Planner, Recall
 from efe_train.views import OUTSIDE, WATCHED
 from tests.efe_train.conftest import stirred
 
@@ -49,16 +50,36 @@ def test_the_plan_of_a_grid_does_not_depend_on_the_padding_around_it(
 
 
 @pytest.mark.parametrize("steps", [1, PLANNING_STEPS, 2 * PLANNING_STEPS])
-def test_an_untrained_plan_is_the_first_draft_after_any_number_of_steps(
+def test_an_untrained_plan_is_what_the_look_up_says_after_any_number_of_steps(
     steps: int, seen: Observation, prompt: Tensor
 ) -> None:
-    untrained = Planner()
+    untrained = balanced(0.0, 0.0, 0.0)
     logits = untrained(seen, prompt, steps)
-    first = (untrained.recall(seen, prompt) + FLOOR).log().movedim(1, -1)
+    first = (Recall()(seen, torch.zeros(len(prompt), GIST)) + FLOOR).log().movedim(1, -1)
     assert logits.shape[1] == steps
-    assert torch.equal(logits, first[:, None].expand_as(logits))
-    # The prompts of an untrained agent say nothing yet.
-    assert torch.equal(untrained(seen, torch.zeros_like(prompt), steps), logits)
+    torch.testing.assert_close(logits, first[:, None].expand_as(logits))
+
+
+def balanced(*weights: float) -> Planner:
+    """An untrained planner to which every prompt says how to weigh first draft, corrections and input."""
+    planner = Planner()
+    with torch.no_grad():
+        planner.balance.weight.zero_()
+        planner.balance.bias.copy_(torch.tensor(weights))
+    return planner
+
+
+def test_a_prompt_weighs_the_look_up_the_corrections_and_the_input(seen: Observation, prompt: Tensor) -> None:
+    plain = balanced(0.0, 0.0, 0.0)(seen, prompt)[:, -1]
+    surer = balanced(math.log(3), 0.0, 0.0)(seen, prompt)[:, -1]
+    torch.testing.assert_close(surer, 3 * plain)
+    kept = balanced(0.0, 0.0, 100.0)(seen, prompt)[:, -1].argmax(-1)
+    assert torch.equal(kept[seen.valid], seen.views[:, 0][seen.valid])
+    assert not torch.equal(plain.argmax(-1)[seen.valid], seen.views[:, 0][seen.valid])
+    bold = balanced(0.0, math.log(3), 0.0)
+    with torch.no_grad():
+        bold.head.bias[4] = 2.0
+    torch.testing.assert_close((bold(seen, prompt)[:, -1] - plain)[..., 4], torch.full(plain.shape[:-1], 6.0))
 
 
 def test_a_plan_goes_on_for_more_steps_than_it_was_trained_with(
@@ -124,7 +145,7 @@ def test_recall_prefers_the_reliable_table_and_where_none_knows_the_colour_stays
     tables: dict[int, tuple[int, list[float]]], colour: int
 ) -> None:
     torch.manual_seed(0)
-    probabilities = Recall(PROMPT_DIM)(one_cell(2, tables), torch.randn(1, PROMPT_DIM))
+    probabilities = Recall()(one_cell(2, tables), torch.randn(1, GIST))
     assert probabilities.argmax(1).item() == colour
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-6)
     assert probabilities[0, colour].item() > 0.99
@@ -133,14 +154,14 @@ def test_recall_prefers_the_reliable_table_and_where_none_knows_the_colour_stays
 def test_a_pattern_that_was_seen_often_counts_for_more() -> None:
     seen = one_cell(2, {0: (3, DOUBTFUL), 1: (7, DOUBTFUL)})
     seen.counts[0, 0, 3], seen.counts[0, 1, 7] = 1, 200
-    probabilities = Recall(PROMPT_DIM)(seen, torch.zeros(1, PROMPT_DIM))
+    probabilities = Recall()(seen, torch.zeros(1, GIST))
     assert probabilities[0, 7] > probabilities[0, 3] > 0.1
 
 
 def test_training_can_come_to_trust_one_kind_of_table_more_than_its_reliability_says() -> None:
-    recall = Recall(PROMPT_DIM)
+    recall = Recall()
     seen = one_cell(2, {0: (3, RELIABLE), 1: (7, DOUBTFUL)})
     seen.tables[0, 0], seen.tables[0, 1] = 4, 9
     with torch.no_grad():
         recall.table.weight[9] = 2
-    assert recall(seen, torch.zeros(1, PROMPT_DIM)).argmax(1).item() == 7
+    assert recall(seen, torch.zeros(1, GIST)).argmax(1).item() == 7

@@ -29,7 +29,7 @@ def adam(policy: Policy, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
     return torch.optim.Adam(policy.parameters(), lr=learning_rate)
 
 
-@pytest.mark.parametrize("part", ["body", "mean", "log_std", "value"])
+@pytest.mark.parametrize("part", ["read", "see", "mean", "log_std", "value"])
 def test_every_part_of_the_policy_learns(part: str) -> None:
     policy = Policy()
     before = {name: parameter.detach().clone() for name, parameter in getattr(policy, part).named_parameters()}
@@ -124,10 +124,10 @@ def logits_of(grid: list[list[int]], margin: float) -> torch.Tensor:
 
 def test_the_expected_gain_is_that_of_the_sharpened_probability_of_the_right_colours() -> None:
     target, valid = torch.tensor([[[1, 2, 3]]]), torch.tensor([[[True, True, False]]])
-    before, after = logits_of([[1, 5, 0]], 0.25), logits_of([[1, 2, 3]], 0.25)
+    before, after = logits_of([[1, 5, 0]], 0.5), logits_of([[1, 2, 3]], 0.5)
     gain = Policy.expected_gain(before.requires_grad_(), after, target, valid)
-    assert SHARPNESS == 8
-    # One of the two cells goes from a colour that another one leads by 8 · 0.25 to the colour that leads.
+    assert SHARPNESS == 4
+    # One of the two cells goes from a colour that another one leads by 4 · 0.5 to the colour that leads.
     expected = (math.exp(2) - 1) / (math.exp(2) + 9) / 2
     torch.testing.assert_close(gain, torch.tensor([expected]))
     torch.testing.assert_close(Policy.expected_gain(after, before, target, valid), -gain)
@@ -137,15 +137,15 @@ def test_the_expected_gain_is_that_of_the_sharpened_probability_of_the_right_col
 def test_being_surer_of_the_same_plan_is_no_gain() -> None:
     target, valid = torch.tensor([[[1, 2, 3]]]), torch.ones(1, 1, 3, dtype=torch.bool)
     plan = [[1, 2, 7]]
-    surer = Policy.expected_gain(logits_of(plan, 1.0), logits_of(plan, 4.0), target, valid)
+    surer = Policy.expected_gain(logits_of(plan, 2.0), logits_of(plan, 8.0), target, valid)
     assert 0 <= surer.item() < 0.005
     # Without sharpening, that would look like half of what a third cell is worth.
-    right = Policy.expected_gain(logits_of(plan, 1.0), logits_of([[1, 2, 3]], 1.0), target, valid)
+    right = Policy.expected_gain(logits_of(plan, 2.0), logits_of([[1, 2, 3]], 2.0), target, valid)
     assert right.item() == pytest.approx(1 / 3, abs=0.005)
     # A cell that comes nearer to its decision is one, though the reward does not see it.
-    nearer = Policy.expected_gain(logits_of(plan, 0.3), logits_of(plan, 0.1), target, valid)
+    nearer = Policy.expected_gain(logits_of(plan, 0.6), logits_of(plan, 0.2), target, valid)
     assert abs(nearer.item()) > 0.05
-    assert Policy.compute_reward(logits_of(plan, 0.3), logits_of(plan, 0.1), target, valid).item() == 0
+    assert Policy.compute_reward(logits_of(plan, 0.6), logits_of(plan, 0.2), target, valid).item() == 0
 
 
 def given_to_the_loss(policy: Policy, given: Rollout, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
