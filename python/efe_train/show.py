@@ -13,7 +13,7 @@ from rich.text import Text
 from efe_train.config import DATASET, Parser, TrainConfig, UserError, flag
 from efe_train.folder import RunFolder
 from efe_train.scores import Solution, read_solutions, size_text, verdict, wrong_cells
-from efe_train.tasks import COLOURS, SPLITS, Grid, Task, load_tasks
+from efe_train.tasks import COLOURS, SPLITS, Grid, Task, load_tasks, task_json
 
 DARK = {0, 1, 9}
 """The colours on which a digit has to be white."""
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
         dataset = config.dataset or folder.read_config().dataset
         found = read_solutions(folder.path / "solutions.jsonl")
         solutions = [solution for solution in found if solution.task.id == config.task]
-    task = solutions[0].task if solutions else find_task(config.task, dataset)
+    task = solutions[0].task if solutions and not config.dataset else find_task(config.task, dataset)
+    # Another data set may have another task of that id.
+    solutions = [solution for solution in solutions if task_json(solution.task) == task_json(task)]
     for line in drawings(task, solutions):
         Console().print(Columns(line, padding=(0, 3)))
     return 0

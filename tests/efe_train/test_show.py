@@ -49,6 +49,15 @@ def test_a_task_that_the_run_solved_is_printed_with_the_attempts_and_their_wrong
     assert "attempt" not in capsys.readouterr().out
 
 
+def test_attempts_at_the_task_of_another_data_set_are_not_shown(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tasks(tmp_path / "others", {"task0": recolouring_task(1)})
+    assert main(["show", "task0", "--checkpoint", str(run), "--dataset", str(tmp_path / "others")]) == 0
+    printed = capsys.readouterr().out
+    assert "test input 1" in printed and "attempt" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
