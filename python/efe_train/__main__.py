@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-import torch
-
+from efe_train.commands import parse
 from efe_train.config import UserError
 from efe_train.streams import lasting_streams
 
@@ -19,8 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             problem = str(error)
-        except torch.OutOfMemoryError:
-            problem = "The GPU ran out of memory: try a smaller --batch_size, or --tasks_per_batch in evaluation."
         except ImportError as error:
             if str(error.name).partition(".")[0] in ("efe_kernels", "efe_train"):
                 raise
@@ -33,12 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(arguments: list[str]) -> int:
-    # Not at the top of the file: what these import comes with the extra `train`, and may be missing.
-    from efe_train import evaluate, report, run, show
+    module, given = parse(arguments)
+    # Not at the top of the file: it takes seconds, which `--help` and a mistyped flag need not wait for.
+    import torch
 
-    commands = {"evaluate": evaluate.main, "report": report.main, "show": show.main}
-    command = commands.get(arguments[0]) if arguments else None
-    return command(arguments[1:]) if command else run.main(arguments)
+    try:
+        code: int = import_module(f"efe_train.{module}").main(given)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "The GPU ran out of memory: try a smaller --batch_size, or --tasks_per_batch in evaluation."
+        ) from None
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The settings of a run: the command line, the choices that depend on the machine, and errors that a user can mend."""
+"""The settings of a run, how flags are read, and errors that a user can mend."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, NoReturn
-
-import torch
 
 NUM_COLORS = 10
 MAX_GRID_SIZE = 30
@@ -299,25 +297,3 @@ def learning_rates(config: TrainConfig) -> tuple[float, float, str]:
     if given:
         reason = " and ".join(given) + (" as given" if len(given) == 2 else f" as given, the other one of {reason}")
     return config.agent_lr or agent, config.qwen_lr or qwen, reason
-
-
-def choose_device(wish: str) -> torch.device:
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"--device cuda was asked for, but torch {torch.__version__} sees no CUDA device here: "
-            "use --device cpu, or install a CUDA build of torch and a driver."
-        )
-    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def choose_precision(wish: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of autocast, and why."""
-    if wish == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU: on the CPU use fp32 or bf16.")
-    if wish != "auto":
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wish], f"--precision {wish}"
-    if device.type == "cpu":
-        return torch.float32, "the CPU gains nothing from less"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "this GPU computes in it, and it needs no loss scaling"
-    return torch.float32, "this GPU has no bf16; --precision fp16 is faster and scales the loss"

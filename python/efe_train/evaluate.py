@@ -9,25 +9,16 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from efe_train.adapt import SIDE_BY_SIDE, batches
-from efe_train.config import (
-    COUNT,
-    DATASET,
-    Parser,
-    TrainConfig,
-    UserError,
-    choose_device,
-    choose_precision,
-    flag,
-    number,
-)
+from efe_train.commands import EvaluateConfig
+from efe_train.config import TrainConfig, UserError
 from efe_train.data import evaluation_queries
+from efe_train.device import choose_device, choose_precision
 from efe_train.files import replaced
 from efe_train.folder import RunFolder, digest, make_folder
 from efe_train.interrupt import Interrupted, SignalWatch
@@ -127,57 +118,13 @@ def submission(owners: Sequence[str], attempts: Sequence[Attempts]) -> dict[str,
 
 WRITTEN = ("submission.json", "evaluation.json", "solutions.jsonl")
 
-STEPS = number(int, lambda value: value >= 0, "a whole number of at least 0")
 
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What `efe-train evaluate` was asked to do: each field is a flag."""
-
-    checkpoint: str = field(metadata=flag("run folder", metavar="DIR"))
-    dataset: str | None = field(default=None, metadata=flag(f"{DATASET} (default: the run's)", metavar="NAME"))
-    split: str = field(
-        default="eval", metadata=flag("which tasks to solve (default {default})", choices=("eval", "train"))
-    )
-    adapt: int = field(
-        default=0,
-        metadata=flag(
-            "train a copy of the planner on the demonstrations of each task for N steps before it solves the task "
-            "(default {default}); on two CPU cores 60 steps take about three seconds a task",
-            type=STEPS,
-            metavar="N",
-        ),
-    )
-    max_tasks: int | None = field(default=None, metadata=flag("solve the first N tasks only", type=COUNT, metavar="N"))
-    tasks_per_batch: int | None = field(
-        default=None,
-        metadata=flag(
-            "tasks that are adapted to side by side, at most (default: 8 on the CPU, 32 on a GPU)",
-            type=COUNT,
-            metavar="N",
-        ),
-    )
-    device: str = field(default="auto", metadata=flag("default {default}", choices=("auto", "cuda", "cpu")))
-    out: str | None = field(
-        default=None,
-        metadata=flag(
-            "where submission.json, evaluation.json and solutions.jsonl go (default: the run folder)", metavar="DIR"
-        ),
-    )
-
-
-def parse_arguments(argv: Sequence[str]) -> EvaluateConfig:
-    parser = Parser(EvaluateConfig, prog="efe-train evaluate", description="Score a checkpoint of efe-train.")
-    return EvaluateConfig(**vars(parser.parse_args(argv)))
-
-
-def main(argv: Sequence[str]) -> int:
+def main(config: EvaluateConfig) -> int:
     """Solve, score, write. Returns the exit code: 128 + N where signal N ended it.
 
     Raises:
-        UserError: a mistake in the flags, the checkpoint or the data.
+        UserError: a mistake in the checkpoint or the data.
     """
-    config = parse_arguments(argv)
     folder = RunFolder.find(config.checkpoint)
     device = choose_device(config.device)
     trained = folder.read_config()

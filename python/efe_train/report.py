@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
-from efe_train.config import Parser, flag
+from efe_train.commands import ReportConfig
 from efe_train.files import replaced
 from efe_train.folder import RunFolder
 from efe_train.metrics import Row
@@ -254,24 +254,12 @@ def runs(mask: npt.NDArray[np.bool_]) -> str:
     return "".join(f"M{start} {y}h{end - start}v1h{start - end}z" for (y, start), (_, end) in pairs)
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """What `efe-train report` was asked to do: each field is an argument."""
-
-    run: str = field(metadata=flag("run folder", named=False, metavar="RUN"))
-    out: str | None = field(
-        default=None, metadata=flag("the page (default: report.html in the run folder)", metavar="FILE")
-    )
-
-
-def main(argv: Sequence[str]) -> int:
+def main(config: ReportConfig) -> int:
     """Write the page and print its path. Returns the exit code.
 
     Raises:
         UserError: there is no such run, or the page cannot be written.
     """
-    parser = Parser(ReportConfig, prog="efe-train report", description="Draw a run on one page, to open in a browser.")
-    config = ReportConfig(**vars(parser.parse_args(argv)))
     folder = RunFolder.find(config.run, holding=["metrics.jsonl"])
     print(write_report(folder, Path(config.out) if config.out else None))
     return 0

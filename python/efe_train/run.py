@@ -14,16 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efe_train.augment import Augmentation
-from efe_train.config import (
-    TrainConfig,
-    UserError,
-    choose_device,
-    choose_precision,
-    config_from,
-    learning_rates,
-    parse_train_arguments,
-    resumed,
-)
+from efe_train.config import TrainConfig, UserError, config_from, learning_rates, resumed
 from efe_train.console import bar_text, check_tracker, closing_table, log_line, start_tracker
 from efe_train.data import (
     Example,
@@ -34,6 +25,7 @@ from efe_train.data import (
     held_out,
     training_examples,
 )
+from efe_train.device import choose_device, choose_precision
 from efe_train.folder import RunFolder
 from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.metrics import METRICS, Row
@@ -54,14 +46,16 @@ class NotFinite(Exception):
     """Training met NaN or Inf; the red flag that explains it has been reported."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(given: dict[str, object]) -> int:
     """Train as the flags say. Returns the exit code: 1 where training met NaN or Inf, 128 + N where signal N ended it.
+
+    given: the flags that were given, by the names of TrainConfig's fields.
 
     Raises:
         UserError: a mistake in the flags or the data.
     """
     begun = time.perf_counter()
-    run = prepare(argv)
+    run = prepare(given)
     try:
         run.train()
     except NotFinite:
@@ -88,13 +82,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def prepare(argv: Sequence[str]) -> Run:
+def prepare(given: dict[str, object]) -> Run:
     """Everything up to the first batch, every mistake of the user included.
 
     Raises:
         UserError: a mistake. A new run folder is only made when there is none.
     """
-    given = parse_train_arguments(argv)
     out = given.get("out")
     begun = RunFolder.find(str(out) if out else None) if given.get("resume") else None
     config = resumed(begun.read_config(), given) if begun else config_from(given)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from rich.columns import Columns
 from rich.console import Console
 from rich.text import Text
 
-from efe_train.config import DATASET, Parser, TrainConfig, UserError, flag
+from efe_train.commands import ShowConfig
+from efe_train.config import TrainConfig, UserError
 from efe_train.folder import RunFolder
 from efe_train.scores import Solution, read_solutions, size_text, verdict, wrong_cells
 from efe_train.tasks import COLOURS, SPLITS, Grid, Task, load_tasks, task_json
@@ -21,28 +21,12 @@ DARK = {0, 1, 9}
 STYLES = tuple(f"{'white' if colour in DARK else 'black'} on {COLOURS[colour]}" for colour in range(len(COLOURS)))
 
 
-@dataclass(frozen=True)
-class ShowConfig:
-    """What `efe-train show` was asked to do: each field is an argument."""
-
-    task: str = field(metadata=flag("id of a task", named=False, metavar="TASK"))
-    checkpoint: str | None = field(
-        default=None, metadata=flag("run folder: show its attempts, once it has been evaluated", metavar="RUN")
-    )
-    dataset: str | None = field(
-        default=None,
-        metadata=flag(f"{DATASET} (default: the run's, {TrainConfig.dataset} without one)", metavar="NAME"),
-    )
-
-
-def main(argv: Sequence[str]) -> int:
+def main(config: ShowConfig) -> int:
     """Print a task. Returns the exit code.
 
     Raises:
         UserError: there is no such run, data set or task.
     """
-    parser = Parser(ShowConfig, prog="efe-train show", description="Print a task, and what a run made of it.")
-    config = ShowConfig(**vars(parser.parse_args(argv)))
     dataset, solutions = config.dataset or TrainConfig.dataset, []
     if config.checkpoint:
         folder = RunFolder.find(config.checkpoint, holding=["config.json"])

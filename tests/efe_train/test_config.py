@@ -11,13 +11,13 @@ from efe_train.config import (
     PARTS,
     TrainConfig,
     UserError,
-    choose_precision,
     config_from,
     learning_rates,
     parse_train_arguments,
     resumed,
     term_weights,
 )
+from efe_train.device import choose_precision
 
 
 def test_flags_work_with_underscore_and_with_hyphen() -> None:

@@ -1,0 +1,105 @@
+"""The commands of `efe-train` and their flags: parsed before anything is imported that takes long."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from efe_train.config import COUNT, DATASET, Parser, TrainConfig, UserError, flag, number, parse_train_arguments
+
+STEPS = number(int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `efe-train evaluate` was asked to do: each field is a flag."""
+
+    checkpoint: str = field(metadata=flag("run folder", metavar="DIR"))
+    dataset: str | None = field(default=None, metadata=flag(f"{DATASET} (default: the run's)", metavar="NAME"))
+    split: str = field(
+        default="eval", metadata=flag("which tasks to solve (default {default})", choices=("eval", "train"))
+    )
+    adapt: int = field(
+        default=0,
+        metadata=flag(
+            "train a copy of the planner on the demonstrations of each task for N steps before it solves the task "
+            "(default {default}); on two CPU cores 60 steps take about three seconds a task",
+            type=STEPS,
+            metavar="N",
+        ),
+    )
+    max_tasks: int | None = field(default=None, metadata=flag("solve the first N tasks only", type=COUNT, metavar="N"))
+    tasks_per_batch: int | None = field(
+        default=None,
+        metadata=flag(
+            "tasks that are adapted to side by side, at most (default: 8 on the CPU, 32 on a GPU)",
+            type=COUNT,
+            metavar="N",
+        ),
+    )
+    device: str = field(default="auto", metadata=flag("default {default}", choices=("auto", "cuda", "cpu")))
+    out: str | None = field(
+        default=None,
+        metadata=flag(
+            "where submission.json, evaluation.json and solutions.jsonl go (default: the run folder)", metavar="DIR"
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `efe-train report` was asked to do: each field is an argument."""
+
+    run: str = field(metadata=flag("run folder", named=False, metavar="RUN"))
+    out: str | None = field(
+        default=None, metadata=flag("the page (default: report.html in the run folder)", metavar="FILE")
+    )
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """What `efe-train show` was asked to do: each field is an argument."""
+
+    task: str = field(metadata=flag("id of a task", named=False, metavar="TASK"))
+    checkpoint: str | None = field(
+        default=None, metadata=flag("run folder: show its attempts, once it has been evaluated", metavar="RUN")
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata=flag(f"{DATASET} (default: the run's, {TrainConfig.dataset} without one)", metavar="NAME"),
+    )
+
+
+class Command(NamedTuple):
+    """configuration: the dataclass of its flags."""
+
+    configuration: type
+    description: str
+
+
+COMMANDS = {
+    "evaluate": Command(EvaluateConfig, "Score a checkpoint of efe-train."),
+    "report": Command(ReportConfig, "Draw a run on one page, to open in a browser."),
+    "show": Command(ShowConfig, "Print a task, and what a run made of it."),
+}
+"""By the names of the modules that carry them out. Without one, efe-train trains."""
+
+
+def parse(argv: Sequence[str]) -> tuple[str, object]:
+    """The module that carries out a command, and what its `main` takes: the flags.
+
+    Raises:
+        UserError: a mistake in the command or in its flags.
+    """
+    name = argv[0] if argv else ""
+    if name in COMMANDS:
+        command = COMMANDS[name]
+        parser = Parser(command.configuration, prog=f"efe-train {name}", description=command.description)
+        return name, command.configuration(**vars(parser.parse_args(argv[1:])))
+    if name and not name.startswith("-"):
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(COMMANDS)}; without one, efe-train trains."
+        raise UserError(f"{name!r} is not a command of efe-train: {hint}")
+    return "run", parse_train_arguments(argv)
