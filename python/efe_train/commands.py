@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from efe_train.config import COUNT, DATASET, Parser, TrainConfig, UserError, flag, number, parse_train_arguments
-
-STEPS = number(int, lambda value: value >= 0, "a whole number of at least 0")
+from efe_train.config import COUNT, DATASET, LENGTH, Parser, TrainConfig, UserError, flag, settings_from, train_parser
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class EvaluateConfig:
         metadata=flag(
             "train a copy of the planner on the demonstrations of each task for N steps before it solves the task "
             "(default {default}); on two CPU cores 60 steps take about three seconds a task",
-            type=STEPS,
+            type=LENGTH,
             metavar="N",
         ),
     )
@@ -103,3 +102,31 @@ def parse(argv: Sequence[str]) -> tuple[str, object]:
         hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(COMMANDS)}; without one, efe-train trains."
         raise UserError(f"{name!r} is not a command of efe-train: {hint}")
     return "run", parse_train_arguments(argv)
+
+
+def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
+    """The settings that were given, under the names of TrainConfig's fields: as flags, or else in the file of --config.
+
+    Raises:
+        UserError: a mistake in the flags or in the file.
+    """
+    parser = train_parser()
+    about = "settings in YAML or JSON, such as the config.json of a run; flags override them"
+    parser.add_argument("--config", metavar="FILE", help=about)
+    given = vars(parser.parse_args(argv))
+    file = given.pop("config")
+    return {**(read_settings(file) if file else {}), **given}
+
+
+def read_settings(file: str) -> dict[str, object]:
+    import yaml
+
+    try:
+        return settings_from(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    except OSError as error:
+        reason = f"{error.strerror}."
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = f"{' '.join(str(error).split())}."
+    except UserError as error:
+        reason = str(error)
+    raise UserError(f"--config {file!r} cannot be read as settings: {reason}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 NUM_COLORS = 10
 MAX_GRID_SIZE = 30
@@ -38,6 +38,7 @@ def number(kind: Callable[[str], float], accept: Callable[[float], bool], wanted
 
 
 COUNT = number(int, lambda value: value >= 1, "a whole number of at least 1")
+LENGTH = number(int, lambda value: value >= 0, "a whole number of at least 0")
 RANK = number(int, lambda value: value >= 0, "a whole number of at least 0 (0 trains Qwen's own weights)")
 SEED = number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2147483647")
 RATE = number(float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -88,6 +89,18 @@ def flag(help: str, *, fixed: bool = False, named: bool = True, **settings: obje
     return {"help": help, "fixed": fixed, "named": named, "settings": settings}
 
 
+class Lora(NamedTuple):
+    """Adapters of a language model, as the flags of the same names describe them; none where the rank is 0."""
+
+    rank: int = 0
+    alpha: int | None = None
+    dropout: float = 0.0
+    targets: str = "all-linear"
+
+
+WITHOUT_LORA = Lora()
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What `efe-train` was asked to do: each field is a flag. Rates of None are chosen by `learning_rates`."""
@@ -108,6 +121,18 @@ class TrainConfig:
     qwen_lr: float | None = field(
         default=None,
         metadata=flag("rate of Qwen and its projection; " + RATES % (PRETRAINED_RATES[1], SMALL_RATES[1]), type=RATE),
+    )
+    schedule: str = field(
+        default="cosine",
+        metadata=flag(
+            "what becomes of the rates after the warm-up until only the policy learns (default {default})",
+            choices=("constant", "cosine"),
+            fixed=True,
+        ),
+    )
+    warmup: int = field(
+        default=20,
+        metadata=flag("batches over which the rates rise at first (default {default})", type=LENGTH, fixed=True),
     )
     max_grad_norm: float = field(
         default=1.0, metadata=flag("gradient clipping, 0 for none (default {default})", type=NORM, fixed=True)
@@ -136,6 +161,27 @@ class TrainConfig:
             "freeze Qwen and train adapters of this rank on its linear layers (default {default}: train Qwen itself)",
             type=RANK,
             metavar="N",
+            fixed=True,
+        ),
+    )
+    lora_alpha: int | None = field(
+        default=None,
+        metadata=flag(
+            "the adapters' update is multiplied by this over the rank (default: twice the rank)",
+            type=COUNT,
+            metavar="N",
+            fixed=True,
+        ),
+    )
+    lora_dropout: float = field(
+        default=WITHOUT_LORA.dropout,
+        metadata=flag("dropout before the adapters (default {default})", type=SHARE, fixed=True),
+    )
+    lora_targets: str = field(
+        default=WITHOUT_LORA.targets,
+        metadata=flag(
+            "names of the layers that get adapters, between commas, as q_proj,v_proj (default {default})",
+            metavar="NAME,...",
             fixed=True,
         ),
     )
@@ -204,10 +250,18 @@ class TrainConfig:
     out: str | None = field(
         default=None, metadata=flag("run folder (default: a new folder under runs/)", metavar="DIR")
     )
+    save_every: int = field(
+        default=50,
+        metadata=flag("write a checkpoint after every N batches (default {default})", type=COUNT, metavar="N"),
+    )
     resume: bool = field(default=False, metadata=flag("continue the run in --out, or the newest one under runs/"))
     log_with: str | None = field(
         default=None, metadata=flag("also log to this tracker", choices=("tensorboard", "wandb"))
     )
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     def has(self, part: str) -> bool:
         """Whether a part of the agent, one of PARTS, is not left out."""
@@ -240,16 +294,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists every flag).")
 
 
-def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
-    """The flags that were given, under the names of TrainConfig's fields."""
-    parser = Parser(
+def train_parser() -> Parser:
+    return Parser(
         TrainConfig,
         prog="efe-train",
         description="Train an ARC planner and Qwen with the Expected Free Energy loss.",
         epilog="Other commands: `efe-train evaluate --checkpoint RUN` scores a run and writes an ARC-Prize submission, "
         "`efe-train report RUN` draws a run on a page to open in a browser, `efe-train show TASK` prints a task.",
     )
-    return vars(parser.parse_args(argv))
 
 
 def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
@@ -268,20 +320,31 @@ def resumed(saved: TrainConfig, given: dict[str, object]) -> TrainConfig:
 
 
 def config_from_saved(values: object) -> TrainConfig:
-    """The settings of config.json, which is a file that anything can happen to: each is read as its flag would be.
+    """The settings of config.json, which is a file that anything can happen to.
 
     Raises:
         UserError: they are not the settings of a run.
     """
+    known = {each.name for each in fields(TrainConfig)}
+    kept = {name: value for name, value in values.items() if name in known} if isinstance(values, dict) else values
+    return config_from(settings_from(kept))
+
+
+def settings_from(values: object) -> dict[str, object]:
+    """The settings that a file holds, each read as its flag would be, under the names of TrainConfig's fields.
+
+    Raises:
+        UserError: they are not settings of a run.
+    """
     if not isinstance(values, dict):
         raise UserError("it should hold an object.")
-    given = {each.name: values[each.name] for each in fields(TrainConfig) if each.name in values}
+    switches = {each.name for each in fields(TrainConfig) if each.default is False}
     spelled = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in given.items()
-        if value is not None and value is not False
+        f"--{name}" if name in switches and value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value is not None and not (name in switches and value is False)
     ]
-    return config_from(parse_train_arguments(spelled))
+    return vars(train_parser().parse_args(spelled))
 
 
 def config_from(values: dict[str, object]) -> TrainConfig:

@@ -50,7 +50,7 @@ def load_solver(folder: RunFolder, config: TrainConfig, device: torch.device, st
     """
     state = folder.read_checkpoint()
     dtype, _ = choose_precision("auto", device)
-    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
     agent = build_agent(config, prompter, device, dtype)
     efe_loss = build_loss(config, reduction="none")
     for name, module in (*agent.named_children(), ("efe_loss", efe_loss)):

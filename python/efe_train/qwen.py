@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efe_kernels import masked_mean_pool
-from efe_train.config import PROMPT_DIM, UserError
+from efe_train.config import PROMPT_DIM, WITHOUT_LORA, Lora, UserError
 from efe_train.data import Query, prompt_text
 from efe_train.files import REMEDY
 from efe_train.standardise import Standardise
@@ -56,20 +56,27 @@ class Prompter(nn.Module):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def add_lora(self, rank: int) -> None:
-        """Freeze the language model and add to each of its linear layers a trainable update of low rank.
+    def add_lora(self, lora: Lora) -> None:
+        """Freeze the language model and add to some of its linear layers a trainable update of low rank.
 
         The update is 0 at first: the prompts stay those of the model (Hu et al. 2021, "LoRA").
 
         Raises:
-            UserError: peft is not installed.
+            UserError: peft is not installed, or the model has no layer of those names.
         """
-        check_lora(rank)
+        check_lora(lora)
         from peft import LoraConfig, inject_adapter_in_model
 
         # peft leaves lora_alpha alone when the rank changes: a fixed ratio keeps the size of a step.
-        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-        inject_adapter_in_model(settings, self.language_model)
+        alpha = lora.alpha or 2 * lora.rank
+        targets = lora.targets if lora.targets == "all-linear" else lora.targets.split(",")
+        settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
+        try:
+            inject_adapter_in_model(settings, self.language_model)
+        except ValueError as error:
+            raise UserError(
+                f"--lora_targets {lora.targets!r} cannot get adapters: {str(error).splitlines()[0]}"
+            ) from None
 
     def save_architecture(self, folder: Path) -> None:
         """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""
@@ -122,13 +129,13 @@ class PromptCache:
         self.rows = OrderedDict(zip(state["keys"], state["rows"].to(device).unbind(), strict=True))
 
 
-def build_prompter(name: str | None, lora_rank: int = 0) -> tuple[Prompter, str]:
-    """The prompter of `--qwen_model` and `--lora_rank`, and a sentence about it.
+def build_prompter(name: str | None, lora: Lora = WITHOUT_LORA) -> tuple[Prompter, str]:
+    """The prompter of `--qwen_model` and of `--lora_rank` and its like, and a sentence about it.
 
     Raises:
         UserError: neither a folder with a saved model nor an id that can be loaded, or peft is missing.
     """
-    check_lora(lora_rank)
+    check_lora(lora)
     if name is None:
         model, tokenizer = small_qwen()
         prompter = Prompter(model, tokenizer, SMALL_TOKENS)
@@ -140,16 +147,21 @@ def build_prompter(name: str | None, lora_rank: int = 0) -> tuple[Prompter, str]
         prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS)
         cast = f", loaded in {' and '.join(stored)} and cast up to float32 master weights" if stored else ""
         about = f"{name}, {millions(prompter)} parameters{cast}"
-    if lora_rank:
-        prompter.add_lora(lora_rank)
-        about += f"; frozen, with adapters of rank {lora_rank}: {millions(prompter, trained=True)} parameters train"
+    if lora.rank:
+        prompter.add_lora(lora)
+        about += f"; frozen, with adapters of rank {lora.rank}: {millions(prompter, trained=True)} parameters train"
     return prompter, about
 
 
-def check_lora(rank: int) -> None:
-    if rank and importlib.util.find_spec("peft") is None:
+def check_lora(lora: Lora) -> None:
+    if not lora.rank and lora != WITHOUT_LORA:
         raise UserError(
-            f"--lora_rank {rank} needs the package peft, which is not installed: pip install peft "
+            "--lora_alpha, --lora_dropout and --lora_targets are about the adapters of --lora_rank, which was 0: "
+            "set it above 0, or leave them out."
+        )
+    if lora.rank and importlib.util.find_spec("peft") is None:
+        raise UserError(
+            f"--lora_rank {lora.rank} needs the package peft, which is not installed: pip install peft "
             "(it is the extra `lora` of efe-kernels)."
         )
 
@@ -236,10 +248,10 @@ def check_exists(name: str) -> None:
     )
 
 
-def load_architecture(folder: Path, name: str | None, lora_rank: int = 0) -> Prompter:
+def load_architecture(folder: Path, name: str | None, lora: Lora = WITHOUT_LORA) -> Prompter:
     """The prompter that `save_architecture` wrote, with random weights for the checkpoint to replace.
 
-    name, lora_rank: the --qwen_model and --lora_rank of that run.
+    name, lora: of that run.
 
     Raises:
         UserError: the folder is damaged, or the run has adapters and peft is missing.
@@ -253,6 +265,6 @@ def load_architecture(folder: Path, name: str | None, lora_rank: int = 0) -> Pro
     except Exception as error:  # transformers and tokenizers raise what a broken file happens to break
         raise UserError(f"{folder} cannot be loaded ({type(error).__name__}): {REMEDY}.") from None
     prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
-    if lora_rank:
-        prompter.add_lora(lora_rank)
+    if lora.rank:
+        prompter.add_lora(lora)
     return prompter

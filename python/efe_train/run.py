@@ -39,8 +39,6 @@ from efe_train.train import Trainer
 LOG_EVERY = 10
 """Batches between two readings of the metrics, which is when the host waits for the device."""
 
-SAVE_EVERY = 50
-
 
 class NotFinite(Exception):
     """Training met NaN or Inf; the red flag that explains it has been reported."""
@@ -130,7 +128,7 @@ def prepare(given: dict[str, object]) -> Run:
 
 def created(config: TrainConfig) -> tuple[RunFolder, Prompter, str]:
     """A new run's folder and prompter, and a sentence about the latter."""
-    prompter, about = build_prompter(config.qwen_model, config.lora_rank)
+    prompter, about = build_prompter(config.qwen_model, config.lora)
     folder = RunFolder.create(config.out)
     prompter.save_architecture(folder.qwen)
     return folder, prompter, about
@@ -138,7 +136,7 @@ def created(config: TrainConfig) -> tuple[RunFolder, Prompter, str]:
 
 def continued(config: TrainConfig, folder: RunFolder) -> tuple[RunFolder, Prompter, str]:
     """The same of a run that goes on."""
-    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora_rank)
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
     return folder, prompter, "as the run began with it"
 
 
@@ -206,7 +204,7 @@ class Run:
                 bar.update()
                 if last:
                     break
-                if done % SAVE_EVERY == 0:
+                if done % trainer.config.save_every == 0:
                     self.save()
                     self.candidate = done
             self.finish()

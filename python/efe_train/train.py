@@ -26,9 +26,6 @@ POLICY_RATES = (0.2, 2.0)
 What is learned of a planner that moves is soon out of date.
 """
 
-WARMUP = 20
-"""Batches over which the rates rise: at the full rate, the first steps would spoil what the look-up says."""
-
 
 def build_agent(config: TrainConfig, prompter: Prompter, device: torch.device, dtype: torch.dtype) -> Agent:
     # The order in which first weights are drawn: in another one, a seed would give another run.
@@ -46,11 +43,15 @@ def epoch_weight(epoch: int) -> float:
     return 0.6 if epoch == 0 else 0.3
 
 
-def rate_factor(done: int, batches: int) -> float:
-    """What the rates of planner, loss and Qwen are multiplied by after `done` of `batches`: up, then down to 0."""
+def rate_factor(done: int, batches: int, schedule: str = "cosine", warmup: int = 20) -> float:
+    """What the rates of planner, loss and Qwen are multiplied by after `done` of `batches`; 0 after the last one.
+
+    They rise over `warmup` batches: at the full rate, the first steps would spoil what the look-up says.
+    """
     if done >= batches:
         return 0.0
-    return min(1.0, (done + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done / batches))
+    rising = min(1.0, (done + 1) / warmup) if warmup else 1.0
+    return rising * (0.5 * (1 + math.cos(math.pi * done / batches)) if schedule == "cosine" else 1.0)
 
 
 class Trials(NamedTuple):
@@ -190,7 +191,9 @@ class Trainer:
 
     def rate(self) -> float:
         """What the rates of planner, loss and Qwen are multiplied by in this batch."""
-        return 1.0 if self.planner_batches is None else rate_factor(self.batches_done, self.planner_batches)
+        if self.planner_batches is None:
+            return 1.0
+        return rate_factor(self.batches_done, self.planner_batches, self.config.schedule, self.config.warmup)
 
     def refined_rows(self, queries: int) -> slice:
         """The queries that are planned with a refined prompt: every other one by turns; in the closing phase, and where

@@ -373,9 +373,8 @@ def test_nan_after_a_checkpoint_keeps_the_checkpoint(
         return step(self, *args)
 
     monkeypatch.setattr(Trainer, "step", break_batch_5)
-    monkeypatch.setattr(run, "SAVE_EVERY", 3)
     monkeypatch.setattr(run, "LOG_EVERY", 4)
-    assert train(arc_folder, tmp_path / "run", "--max_batches", "9") == 1
+    assert train(arc_folder, tmp_path / "run", "--max_batches", "9", "--save_every", "3") == 1
     assert checkpoint(tmp_path / "run")["batches_done"] == 3
     assert "at batch 5" in (tmp_path / "run" / "training.log").read_text()
 
@@ -416,6 +415,13 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--validation", "1"), "must be a number from 0 to below 1"),
         (("--policy_share", "1"), "must be a number from 0 to below 1"),
         (("--policy_samples", "0"), "must be a whole number of at least 1"),
+        (("--warmup", "-1"), "--warmup: must be a whole number of at least 0"),
+        (("--schedule", "linear"), "invalid choice: 'linear'"),
+        (("--lora_targets", "q_proj"), "of --lora_rank, which was 0: set it above 0, or leave them out."),
+        (
+            ("--config", "nothing.yaml"),
+            "--config 'nothing.yaml' cannot be read as settings: No such file or directory.",
+        ),
         (("--augment", "much"), "invalid choice: 'much'"),
         (("--efe_weights", "rsk=1"), "must name some of risk, ambiguity"),
         (("--without", "qwen"), "must be some of look_up, prompt, refinement, hard_cell, it was 'qwen'"),

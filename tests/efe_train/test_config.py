@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from efe_kernels import EFEWeights
+from efe_train.commands import parse_train_arguments
 from efe_train.config import (
     EFE_TERMS,
     PARTS,
@@ -13,7 +18,6 @@ from efe_train.config import (
     UserError,
     config_from,
     learning_rates,
-    parse_train_arguments,
     resumed,
     term_weights,
 )
@@ -43,6 +47,42 @@ def test_flags_work_with_underscore_and_with_hyphen() -> None:
         "policy_samples": 2, "policy_share": 0.5, "efe_weights": "risk=1", "validation": 0.0,
     }  # fmt: skip
     assert parse_train_arguments(underscore) == parse_train_arguments(hyphen) == expected
+
+
+@pytest.mark.parametrize("form", ["yaml", "json"])
+def test_settings_come_from_a_file_and_flags_override_them(form: str, tmp_path: Path) -> None:
+    file = tmp_path / f"settings.{form}"
+    content = "epochs: 3\nqwen_lr: 1e-4\naugment: 'off'\nqwen_model: null\ngradient_checkpointing: true\nseed: 5\n"
+    file.write_text(content if form == "yaml" else json.dumps(yaml.safe_load(content)))
+    given = parse_train_arguments(["--seed", "6", "--config", str(file)])
+    assert given == {"epochs": 3, "qwen_lr": 1e-4, "augment": "off", "gradient_checkpointing": True, "seed": 6}
+
+
+def test_the_settings_of_a_run_are_taken_as_they_are(tmp_path: Path) -> None:
+    config = TrainConfig(epochs=2, lora_rank=3, without="prompt", max_grad_norm=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert config_from(parse_train_arguments(["--config", str(tmp_path / "config.json")])) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("- 1", "it should hold an object."),
+        ("epochs: 0", "--epochs: must be a whole number of at least 1, it was '0'"),
+        ("epoch: 3", "unrecognized arguments: --epoch=3"),
+        ("augment: off", "invalid choice: 'False'"),  # which is what YAML makes of it without quotes
+        ("resume: maybe", "argument --resume: ignored explicit argument 'maybe'"),
+        ("epochs: [", "while parsing a flow node"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_explained(content: str | bytes, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=re.escape(complaint)) as caught:
+        parse_train_arguments(["--config", str(file)])
+    assert str(caught.value).startswith(f"--config {str(file)!r} cannot be read as settings: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_setting_has_a_flag_that_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efe_train import qwen
-from efe_train.config import PROMPT_DIM, UserError
+from efe_train.config import PROMPT_DIM, Lora, UserError
 from efe_train.data import Example, Query
 from efe_train.qwen import PromptCache, Prompter
 
@@ -56,7 +56,7 @@ def test_prompts_are_told_apart_by_more_than_a_tenth_of_their_size(prompter: Pro
 @pytest.fixture
 def adapted(prompter: Prompter) -> Prompter:
     pytest.importorskip("peft")
-    prompter.add_lora(4)
+    prompter.add_lora(Lora(4))
     return prompter
 
 
@@ -103,7 +103,7 @@ def test_a_missing_peft_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
     with pytest.raises(UserError, match=r"--lora_rank 8 needs the package peft.*extra `lora`") as caught:
-        qwen.build_prompter("./never/looked/for", lora_rank=8)
+        qwen.build_prompter("./never/looked/for", lora=Lora(8))
     assert "\n" not in str(caught.value)
 
 
@@ -231,11 +231,29 @@ def test_the_architecture_of_a_run_with_lora_takes_its_weights(
     with torch.no_grad():
         for weight in trainable(adapted).values():
             weight.add_(0.01)
-    restored = qwen.load_architecture(tmp_path, None, lora_rank=4)
+    restored = qwen.load_architecture(tmp_path, None, lora=Lora(4))
     restored.load_state_dict(adapted.state_dict())
     assert trainable(restored).keys() == trainable(adapted).keys()
     with torch.no_grad():
         assert torch.equal(restored(queries), adapted(queries))
+
+
+def test_adapters_are_those_that_were_asked_for(prompter: Prompter) -> None:
+    pytest.importorskip("peft")
+    prompter.add_lora(Lora(4, alpha=3, dropout=0.25, targets="q_proj,v_proj"))
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable(prompter) if "lora_" in name}
+    assert names == {"q_proj", "v_proj"}
+    model: Any = prompter.language_model
+    adapter = model.layers[0].self_attn.q_proj
+    assert adapter.scaling["default"] == 3 / 4
+    assert adapter.lora_dropout["default"].p == 0.25
+
+
+def test_adapters_for_layers_that_the_model_lacks_are_refused(prompter: Prompter) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(UserError, match="--lora_targets 'query' cannot get adapters: ") as caught:
+        prompter.add_lora(Lora(4, targets="query"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "../model", "/no/such/model", "a/b/c"])

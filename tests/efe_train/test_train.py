@@ -296,6 +296,12 @@ def test_the_rates_rise_then_fall_to_nothing_and_stay_there() -> None:
     assert factors[100:] == [0.0] * 10
 
 
+def test_the_rates_of_a_constant_schedule_rise_and_stay_until_the_closing_phase() -> None:
+    factors = [rate_factor(done, 10, "constant", 4) for done in range(12)]
+    assert factors == [0.25, 0.5, 0.75] + [1.0] * 7 + [0.0] * 2
+    assert rate_factor(0, 10, "constant", 0) == 1
+
+
 @pytest.mark.parametrize("batches", [1, 2, 3, 30])
 def test_the_planner_learns_in_every_batch_that_is_its_own(batches: int) -> None:
     assert all(0 < rate_factor(done, batches) <= 1 for done in range(batches))
