@@ -41,17 +41,19 @@ class RunFolder:
 
     @classmethod
     def create(cls, out: str | None) -> RunFolder:
-        """An empty run folder; without a name one under runs/ that tells the time.
+        """A folder for a new run; without a name one under runs/ that tells the time. What a run that was killed before
+        its first checkpoint left there is overwritten.
 
         Raises:
             UserError: the folder holds a run already or cannot be made.
         """
-        path = Path(out) if out else RUNS / time.strftime("%Y%m%d-%H%M%S")
-        if (path / "config.json").exists() or (path / "checkpoint.pt").exists():
+        folder = cls(Path(out) if out else RUNS / time.strftime("%Y%m%d-%H%M%S"))
+        if folder.checkpoint.exists() or folder.read_metrics():
             raise UserError(
-                f"--out {str(path)!r} already holds a run: add --resume to continue it, or name another folder."
+                f"--out {str(folder.path)!r} already holds a run: add --resume to continue it, or name another folder."
             )
-        return cls(make_folder(path))
+        make_folder(folder.path)
+        return folder
 
     @classmethod
     def find(cls, out: str | None, holding: Sequence[str] = ("checkpoint.pt", "config.json")) -> RunFolder:

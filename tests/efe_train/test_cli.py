@@ -481,6 +481,17 @@ def test_a_tracker_gets_the_watched_values(arc_folder: Path, tmp_path: Path, mon
     assert tracker.ended
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(arc_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(arc_folder, out, "--max_batches", "2") == 0
+    expected = checkpoint(out)
+    (out / "checkpoint.pt").unlink()
+    (out / "metrics.jsonl").write_text("")
+    (out / "candidate.pt").write_bytes(b"half of a checkp")
+    assert train(arc_folder, out, "--max_batches", "2") == 0
+    assert_same(checkpoint(out), expected)
+
+
 def test_a_run_is_not_overwritten_and_not_mixed_with_another(
     arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
