@@ -57,8 +57,9 @@ def made_up_examples(count: int, side: int) -> list[Example]:
 def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tuple[Trainer, Batch]:
     import torch
 
-    from efe_train.config import TrainConfig, choose_precision
+    from efe_train.config import TrainConfig
     from efe_train.data import collate
+    from efe_train.device import choose_precision
     from efe_train.qwen import build_prompter
     from efe_train.train import Trainer
 

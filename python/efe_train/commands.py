@@ -111,21 +111,23 @@ def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
         UserError: a mistake in the flags or in the file.
     """
     parser = train_parser()
-    about = "settings in YAML or JSON, such as the config.json of a run; flags override them"
+    about = "settings in YAML or JSON, such as the config.json of a run but for out and resume; flags override them"
     parser.add_argument("--config", metavar="FILE", help=about)
     given = vars(parser.parse_args(argv))
     file = given.pop("config")
-    return {**(read_settings(file) if file else {}), **given}
+    return {**(read_settings(file) if file is not None else {}), **given}
 
 
 def read_settings(file: str) -> dict[str, object]:
     import yaml
 
     try:
-        return settings_from(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+        settings = settings_from(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+        # Which run it was is no setting of another one.
+        return {name: value for name, value in settings.items() if name not in ("out", "resume")}
     except OSError as error:
         reason = f"{error.strerror}."
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = f"{' '.join(str(error).split())}."
     except UserError as error:
         reason = str(error)

@@ -113,7 +113,7 @@ class TrainConfig:
     agent_lr: float | None = field(
         default=None,
         metadata=flag(
-            "rate of planner and loss, the policy's is a fifth of it and in the closing phase twice as much; "
+            "rate of planner and loss, the policy's is a fifth of this, and twice this in the closing phase; "
             + RATES % (PRETRAINED_RATES[0], SMALL_RATES[0]),
             type=RATE,
         ),
@@ -252,7 +252,11 @@ class TrainConfig:
     )
     save_every: int = field(
         default=50,
-        metadata=flag("write a checkpoint after every N batches (default {default})", type=COUNT, metavar="N"),
+        metadata=flag(
+            "save after every N batches; a later batch has to show that the state is good (default {default})",
+            type=COUNT,
+            metavar="N",
+        ),
     )
     resume: bool = field(default=False, metadata=flag("continue the run in --out, or the newest one under runs/"))
     log_with: str | None = field(
@@ -286,7 +290,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(of.name, **settings)
             return
         if of.default is False:
-            settings["action"] = "store_true"
+            settings["action"] = argparse.BooleanOptionalAction
         spellings = dict.fromkeys((f"--{of.name}", f"--{of.name.replace('_', '-')}"))
         self.add_argument(*spellings, dest=of.name, required=of.default is MISSING, **settings)
 
@@ -338,12 +342,16 @@ def settings_from(values: object) -> dict[str, object]:
     """
     if not isinstance(values, dict):
         raise UserError("it should hold an object.")
-    switches = {each.name for each in fields(TrainConfig) if each.default is False}
-    spelled = [
-        f"--{name}" if name in switches and value is True else f"--{name}={value}"
-        for name, value in values.items()
-        if value is not None and not (name in switches and value is False)
-    ]
+    known = {each.name: each.default for each in fields(TrainConfig)}
+    spelled = []
+    for name, value in ((str(key).replace("-", "_"), value) for key, value in values.items()):
+        if name not in known:
+            raise UserError(f"{name!r} is not a setting.")
+        if isinstance(value, bool) and known[name] is False:
+            spelled.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            # YAML takes on and off for true and false.
+            spelled.append(f"--{name}={('off', 'on')[value] if isinstance(value, bool) else value}")
     return vars(train_parser().parse_args(spelled))
 
 

@@ -42,13 +42,15 @@ class RunFolder:
     @classmethod
     def create(cls, out: str | None) -> RunFolder:
         """A folder for a new run; without a name one under runs/ that tells the time. What a run that was killed before
-        its first checkpoint left there is overwritten.
+        its first checkpoint left there is written over.
 
         Raises:
             UserError: the folder holds a run already or cannot be made.
         """
         folder = cls(Path(out) if out else RUNS / time.strftime("%Y%m%d-%H%M%S"))
-        if folder.checkpoint.exists() or folder.read_metrics():
+        # A run writes qwen/ before anything else: without it, a config.json is that of something else.
+        foreign = (folder.path / "config.json").exists() and not folder.qwen.exists()
+        if foreign or folder.checkpoint.exists() or folder.read_metrics():
             raise UserError(
                 f"--out {str(folder.path)!r} already holds a run: add --resume to continue it, or name another folder."
             )

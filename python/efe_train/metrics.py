@@ -42,7 +42,7 @@ METRICS = (
     Metric("mask_ratio", bar="mask", closing="Mask ratio", tracked=True),  # share of cells that the plan gets wrong
     Metric("reward", bar="reward", closing="Reward", signed=True, tracked=True),
     # Share of cells that the plan gets right, with Qwen's own prompt and with the refined one.
-    # acc_copying and acc_look_up are what the scaled input and the untrained planner get right of the same cells.
+    # acc_copying and acc_look_up are what the scaled input and the look-up by a fixed rule get right of the same cells.
     Metric("acc_before", closing="Accuracy before", tracked=True),
     Metric("acc_after", closing="Accuracy after", tracked=True),
     Metric("acc_copying", closing="Accuracy, copying"),

@@ -64,8 +64,8 @@ class Policy(nn.Module):
     def forward(self, state: Tensor) -> PolicyOutput:
         """state: [B, S] as `policy_state` makes it, standardised."""
         prompt, facts = state.split(self.widths, 1)
-        # Ten times as many numbers as there are facts: as they are, they would drown them.
-        hidden = nn.functional.silu(self.read(prompt / len(prompt[0]) ** 0.5) + self.see(facts))
+        # At first the facts have the say: of the prompt, ten times as many numbers, only what proves to matter counts.
+        hidden = nn.functional.silu(self.read(prompt / self.widths[0] ** 0.5) + self.see(facts))
         low, high = LOG_STD_RANGE
         # A smooth bound: a clamp would stop the gradient at its ends.
         log_std = low + (high - low) * torch.sigmoid(self.log_std(hidden))

@@ -62,21 +62,24 @@ class Prompter(nn.Module):
         The update is 0 at first: the prompts stay those of the model (Hu et al. 2021, "LoRA").
 
         Raises:
-            UserError: peft is not installed, or the model has no layer of those names.
+            UserError: peft is not installed, or the model has no linear layer of those names.
         """
         check_lora(lora)
         from peft import LoraConfig, inject_adapter_in_model
 
         # peft leaves lora_alpha alone when the rank changes: a fixed ratio keeps the size of a step.
         alpha = lora.alpha or 2 * lora.rank
-        targets = lora.targets if lora.targets == "all-linear" else lora.targets.split(",")
-        settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
-        try:
-            inject_adapter_in_model(settings, self.language_model)
-        except ValueError as error:
+        every = lora.targets == WITHOUT_LORA.targets
+        targets = lora.targets if every else [name.strip() for name in lora.targets.split(",")]
+        modules = self.language_model.named_modules()
+        names = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+        if not every and not names.issuperset(targets):
             raise UserError(
-                f"--lora_targets {lora.targets!r} cannot get adapters: {str(error).splitlines()[0]}"
-            ) from None
+                f"--lora_targets must be {WITHOUT_LORA.targets} or some of {','.join(sorted(names))} for this model, "
+                f"it was {lora.targets!r}."
+            )
+        settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
+        inject_adapter_in_model(settings, self.language_model)
 
     def save_architecture(self, folder: Path) -> None:
         """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""

@@ -13,6 +13,7 @@ class Standardise(nn.Module):
     """Each feature minus its mean over queries, divided by its deviation.
 
     The statistics are running ones, in training as well: what a query gives hardly depends on its batch.
+    A query that comes alone, which has no variance, is not counted.
     """
 
     mean: Tensor

@@ -40,6 +40,20 @@ def test_a_seed_draws_the_refinement_and_without_one_it_is_the_mean(agent: Agent
     assert not torch.equal(first, other) and not torch.equal(first, mean.refined.action)
 
 
+def test_the_policy_sees_the_state_standardised_and_evaluation_leaves_the_scale(
+    agent: Agent, examples: list[Example]
+) -> None:
+    batch = collate([example.query for example in examples])
+    state = agent.train().plan(batch, seed=1).state
+    varies = agent.policy.standardise.variance > 0.01
+    torch.testing.assert_close(state.mean(0), torch.zeros_like(state[0]), rtol=0, atol=1e-4)
+    # The variance is raised by a thousandth, a tenth of the least one here.
+    torch.testing.assert_close(state.std(0)[varies], torch.ones(int(varies.sum())), rtol=0, atol=0.06)
+    scale = {name: tensor.clone() for name, tensor in agent.policy.standardise.state_dict().items()}
+    agent.predict([example.query for example in examples[:3]], batch_size=2)
+    assert all(torch.equal(tensor, scale[name]) for name, tensor in agent.policy.standardise.state_dict().items())
+
+
 def test_gradients_of_the_plan_reach_planner_and_qwen_and_not_the_policy(agent: Agent, batch: Batch) -> None:
     plan = agent.plan(batch, seed=1)
     assert not plan.before.requires_grad and not plan.state.requires_grad

@@ -16,6 +16,7 @@ import torch
 from efe_train import run
 from efe_train.__main__ import main
 from efe_train.agent import Agent
+from efe_train.commands import parse_train_arguments
 from efe_train.config import PARTS
 from efe_train.data import Batch, Query, held_out, training_examples
 from efe_train.metrics import METRICS
@@ -175,7 +176,7 @@ def test_a_share_above_a_half_leaves_tasks_to_train_on() -> None:
 
 def prepared(folder: Path, out: Path, *arguments: str) -> Run:
     given = ["--dataset", str(folder), "--device", "cpu", "--batch_size", "6", "--out", str(out), *arguments]
-    return run.prepare(given)
+    return run.prepare(parse_train_arguments(given))
 
 
 def drawn(of: Run, count: int = 6) -> list[tuple[int, list[int]]]:
@@ -490,6 +491,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(arc_fo
     (out / "candidate.pt").write_bytes(b"half of a checkp")
     assert train(arc_folder, out, "--max_batches", "2") == 0
     assert_same(checkpoint(out), expected)
+
+
+def test_a_model_is_not_overwritten_by_a_run(
+    arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "already holds a run" in complaint(capsys, "--dataset", str(arc_folder), "--out", str(tmp_path))
+    assert (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_a_run_is_not_overwritten_and_not_mixed_with_another(

@@ -104,8 +104,7 @@ def test_a_package_that_the_command_imports_first_is_named(package: str) -> None
 @pytest.mark.parametrize("command", [[], ["evaluate"], ["report"], ["show"]])
 def test_help_and_mistyped_flags_do_not_wait_for_torch(command: list[str]) -> None:
     """torch takes seconds to import."""
-    for argument, code in (("--help", 0), ("--epocs", 2)):
+    for argument, code in (("--help", 0), ("--seed=many", 2)):
         run = [sys.executable, "-m", "tests.efe_train.without", "torch", *command, argument]
         done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert (done.returncode, "Traceback" in done.stderr) == (code, False)
-        assert "torch" not in done.stderr
+        assert (done.returncode, "torch" in done.stderr) == (code, False)

@@ -426,7 +426,7 @@ class Parrot(nn.Module):
         return self.scale * nn.functional.one_hot(grid, NUM_COLORS).float()[:, None]
 
 
-def test_accuracies_are_shares_of_cells_of_the_plan_of_copying_and_of_the_untrained_planner(
+def test_accuracies_are_shares_of_cells_of_the_plan_of_copying_and_of_the_look_up(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
