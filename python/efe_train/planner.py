@@ -53,7 +53,7 @@ class Recall(nn.Module):
         weight = trust / (known + self.doubt.exp())
         votes = (weight[:, :, None] * seen.counts).sum(1)
         # Where no table knows the pattern, the colour stays.
-        votes = votes + 1e-4 * one_hot(seen.views[:, :1])[:, :NUM_COLORS] + 1e-9
+        votes = votes + 1e-4 * unchanged(seen) + 1e-9
         return votes / votes.sum(1, keepdim=True)
 
 
@@ -141,8 +141,12 @@ class Planner(nn.Module):
         its best table says of itself. keep: [B, 1, 1, 1], what the colours of the input count for.
         """
         confidence = (self.confidence(seen.statistics[:, 0])[..., None, None] + trust).exp()
-        unchanged = one_hot(seen.views[:, :1])[:, :NUM_COLORS]
-        return confidence * (self.recall(seen, gist) + FLOOR).log() + keep * unchanged
+        return confidence * (self.recall(seen, gist) + FLOOR).log() + keep * unchanged(seen)
+
+
+def unchanged(seen: Observation) -> Tensor:
+    """[B, 10, H, W], 1 at the colour of the scaled input and 0 elsewhere."""
+    return one_hot(seen.views[:, :1])[:, :NUM_COLORS]
 
 
 def one_hot(views: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class Run:
         )
         refresh, rate = trainer.refresh_is_due(), trainer.rate()
         metrics = trainer.step(batch.to(trainer.device), epoch)
-        agent_lr, qwen_lr = (rate * full for full in trainer.rates)
+        agent_lr, qwen_lr = (group["lr"] for group in trainer.optimizer.param_groups)
         known = {
             "batch": trainer.batches_done,
             "epoch": epoch,

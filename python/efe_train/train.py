@@ -43,7 +43,9 @@ def epoch_weight(epoch: int) -> float:
     return 0.6 if epoch == 0 else 0.3
 
 
-def rate_factor(done: int, batches: int, schedule: str = "cosine", warmup: int = 20) -> float:
+def rate_factor(
+    done: int, batches: int, schedule: str = TrainConfig.schedule, warmup: int = TrainConfig.warmup
+) -> float:
     """What the rates of planner, loss and Qwen are multiplied by after `done` of `batches`; 0 after the last one.
 
     They rise over `warmup` batches: at the full rate, the first steps would spoil what the look-up says.
