@@ -121,7 +121,7 @@ def step_seconds(trainer: Trainer, batch: Batch, wait: Callable[[], None], *, re
         trainer.batches_done = 0 if refresh else 1
         wait()
         begun = time.perf_counter()
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
         wait()
         times.append(time.perf_counter() - begun)
     return statistics.median(times[1:])
@@ -137,7 +137,7 @@ def measure(batch_size: int, precision: str) -> dict[str, Any]:
     parts.watch(trainer)
     trainer.batches_done = 1
     begun = time.perf_counter()
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     synchronize()
     total = time.perf_counter() - begun
     return {
@@ -174,7 +174,7 @@ def parity(first: str, second: str, side: int) -> int:
     losses = []
     for device in (first, second):
         trainer, batch = make(8, device, "fp32", side)
-        losses.append([float(trainer.step(batch, 0)["loss"]) for _ in range(PARITY_STEPS)])
+        losses.append([float(trainer.step(Share.all_of(batch), 0)["loss"]) for _ in range(PARITY_STEPS)])
     worst = 0.0
     for step, (a, b) in enumerate(zip(*losses, strict=True)):
         error = abs(a - b) / max(abs(a), 1e-12)

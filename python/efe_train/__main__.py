@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.", file=sys.stderr)
             return 128 + signal.SIGINT
-        print(f"efe-train: {problem}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+            print(f"efe-train: {problem}", file=sys.stderr)
         return 2
 
 

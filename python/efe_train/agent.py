@@ -14,10 +14,8 @@ from efe_train.config import PROMPT_DIM
 from efe_train.data import Batch, Query, by_longer_side, collate
 from efe_train.planner import Planner
 from efe_train.policy import Policy, policy_state
-from efe_train.qwen import Prompter
+from efe_train.qwen import Prompter, Prompts
 from efe_train.tasks import Grid
-
-ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Plan:
 
     logits: [B, T, H, W, C], the plan with the prompt `used` [B, D]: the refined one, in some rows perhaps the unrefined
     `prompt` [B, D]. before: [B, H, W, C], where the plan with the unrefined prompt ends. state: [B, S],
-    what the policy saw, standardised. refined: what it did. Gradients reach prompter and planner through `logits`;
+    what the policy saw. refined: what it did. Gradients reach prompter and planner through `logits`;
     `before` and `state` have no graph.
     """
 
@@ -63,35 +61,47 @@ class Agent(nn.Module):
         self.dtype = dtype
         self.reads = reads
         self.refines = refines
+        # For kernels that are compiled for each shape.
+        self.few_shapes = device.type == "cuda"
         self.to(device)
 
-    def prompt(self, queries: Sequence[Query]) -> Tensor:
-        """Qwen's prompts [B, D], before the policy refines them."""
+    def ask(self, queries: Sequence[Query]) -> Prompts:
+        """Qwen's prompts, before the policy refines them."""
         if not self.reads:
-            return torch.zeros(len(queries), PROMPT_DIM, device=self.device)
+            return Prompts(torch.zeros(len(queries), PROMPT_DIM, device=self.device), None)
         with self.autocast():
-            prompts: Tensor = self.prompter(queries)
+            prompts: Prompts = self.prompter(queries)
         return prompts
 
-    def plan(self, batch: Batch, seed: int | None, prompt: Tensor | None = None, rows: slice = ALL) -> Plan:
+    def plan(
+        self,
+        batch: Batch,
+        noise: Tensor | None = None,
+        prompt: Tensor | None = None,
+        is_refined: Tensor | None = None,
+    ) -> Plan:
         """The plan of training and of evaluation alike.
 
-        seed: of the policy's noise; without one the policy's mean refines. prompt: [B, D], where Qwen's prompts are at
-        hand already; without it Qwen is asked. rows: the queries that are planned with the refined prompt.
+        noise: [B, D+1], standard normal, of the policy; without it the policy's mean refines. prompt: [B, D], where
+        Qwen's prompts are at hand already; without it Qwen is asked. is_refined: [B] bool, the queries that are planned
+        with the refined prompt; without it all are.
         """
         # 1. Qwen's prompts.
         if prompt is None:
-            prompt = self.prompt(batch.queries)
+            prompt = self.ask(batch.queries).prompt
 
         # 2. What the planner would do with the unrefined prompt.
         before = self.outcome(batch, prompt)
 
         # 3. The policy refines the prompt. A loss of the plan trains Qwen through the refined prompt, not the policy.
-        state = self.policy.standardise(policy_state(prompt, before, batch))
-        refined = self.policy.refine_prompt(prompt, state, seed)
-        chosen = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
-        chosen[rows] = self.refines
-        used = torch.where(chosen, refined.prompt, prompt)
+        state = policy_state(prompt, before, batch)
+        refined = self.policy.refine_prompt(prompt, state, noise)
+        if not self.refines:
+            used = prompt
+        elif is_refined is None:
+            used = refined.prompt
+        else:
+            used = torch.where(is_refined[:, None], refined.prompt, prompt)
 
         # 4. The plan with that prompt. Its logits keep the dtype that autocast gives them.
         with self.autocast():
@@ -114,8 +124,8 @@ class Agent(nn.Module):
         grids: dict[int, Grid] = {}
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
-            batch = collate([queries[index] for index in part], few_shapes=self.device.type == "cuda").to(self.device)
-            ends = self.plan(batch, seed=None).logits[:, -1].argmax(-1).cpu().numpy()
+            batch = collate([queries[index] for index in part], few_shapes=self.few_shapes).to(self.device)
+            ends = self.plan(batch).logits[:, -1].argmax(-1).cpu().numpy()
             for index, end in zip(part, ends, strict=True):
                 height, width = queries[index].size
                 grids[index] = end[:height, :width]

@@ -109,7 +109,17 @@ class TrainConfig:
     max_batches: int | None = field(
         default=None, metadata=flag("stop after this many batches in all", type=COUNT, metavar="N")
     )
-    batch_size: int = field(default=32, metadata=flag("queries per batch (default {default})", type=COUNT, fixed=True))
+    batch_size: int = field(
+        default=32, metadata=flag("queries per batch, over all processes (default {default})", type=COUNT, fixed=True)
+    )
+    accumulate: int = field(
+        default=1,
+        metadata=flag(
+            "work through each batch in N parts, which takes less memory and changes no gradient (default {default})",
+            type=COUNT,
+            metavar="N",
+        ),
+    )
     agent_lr: float | None = field(
         default=None,
         metadata=flag(
@@ -185,6 +195,10 @@ class TrainConfig:
             fixed=True,
         ),
     )
+    compile: bool = field(
+        default=False,
+        metadata=flag("compile planner, loss and Qwen with torch.compile: the first batches take minutes"),
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata=flag("compute Qwen's activations again in backward: less memory, more time")
     )
@@ -254,6 +268,22 @@ class TrainConfig:
         default=50,
         metadata=flag(
             "save after every N batches; a later batch has to show that the state is good (default {default})",
+            type=COUNT,
+            metavar="N",
+        ),
+    )
+    keep: int = field(
+        default=2,
+        metadata=flag(
+            "checkpoints to keep: the last N, and the best by the held-out tasks (default {default})",
+            type=COUNT,
+            metavar="N",
+        ),
+    )
+    patience: int | None = field(
+        default=None,
+        metadata=flag(
+            "end when the held-out tasks were solved no better for N epochs (default: train to the end)",
             type=COUNT,
             metavar="N",
         ),

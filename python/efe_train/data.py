@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -116,11 +116,55 @@ class Batch:
         return self.observation.valid
 
     def to(self, device: torch.device) -> Batch:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-        target = None if self.target is None else moved(self.target)
-        return Batch(self.queries, Observation(*map(moved, self.observation)), moved(self.features), target)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        target = None if self.target is None else move(self.target)
+        return Batch(self.queries, Observation(*map(move, self.observation)), move(self.features), target)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of a batch that are planned at once. rows: their places in the batch. weight: [n] float32, what each
+    counts: 1, or 0 where a process repeats a query that is another one's.
+    """
+
+    batch: Batch
+    rows: tuple[int, ...]
+    weight: Tensor
+
+    def to(self, device: torch.device) -> Part:
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Part:
+        return self.moved(Tensor.pin_memory)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Part:
+        return Part(self.batch.moved(move), self.rows, move(self.weight))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process does of a batch, in parts that need its memory one after another.
+
+    queries: of the whole batch, as they are shown to Qwen.
+    """
+
+    queries: tuple[Query, ...]
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def all_of(cls, batch: Batch) -> Share:
+        """The share of a process that is alone."""
+        count = len(batch.queries)
+        return cls(batch.queries, (Part(batch, tuple(range(count)), torch.ones(count)),)).to(batch.valid.device)
+
+    def to(self, device: torch.device) -> Share:
+        return Share(self.queries, tuple(part.to(device) for part in self.parts))
+
+    def pinned(self) -> Share:
+        """In memory that a GPU fetches by itself, so that nothing waits for the copy."""
+        return Share(self.queries, tuple(part.pinned() for part in self.parts))
 
 
 def training_examples(tasks: Sequence[Task]) -> list[Example]:
@@ -186,13 +230,12 @@ def collate(
     augmentations: Sequence[Augmentation] | None = None,
     *,
     few_shapes: bool = False,
+    shape: tuple[int, int] | None = None,
 ) -> Batch:
-    """Pad queries, and where given their answers, to the largest grid among them, or to one of few shapes."""
+    """Pad queries, and where given their answers, to the largest grid among them, one of few shapes, or a given one."""
     changes = augmentations or [AS_IT_IS] * len(queries)
     sizes = [change.size(query.size) for change, query in zip(changes, queries, strict=True)]
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    if few_shapes:
-        height = width = SIDE_STEP * math.ceil(max(height, width) / SIDE_STEP)
+    height, width = shape or padded_shape(sizes, few_shapes)
     valid = np.zeros((len(queries), height, width), dtype=np.bool_)
     views = np.full((len(queries), len(WATCHED), height, width), OUTSIDE, dtype=np.int64)
     counts = np.zeros((len(queries), KEPT, NUM_COLORS, height, width), dtype=np.float32)
@@ -206,11 +249,55 @@ def collate(
     tables = np.stack([query.lookup.tables for query in queries])
     statistics = np.stack([query.lookup.statistics for query in queries])
     return Batch(
-        tuple(map(Query.augmented, queries, augmentations)) if augmentations else tuple(queries),
+        shown(queries, augmentations),
         Observation(*map(torch.from_numpy, (valid, views, counts, tables, statistics))),
         torch.tensor([query.facts.vector() for query in queries], dtype=torch.float32),
         torch.from_numpy(target) if answers is not None else None,
     )
+
+
+def padded_shape(sizes: Sequence[tuple[int, int]], few_shapes: bool) -> tuple[int, int]:
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    if few_shapes:
+        height = width = SIDE_STEP * math.ceil(max(height, width) / SIDE_STEP)
+    return height, width
+
+
+def shown(queries: Sequence[Query], augmentations: Sequence[Augmentation] | None) -> tuple[Query, ...]:
+    return tuple(map(Query.augmented, queries, augmentations)) if augmentations else tuple(queries)
+
+
+def share_out(
+    examples: Sequence[Example],
+    augmentations: Sequence[Augmentation] | None = None,
+    *,
+    positions: Sequence[int] | None = None,
+    parts: int = 1,
+    few_shapes: bool = False,
+) -> Share:
+    """The share of one process, padded as the whole batch is: so the same shapes are planned by all of them.
+
+    positions: its rows, counted on into repeats of the batch (`Processes.positions`); without them it is alone. parts:
+    in how many parts at most.
+    """
+    changes = augmentations or [AS_IT_IS] * len(examples)
+    sizes = [change.size(example.query.size) for change, example in zip(changes, examples, strict=True)]
+    shape = padded_shape(sizes, few_shapes)
+
+    def part(places: Sequence[int]) -> Part:
+        rows = tuple(place % len(examples) for place in places)
+        batch = collate(
+            [examples[row].query for row in rows],
+            [examples[row].answer for row in rows],
+            [changes[row] for row in rows] if augmentations else None,
+            shape=shape,
+        )
+        return Part(batch, rows, torch.tensor([float(place < len(examples)) for place in places]))
+
+    own = range(len(examples)) if positions is None else positions
+    split = np.array_split(own, min(parts, len(own)))
+    queries = shown([example.query for example in examples], augmentations)
+    return Share(queries, tuple(part(places.tolist()) for places in split))
 
 
 def prompt_text(query: Query, max_chars: int) -> str:

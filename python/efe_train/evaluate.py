@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from efe_train.adapt import SIDE_BY_SIDE, batches
+from efe_train.checkpoint import STATE, digest
 from efe_train.commands import EvaluateConfig
 from efe_train.config import TrainConfig, UserError
 from efe_train.data import evaluation_queries
 from efe_train.device import choose_device, choose_precision
 from efe_train.files import replaced
-from efe_train.folder import RunFolder, digest, make_folder
+from efe_train.folder import RunFolder, make_folder
 from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.qwen import load_architecture
 from efe_train.report import write_report
@@ -52,7 +53,7 @@ def load_solver(folder: RunFolder, config: TrainConfig, device: torch.device, st
     dtype, _ = choose_precision("auto", device)
     prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
     agent = build_agent(config, prompter, device, dtype)
-    efe_loss = build_loss(config, reduction="none")
+    efe_loss = build_loss(config)
     for name, module in (*agent.named_children(), ("efe_loss", efe_loss)):
         with folder.fitting():
             module.load_state_dict(state["modules"][name])
@@ -133,7 +134,7 @@ def main(config: EvaluateConfig) -> int:
     if not tasks:
         raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
     # Whatever changes the solutions of a task.
-    about = json.dumps([digest(folder.checkpoint), config.adapt, dataset, config.split, device.type])
+    about = json.dumps([digest(folder.checkpoint / STATE), config.adapt, dataset, config.split, device.type])
     evaluation = hashlib.sha256(about.encode()).hexdigest()[:16]
     solver = load_solver(folder, trained, device, config.adapt, evaluation)
     out = make_folder(config.out) if config.out else folder.path

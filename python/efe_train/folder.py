@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,9 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from efe_train.checkpoint import STATE, digest, read_checkpoint, read_state, write_checkpoint
 from efe_train.config import TrainConfig, UserError, config_from_saved
 from efe_train.files import REMEDY, read_json, read_lines, replaced, written
 from efe_train.metrics import Row
+from efe_train.processes import ALONE, Processes, by_first
 
 RUNS = Path("runs")
 
@@ -34,54 +35,77 @@ def make_folder(path: str | Path) -> Path:
 
 
 class RunFolder:
-    """A folder with config.json, metrics.jsonl (one line per batch), training.log, checkpoint.pt and qwen/."""
+    """A folder with config.json, metrics.jsonl (one line per batch), training.log, checkpoints/ and qwen/.
 
-    def __init__(self, path: Path) -> None:
+    Several processes share it: the first of them writes, for all.
+    """
+
+    def __init__(self, path: Path, processes: Processes = ALONE, chosen: Path | None = None) -> None:
+        """chosen: a checkpoint of it; without it the newest one serves."""
         self.path = path
+        self.processes = processes
+        self.chosen = chosen
 
     @classmethod
-    def create(cls, out: str | None) -> RunFolder:
+    def create(cls, out: str | None, processes: Processes = ALONE) -> RunFolder:
         """A folder for a new run; without a name one under runs/ that tells the time. What a run that was killed before
         its first checkpoint left there is written over.
 
         Raises:
             UserError: the folder holds a run already or cannot be made.
         """
-        folder = cls(Path(out) if out else RUNS / time.strftime("%Y%m%d-%H%M%S"))
-        # A run writes qwen/ before anything else: without it, a config.json is that of something else.
-        foreign = (folder.path / "config.json").exists() and not folder.qwen.exists()
-        if foreign or folder.checkpoint.exists() or folder.read_metrics():
-            raise UserError(
-                f"--out {str(folder.path)!r} already holds a run: add --resume to continue it, or name another folder."
-            )
-        make_folder(folder.path)
-        return folder
+
+        def create() -> Path:
+            folder = cls(Path(out) if out else RUNS / time.strftime("%Y%m%d-%H%M%S"))
+            # A run writes qwen/ before anything else: without it, a config.json is that of something else.
+            foreign = (folder.path / "config.json").exists() and not folder.qwen.exists()
+            if foreign or folder.saved() or folder.read_metrics():
+                raise UserError(
+                    f"--out {str(folder.path)!r} already holds a run: "
+                    "add --resume to continue it, or name another folder."
+                )
+            return make_folder(folder.path)
+
+        return cls(processes.by_first(create), processes)
 
     @classmethod
-    def find(cls, out: str | None, holding: Sequence[str] = ("checkpoint.pt", "config.json")) -> RunFolder:
-        """The run folder of that name, or the newest one under runs/.
+    def find(
+        cls, out: str | None, holding: Sequence[str] = ("checkpoints", "config.json"), processes: Processes = ALONE
+    ) -> RunFolder:
+        """The run folder of that name, or that of a checkpoint in it, or the newest one under runs/.
 
         Raises:
-            UserError: there is none, or it lacks one of the files that it should be holding.
+            UserError: there is none, or it lacks something that it should be holding.
         """
-        newest = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
+        newest = sorted(RUNS.glob(f"*/checkpoints/batch-*/{STATE}"), key=lambda file: file.stat().st_mtime)
         if not out and not newest:
             raise UserError(
                 f"There is no run with a checkpoint under {RUNS}/ to go on from: name one, or begin a new run."
             )
-        path = Path(out) if out else newest[-1].parent
-        if not all((path / name).is_file() for name in holding):
+        path = Path(out) if out else newest[-1].parents[2]
+        chosen = path if (path / STATE).is_file() and path.parent.name == "checkpoints" else None
+        folder = cls(path.parents[1] if chosen else path, processes, chosen)
+        lacking = [name for name in holding if not (folder.path / name).exists()]
+        if lacking or ("checkpoints" in holding and not folder.saved()):
             raise UserError(f"{str(path)!r} is not a run folder: it should hold {' and '.join(holding)}.")
-        return cls(path)
+        return folder
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def saved(self) -> list[Path]:
+        """Its checkpoints, the newest last."""
+        return sorted(file.parent for file in self.checkpoints.glob(f"batch-*/{STATE}"))
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        return self.chosen or self.saved()[-1]
 
     @property
     def candidate(self) -> Path:
-        """A state that only becomes the checkpoint when the next batches show that it is good."""
-        return self.path / "candidate.pt"
+        """A state that only becomes a checkpoint when the next batches show that it is good."""
+        return self.checkpoints / "candidate"
 
     @property
     def metrics(self) -> Path:
@@ -91,6 +115,7 @@ class RunFolder:
     def qwen(self) -> Path:
         return self.path / "qwen"
 
+    @by_first
     def say(self, text: str) -> None:
         """Print above the progress bar, and keep in training.log."""
         tqdm.write(text)
@@ -98,6 +123,7 @@ class RunFolder:
         with written(self.path / "training.log", "ab") as file:
             file.write((text + "\n").encode())
 
+    @by_first
     def write_config(self, config: TrainConfig) -> None:
         with replaced(self.path / "config.json") as file:
             file.write((json.dumps(asdict(config), indent=2) + "\n").encode())
@@ -110,6 +136,7 @@ class RunFolder:
         except UserError as error:
             raise UserError(f"{file} cannot be read as the settings of a run: {error}") from None
 
+    @by_first
     def append_metrics(self, rows: Iterable[Row]) -> None:
         with written(self.metrics, "ab") as file:
             file.write(lines(rows))
@@ -123,24 +150,41 @@ class RunFolder:
             rows.append(row)
         return rows
 
+    @by_first
     def cut_metrics(self, last_batch: int) -> list[dict[str, float]]:
         """Drop the rows of batches after a checkpoint, which a resumed run makes again. Returns the others."""
         rows = [row for row in self.read_metrics() if row["batch"] <= last_batch]
         with replaced(self.metrics) as file:
             file.write(lines(rows))
         if len(rows) < last_batch:
-            self.say(f"{self.metrics} is damaged: of the first {last_batch} batches it keeps {len(rows)}.")
+            RunFolder(self.path).say(
+                f"{self.metrics} is damaged: of the first {last_batch} batches it keeps {len(rows)}."
+            )
         return rows
 
+    @by_first
     def write_candidate(self, state: Mapping[str, Any]) -> None:
-        with written(self.candidate) as file:
-            torch.save(dict(state), file)
+        """state: `scores` in it are those of the held-out tasks, by which checkpoints are compared, or None."""
+        write_checkpoint(self.candidate, state)
 
-    def accept_candidate(self) -> None:
-        os.replace(self.candidate, self.checkpoint)
+    @by_first
+    def accept_candidate(self, batch: int, keep: int) -> None:
+        """Make it the checkpoint of a batch. The last `keep` stay, and the best of those that were scored."""
+        path = self.checkpoints / f"batch-{batch:06d}"
+        if not path.exists():  # else it was saved before the run was interrupted, and is the same
+            os.replace(self.candidate, path)
+        saved = self.saved()
+        scores = {each: read_state(each)[1]["scores"] for each in saved}
+        best = max((each for each in saved if scores[each]), key=lambda each: scores[each], default=None)
+        for each in saved[:-keep]:
+            if each != best:
+                leaving = each.with_name(f".{each.name}.old")
+                os.replace(each, leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
 
+    @by_first
     def drop_candidate(self) -> None:
-        self.candidate.unlink(missing_ok=True)
+        shutil.rmtree(self.candidate, ignore_errors=True)
 
     def qwen_digests(self) -> dict[str, str]:
         """SHA-256 of each file of qwen/ by its name. A checkpoint holds them: its weights fit no other Qwen."""
@@ -153,19 +197,8 @@ class RunFolder:
         Raises:
             UserError: it is damaged, or a file of qwen/ is.
         """
-        try:
-            with zipfile.ZipFile(self.checkpoint) as archive:
-                # torch does not look at the checksums: weights that a power cut left as zeros would be taken.
-                broken = archive.testzip()
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            qwen = state.get("qwen", {})
-        except (OSError, MemoryError) as error:
-            raise UserError(f"{self.checkpoint} cannot be read ({error}).") from None
-        except Exception as error:  # zipfile and torch raise what the broken file happens to break
-            raise UserError(f"{self.checkpoint} is damaged ({type(error).__name__}): {REMEDY}.") from None
-        if broken is not None:
-            raise UserError(f"{self.checkpoint} is damaged (in {broken}): {REMEDY}.")
-        for name, expected in qwen.items():
+        state = read_checkpoint(self.checkpoint)
+        for name, expected in state["qwen"]:
             file = self.qwen / name
             if not file.is_file() or digest(file) != expected:
                 raise UserError(f"{file} is {'damaged' if file.exists() else 'missing'}: {REMEDY}.")
@@ -186,11 +219,3 @@ class RunFolder:
 
 def lines(rows: Iterable[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def digest(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

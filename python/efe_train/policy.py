@@ -33,7 +33,7 @@ class PolicyOutput(NamedTuple):
 class Rollout:
     """What `Policy.update` needs of a batch; no tensor of it carries a graph.
 
-    state: [B, S]. action: [K, B, D+1] before squashing, K samples for each query. lesson: [K, B], the reward
+    state: [B, S]. action: [B, K, D+1] before squashing, K samples for each query. lesson: [B, K], the reward
     and whatever else the policy is to learn from.
     """
 
@@ -62,8 +62,8 @@ class Policy(nn.Module):
         self.value = nn.Linear(hidden, 1)
 
     def forward(self, state: Tensor) -> PolicyOutput:
-        """state: [B, S] as `policy_state` makes it, standardised."""
-        prompt, facts = state.split(self.widths, 1)
+        """state: [B, S] as `policy_state` makes it."""
+        prompt, facts = self.standardise(state).split(self.widths, 1)
         # At first the facts have the say: of the prompt, ten times as many numbers, only what proves to matter counts.
         hidden = nn.functional.silu(self.read(prompt / self.widths[0] ** 0.5) + self.see(facts))
         low, high = LOG_STD_RANGE
@@ -71,15 +71,14 @@ class Policy(nn.Module):
         log_std = low + (high - low) * torch.sigmoid(self.log_std(hidden))
         return PolicyOutput(self.mean(hidden), log_std, self.value(hidden)[:, 0])
 
-    def refine_prompt(self, prompt: Tensor, state: Tensor, seed: int | None) -> RefinedPrompt:
-        """The prompt [B, D] refined by an action drawn for the state, or by the mean action where seed is None.
+    def refine_prompt(self, prompt: Tensor, state: Tensor, noise: Tensor | None) -> RefinedPrompt:
+        """The prompt [B, D] refined by an action for the state: drawn with noise [B, D+1], without it the mean action.
 
         Gradients reach the prompt and not the policy, which learns from `update` alone.
         """
         with torch.no_grad():
             mean, log_std, _ = self(state)
-        noise = torch.zeros_like(mean) if seed is None else None
-        return refine_prompt(prompt, mean, log_std, noise=noise, seed=seed)
+        return refine_prompt(prompt, mean, log_std, noise=torch.zeros_like(mean) if noise is None else noise)
 
     @staticmethod
     def compute_reward(before: Tensor, after: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -106,10 +105,10 @@ class Policy(nn.Module):
     def update(self, rollout: Rollout, optimizer: torch.optim.Optimizer) -> PolicyUpdate:
         """One step of the score-function gradient on the rollout. optimizer: that of this policy's parameters."""
         optimizer.zero_grad(set_to_none=True)
-        samples = len(rollout.action)
+        samples = rollout.action.shape[1]
         # The samples of a query stand together, which is what a group of `rl_advantage` is.
         mean, log_std, value = (part.repeat_interleave(samples, 0) for part in self(rollout.state))
-        action, lesson = rollout.action.transpose(0, 1).flatten(0, 1), rollout.lesson.T.flatten()
+        action, lesson = rollout.action.flatten(0, 1), rollout.lesson.flatten()
         log_prob, entropy = squashed_log_prob(action, mean, log_std)
         value_target = rl_advantage(lesson, torch.zeros_like(lesson))
         # Most refinements change little: within a query it counts which sample is better, not by how much.

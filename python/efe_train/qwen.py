@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ from efe_train.standardise import Standardise
 SMALL_TOKENS = 384
 PRETRAINED_TOKENS = 2048
 """Longest prompts. A pretrained Qwen reads about as many tokens as the small one reads bytes: each digit is one."""
+
+
+class Prompts(NamedTuple):
+    """prompt: [B, D] float32. hidden: [B, E] without a graph, what the projection standardises before it projects; None
+    where no language model was asked.
+    """
+
+    prompt: Tensor
+    hidden: Tensor | None
 
 
 class Prompter(nn.Module):
@@ -39,15 +48,20 @@ class Prompter(nn.Module):
         # Texts of one kind have nearly the same mean hidden state: as it is, a tenth of a prompt would tell them apart.
         self.projection = nn.Sequential(nn.LayerNorm(width), Standardise(width), nn.Linear(width, prompt_dim))
 
-    def forward(self, queries: Sequence[Query]) -> Tensor:
-        """Prompt embeddings [B, D] in float32."""
+    def forward(self, queries: Sequence[Query]) -> Prompts:
         texts = [prompt_text(query, self.max_tokens) for query in queries]
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         device = self.projection[-1].weight.device
         ids, mask = (tokens[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask"))
         hidden = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        prompts: Tensor = self.projection(masked_mean_pool(hidden, mask.bool())).float()
-        return prompts
+        norm, standardise, project = self.projection.children()
+        level = norm(masked_mean_pool(hidden, mask.bool()))
+        return Prompts(project(standardise(level)).float(), level.detach())
+
+    def observe(self, hidden: Tensor) -> None:
+        """Count the hidden states [B, E] of a batch among those that the projection standardises by."""
+        standardise: Any = self.projection[1]
+        standardise.observe(hidden)
 
     def recompute_activations(self) -> None:
         """Of each layer keep the input alone; backward computes the rest again. For the memory of long prompts."""
@@ -90,39 +104,34 @@ class Prompter(nn.Module):
 class PromptCache:
     """The latest prompt of each query, without its graph; the least recently used leave when it is full."""
 
-    def __init__(self, capacity: int = 16384) -> None:
+    CAPACITY = 16384
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        """capacity: at least the queries of a batch, which are read together."""
         self.capacity = capacity
         self.rows: OrderedDict[str, Tensor] = OrderedDict()
 
     def clear(self) -> None:
         self.rows.clear()
 
+    def missing(self, queries: Sequence[Query]) -> list[Query]:
+        """Those that are not there; the others count as used."""
+        for query in queries:
+            if query.key in self.rows:
+                self.rows.move_to_end(query.key)
+        return [query for query in queries if query.key not in self.rows]
+
     def store(self, queries: Sequence[Query], prompts: Tensor) -> None:
+        """prompts: [B, D]."""
         for query, row in zip(queries, prompts.detach().clone().unbind(), strict=True):
             self.rows[query.key] = row
             self.rows.move_to_end(query.key)
         while len(self.rows) > self.capacity:
             self.rows.popitem(last=False)
 
-    def prompts(
-        self, prompter: Callable[[Sequence[Query]], Tensor], queries: Sequence[Query], *, refresh: bool
-    ) -> Tensor:
-        """[B, D]. With refresh `prompter` computes all, with gradient; otherwise only the missing, without."""
-        if refresh:
-            prompts = prompter(queries)
-            self.store(queries, prompts)
-            return prompts
-        found = {query.key: self.rows[query.key] for query in queries if query.key in self.rows}
-        missing = [query for query in queries if query.key not in found]
-        if missing:
-            with torch.no_grad():
-                computed = prompter(missing)
-            found.update((query.key, row) for query, row in zip(missing, computed, strict=True))
-            self.store(missing, computed)
-        for query in queries:
-            if query.key in self.rows:
-                self.rows.move_to_end(query.key)
-        return torch.stack([found[query.key] for query in queries])
+    def read(self, queries: Sequence[Query]) -> Tensor:
+        """[B, D], of queries that are all there."""
+        return torch.stack([self.rows[query.key] for query in queries])
 
     def state_dict(self) -> dict[str, Any]:
         rows = torch.stack(list(self.rows.values())) if self.rows else torch.empty(0)

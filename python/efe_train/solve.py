@@ -63,7 +63,7 @@ class Solver:
     def prompts(self, queries: Sequence[Query]) -> tuple[Tensor, Tensor]:
         """The prompts [B, D] that the agent plans with, and those before refinement."""
         # Without a seed the policy's mean refines, where training draws samples to learn from.
-        plan = self.agent.plan(collate(queries).to(self.agent.device), seed=None)
+        plan = self.agent.plan(collate(queries).to(self.agent.device))
         return plan.used, plan.prompt
 
     def solutions(self, task: Task, weights: Weights) -> list[Solution]:

@@ -12,8 +12,7 @@ LEAST_VARIANCE = 1e-3
 class Standardise(nn.Module):
     """Each feature minus its mean over queries, divided by its deviation.
 
-    The statistics are running ones, in training as well: what a query gives hardly depends on its batch.
-    A query that comes alone, which has no variance, is not counted.
+    The statistics are running ones, of what `observe` has been shown: what a query gives does not depend on its batch.
     """
 
     mean: Tensor
@@ -29,11 +28,14 @@ class Standardise(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, E]"""
-        if self.training and len(features) > 1:
-            self.observe(features.detach().float())
         return (features - self.mean) * (self.variance + LEAST_VARIANCE).rsqrt()
 
+    @torch.no_grad()
     def observe(self, features: Tensor) -> None:
+        """Count the features [N, E] of a batch. A query that comes alone, which has no variance, is not counted."""
+        if len(features) < 2:
+            return
+        features = features.float()
         share = torch.where(self.started, self.momentum, 1.0)
         self.mean.lerp_(features.mean(0), share)
         self.variance.lerp_(features.var(0), share)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import EFELoss, EFEWeights
+from efe_kernels import EFELoss, EFEWeights, refine_prompt
 from efe_train.agent import Agent, Plan
-from efe_train.config import TrainConfig, learning_rates, term_weights
-from efe_train.data import Batch
+from efe_train.config import PROMPT_DIM, TrainConfig, learning_rates, term_weights
+from efe_train.data import Batch, Part, Query, Share
 from efe_train.planner import GIST, Planner, Recall
 from efe_train.policy import Policy, Rollout
-from efe_train.qwen import PromptCache, Prompter
+from efe_train.processes import ALONE, Processes, full, sharded_like
+from efe_train.qwen import PromptCache, Prompter, Prompts
 
 EFE_WEIGHT = 0.7
 
@@ -34,9 +36,9 @@ def build_agent(config: TrainConfig, prompter: Prompter, device: torch.device, d
     return Agent(prompter, planner, policy, device, dtype, **has)
 
 
-def build_loss(config: TrainConfig, reduction: str = "mean") -> EFELoss:
+def build_loss(config: TrainConfig) -> EFELoss:
     weights = EFEWeights(**{**term_weights(TrainConfig.efe_weights), **term_weights(config.efe_weights)})
-    return EFELoss(weights=weights, hard_cell=config.has("hard_cell"), reduction=reduction)
+    return EFELoss(weights=weights, hard_cell=config.has("hard_cell"), reduction="none")
 
 
 def epoch_weight(epoch: int) -> float:
@@ -56,15 +58,25 @@ def rate_factor(
     return rising * (0.5 * (1 + math.cos(math.pi * done / batches)) if schedule == "cosine" else 1.0)
 
 
-class Trials(NamedTuple):
-    """What K refinements of each prompt come to. action: [K, B, D+1]. reward, lesson (what the policy learns from) and
-    accuracy: [K, B].
+class Rows(NamedTuple):
+    """What the plans of queries and K refinements of their prompts come to, a row for each query; no graph.
+
+    state: [B, S]. action: [B, K, D+1]. reward, lesson (what the policy learns from), accuracy: [B, K]. prompt: [B, D].
+    target: [B, H, W], ignore_index in padding. The others, [B], are metrics.
     """
 
+    state: Tensor
     action: Tensor
     reward: Tensor
     lesson: Tensor
     accuracy: Tensor
+    prompt: Tensor
+    target: Tensor
+    efe: Tensor
+    mask_ratio: Tensor
+    acc_before: Tensor
+    acc_copying: Tensor
+    acc_look_up: Tensor
 
 
 class Trainer:
@@ -77,16 +89,23 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         batches: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """batches: of the whole run. Without it the rates stay as they are, and the planner learns on every batch."""
         agent_lr, qwen_lr, _ = learning_rates(config)
         self.config = config
         self.rates = agent_lr, qwen_lr
         self.device = device
+        self.processes = processes
         self.agent = build_agent(config, prompter, device, dtype).train()
+        processes.shard(prompter, prompter.language_model)
         self.efe_loss = build_loss(config).to(device)
+        if config.compile:
+            self.agent.few_shapes = True
+            for module in (self.agent.planner, self.efe_loss, prompter.language_model):
+                module.compile()
         self.planner_batches = None if batches is None else round(batches * (1 - config.policy_share))
-        self.cache = PromptCache()
+        self.cache = PromptCache(max(PromptCache.CAPACITY, config.batch_size))
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*self.agent.planner.parameters(), *self.efe_loss.parameters()], "lr": agent_lr},
@@ -101,94 +120,174 @@ class Trainer:
         self.batches_done = 0
         self.qwen_grad = torch.zeros((), device=device)
 
-    def step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """One training step. Returns its metrics, 0-d tensors on the device: nothing here waits for it."""
-        assert batch.target is not None
-        agent, refresh, rate = self.agent, self.refresh_is_due(), self.rate()
+    def step(self, share: Share, epoch: int) -> dict[str, Tensor]:
+        """One training step. share: of this process, in its parts. Returns the metrics of the whole batch, 0-d tensors
+        on the device: nothing here waits for it.
+        """
+        agent, total, rate = self.agent, len(share.queries), self.rate()
+        refresh = self.refresh_is_due()
         self.set_rates(rate)
-
         # At rate 0, in the closing phase, only the policy learns: the prompter's running statistics stay as they are.
         agent.prompter.train(rate > 0)
         if self.batches_done == self.planner_batches:
             self.cache.clear()  # the policy meets prompts of the Qwen that the run ends with
-        with torch.set_grad_enabled(rate > 0):
-            # 1. Qwen's prompts: with gradient on a refresh, from the cache otherwise.
-            prompt = self.cache.prompts(agent.prompt, batch.queries, refresh=refresh)
 
-            # 2 to 4. The plan before and after the policy refines the prompts. Half of the queries are planned without:
-            # a planner that never met an unrefined prompt would make refinement look good.
-            rows = self.refined_rows(len(batch.queries))
-            plan = agent.plan(batch, self.noise_seed(), prompt, rows)
+        # 1 to 6. Prompts, plans and the gradients of the loss, one part of the share after another.
+        self.optimizer.zero_grad(set_to_none=True)
+        weight = EFE_WEIGHT * epoch_weight(epoch)
+        hidden = None if refresh else self.complete_cache(share.queries)
+        found, asked = zip(*(self.work_through(part, total, weight, refresh) for part in share.parts), strict=True)
+        rows = Rows(*(self.whole(each, total) for each in zip(*found, strict=True)))
+        if refresh:
+            self.cache.store(share.queries, rows.prompt)
+            hidden = self.whole(asked, total) if agent.reads else None
+        grad_norm = self.descend(refresh) if rate > 0 else torch.zeros_like(self.qwen_grad)
 
-            # 5. The loss, of logits in the dtype that they have. The reward shifts its value and has no gradient.
-            weight = torch.full((), EFE_WEIGHT * epoch_weight(epoch), device=self.device)
-            efe = self.efe_loss(plan.logits, batch.target, prompt=plan.used, valid=batch.valid)
-            tried = self.try_refinements(plan, batch, rows)
-            loss = weight * efe.total - REWARD_WEIGHT * tried.reward.mean()
+        # 7. Then the policy, from the stored state and actions: no graph is shared with the loss above. Every process
+        # takes the same step, from the rows of all of them.
+        refined = self.refined_rows(total)
+        rollout = Rollout(rows.state[refined], rows.action[refined], rows.lesson[refined])
+        policy = agent.policy.update(rollout, self.policy_optimizer)
 
-        # 6. Backward and the step of planner, loss and Qwen.
-        grad_norm = self.descend(loss, refresh) if rate > 0 else torch.zeros_like(self.qwen_grad)
-
-        # 7. Then the policy, from the stored state and actions: no graph is shared with the loss above.
-        policy = agent.policy.update(Rollout(plan.state[rows], tried.action, tried.lesson), self.policy_optimizer)
-
-        mask_ratio = efe.mask_ratio.mean()
-        by_rule = self.untrained(batch.observation, plan.prompt.new_zeros(len(plan.prompt), GIST))
         if rate > 0:
-            self.efe_loss.update_target_preference(batch.target, batch.valid, 1 - mask_ratio)
+            valid = rows.target != self.efe_loss.ignore_index
+            self.efe_loss.update_target_preference(rows.target, valid, 1 - rows.mask_ratio.mean(), synchronize=False)
+            if hidden is not None:
+                agent.prompter.observe(hidden)
+        agent.policy.standardise.observe(rows.state)
         self.batches_done += 1
+        reward = rows.reward[refined].mean()
         return {
-            "loss": loss.detach(),
-            "efe": efe.total.detach(),
-            "mask_ratio": mask_ratio,
-            "reward": tried.reward.mean(),
-            "acc_before": right(plan.before.argmax(-1), batch, rows).mean(),
-            "acc_after": tried.accuracy.mean(),
-            "acc_copying": right(batch.observation.views[:, 0], batch, rows).mean(),
-            "acc_look_up": right(by_rule.argmax(1), batch, rows).mean(),
+            # The reward shifts the value of the loss and has no gradient.
+            "loss": weight * rows.efe.mean() - REWARD_WEIGHT * reward,
+            "efe": rows.efe.mean(),
+            "mask_ratio": rows.mask_ratio.mean(),
+            "reward": reward,
+            "acc_before": rows.acc_before[refined].mean(),
+            "acc_after": rows.accuracy[refined].mean(),
+            "acc_copying": rows.acc_copying[refined].mean(),
+            "acc_look_up": rows.acc_look_up[refined].mean(),
             "qwen_grad": self.qwen_grad,
             "grad_norm": grad_norm,
-            "prompt_norm": plan.prompt.detach().norm(dim=1).mean(),
+            "prompt_norm": rows.prompt.norm(dim=1).mean(),
             "policy_loss": policy.loss,
             "policy_grad_norm": policy.grad_norm,
         }
 
-    @torch.no_grad()
-    def try_refinements(self, plan: Plan, batch: Batch, rows: slice) -> Trials:
-        """What the refinements of some rows come to: the plan's own, and in the closing phase further samples."""
+    def work_through(self, part: Part, total: int, weight: float, refresh: bool) -> tuple[Rows, Tensor | None]:
+        """Plan a part of a batch of `total` queries and add the gradients of its loss.
+
+        Returns its rows, and on a refresh the hidden states of its prompts.
+        """
+        batch, learns = part.batch, self.rate() > 0
         assert batch.target is not None
-        target, valid = batch.target[rows], batch.valid[rows]
+        with torch.set_grad_enabled(learns):
+            # 1. Qwen's prompts: with gradient on a refresh, from the cache otherwise.
+            asked = self.agent.ask(batch.queries) if refresh else Prompts(self.cache.read(batch.queries), None)
+
+            # 2 to 4. The plan before and after the policy refines the prompts. Half of the queries are planned without:
+            # a planner that never met an unrefined prompt would make refinement look good.
+            is_refined = torch.zeros(total, dtype=torch.bool)
+            is_refined[self.refined_rows(total)] = True
+            plan = self.agent.plan(
+                batch,
+                self.noise(total)[list(part.rows)],
+                asked.prompt,
+                is_refined[list(part.rows)].to(self.device, non_blocking=True),
+            )
+
+            # 5. The loss, of logits in the dtype that they have.
+            efe = self.efe_loss(plan.logits, batch.target, prompt=plan.used, valid=batch.valid)
+
+        # 6. Backward: the gradients of parts add up, those of processes are averaged, both to the mean of the batch.
+        if learns:
+            counted = (efe.total * part.weight).sum() * (self.processes.count / total)
+            self.scaler.scale(weight * counted).backward()
+        by_rule = self.untrained(batch.observation, plan.prompt.new_zeros(len(plan.prompt), GIST))
+        action, reward, lesson, accuracy = self.try_refinements(plan, part, total)
+        rows = Rows(
+            state=plan.state,
+            action=action,
+            reward=reward,
+            lesson=lesson,
+            accuracy=accuracy,
+            prompt=plan.prompt.detach(),
+            target=batch.target.masked_fill(~batch.valid, self.efe_loss.ignore_index),
+            efe=efe.total.detach(),
+            mask_ratio=efe.mask_ratio,
+            acc_before=right(plan.before.argmax(-1), batch),
+            acc_copying=right(batch.observation.views[:, 0], batch),
+            acc_look_up=right(by_rule.argmax(1), batch),
+        )
+        return rows, asked.hidden
+
+    @torch.no_grad()
+    def meet(self, share: Share) -> None:
+        """Take the statistics of the first batch of a run before it is trained on: there are none yet."""
+        total = len(share.queries)
+        hidden = [self.agent.ask(part.batch.queries).hidden for part in share.parts]
+        if self.agent.reads:
+            self.agent.prompter.observe(self.whole(hidden, total))
+        states = [self.agent.plan(part.batch).state for part in share.parts]
+        self.agent.policy.standardise.observe(self.whole(states, total))
+
+    @torch.no_grad()
+    def complete_cache(self, queries: Sequence[Query]) -> Tensor | None:
+        """Compute the prompts that the cache lacks, each in one process. Returns their hidden states."""
+        missing = self.cache.missing(queries)
+        if not missing:
+            return None
+        own = [missing[place % len(missing)] for place in self.processes.positions(len(missing))]
+        asked = self.agent.ask(own)
+        self.cache.store(missing, self.processes.whole(asked.prompt, len(missing)))
+        return None if asked.hidden is None else self.processes.whole(asked.hidden, len(missing))
+
+    @torch.no_grad()
+    def try_refinements(self, plan: Plan, part: Part, total: int) -> tuple[Tensor, ...]:
+        """What the refinements of a part come to: the plan's own, and in the closing phase further samples.
+
+        Returns action [B, K, D+1], reward, lesson and accuracy [B, K].
+        """
+        batch = part.batch
+        assert batch.target is not None
         several = self.rate() == 0 and self.agent.refines
         trials = []
         for sample in range(self.config.policy_samples if several else 1):
             if sample == 0:
                 action, after = plan.refined.action, plan.logits[:, -1]
             else:
-                refined = self.agent.policy.refine_prompt(plan.prompt, plan.state, self.noise_seed(sample))
+                noise = self.noise(total, sample)[list(part.rows)]
+                refined = self.agent.policy.refine_prompt(plan.prompt, plan.state, noise)
                 action, after = refined.action, self.agent.outcome(batch, refined.prompt)
-            given = plan.before[rows], after[rows], target, valid
+            given = plan.before, after, batch.target, batch.valid
             reward = Policy.compute_reward(*given)
             lesson = reward + Policy.expected_gain(*given)
-            trials.append((action[rows], reward, lesson, right(after.argmax(-1), batch, rows)))
-        return Trials(*map(torch.stack, zip(*trials, strict=True)))
+            trials.append((action, reward, lesson, right(after.argmax(-1), batch)))
+        return tuple(torch.stack(each, dim=1) for each in zip(*trials, strict=True))
 
-    def descend(self, loss: Tensor, refresh: bool) -> Tensor:
+    def whole(self, parts: Sequence[Tensor | None], total: int) -> Tensor:
+        """The rows of all parts and processes, in the order of the batch."""
+        return self.processes.whole(torch.cat([part for part in parts if part is not None]), total)
+
+    def descend(self, refresh: bool) -> Tensor:
         """One step of planner, loss and Qwen down the gradient. Returns its norm before clipping."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        self.processes.average_gradients(parameter for group in groups for parameter in group)
         self.scaler.unscale_(self.optimizer)
         if refresh:
             # Without any gradient, as where the prompt is left out, the norm is a number on the CPU.
-            self.qwen_grad = gradient_norm(self.agent.prompter.language_model).to(self.device)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf)
+            self.qwen_grad = gradient_norm(self.agent.prompter.language_model.parameters()).to(self.device)
+        # Sharded parameters go by themselves: their norm is not a number of one device.
+        grad_norm = torch.stack([gradient_norm(group).to(self.device) for group in groups]).norm()
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm or math.inf, grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return grad_norm
 
     def set_rates(self, rate: float) -> None:
-        for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * full
+        for group, full_rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * full_rate
         self.policy_optimizer.param_groups[0]["lr"] = POLICY_RATES[rate == 0] * self.rates[0]
 
     def rate(self) -> float:
@@ -206,35 +305,48 @@ class Trainer:
     def refresh_is_due(self) -> bool:
         return self.batches_done % self.config.prompt_refresh == 0
 
-    def noise_seed(self, sample: int = 0) -> int:
-        """Of a refinement's noise: a function of seed, batch and sample, so that a resumed run draws the same."""
-        return (self.config.seed << 32) + self.batches_done * self.config.policy_samples + sample
+    def noise(self, total: int, sample: int = 0) -> Tensor:
+        """Of the refinements of a whole batch, [total, D+1]: a function of seed, batch and sample. So a resumed run
+        draws the same, and so do several processes, each of which uses its rows.
+        """
+        seed = (self.config.seed << 32) + self.batches_done * self.config.policy_samples + sample
+        # A refinement with mean 0 and deviation 1 is the noise that the library draws for a seed.
+        zeros = torch.zeros(total, PROMPT_DIM + 1, device=self.device)
+        return refine_prompt(zeros[:, 1:], zeros, zeros, seed=seed).action
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds the weights of, by name."""
         return {**dict(self.agent.named_children()), "efe_loss": self.efe_loss}
 
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"agent": self.optimizer, "policy": self.policy_optimizer}
+
     def state_dict(self) -> dict[str, Any]:
+        """On the host, of the first process; every process has to ask for it. No process split shows in it."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        host = self.processes.on_host
         return {
             "batches_done": self.batches_done,
-            "modules": {name: module.state_dict() for name, module in self.modules().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "modules": {name: host(module.state_dict()) for name, module in self.modules().items()},
+            # Rates are set in each step, and the other settings of the optimizers are not changed by a run.
+            "optimizers": {
+                name: host(optimizer.state_dict()["state"]) for name, optimizer in self.optimizers().items()
+            },
             "scaler": self.scaler.state_dict(),
-            "cache": self.cache.state_dict(),
-            "qwen_grad": self.qwen_grad,
+            "cache": host(self.cache.state_dict()),
+            "qwen_grad": self.qwen_grad.cpu(),
             "rng": rng,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of a checkpoint, on the host; the run may have had another number of processes."""
         self.batches_done = state["batches_done"]
         for name, module in self.modules().items():
-            module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+            load_module(module, state["modules"][name])
+        for name, optimizer in self.optimizers().items():
+            load_optimizer(optimizer, state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.cache.load_state_dict(state["cache"], self.device)
         self.qwen_grad = state["qwen_grad"].to(self.device)
@@ -243,14 +355,29 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """L2 norm of the gradients of all parameters, without a look at the device's result."""
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients).detach()
+def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Into a module that may be sharded."""
+    own = module.state_dict()
+    module.load_state_dict({name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in state.items()})
 
 
-def right(grids: Tensor, batch: Batch, rows: slice) -> Tensor:
-    """Share of their valid cells that some rows of grids [B, H, W] get right."""
-    target, valid = batch.target, batch.valid[rows]
-    assert target is not None
-    return ((grids[rows] == target[rows]) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """The moments of each parameter, by its number, into an optimizer whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        int(number): {name: sharded_like(tensor, parameters[int(number)]) for name, tensor in tensors.items()}
+        for number, tensors in state.items()
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients, without a look at the device's result."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return full(nn.utils.get_total_norm(gradients).detach())
+
+
+def right(grids: Tensor, batch: Batch) -> Tensor:
+    """Share of its valid cells that each of the grids [B, H, W] gets right, [B]."""
+    assert batch.target is not None
+    return ((grids == batch.target) & batch.valid).sum((1, 2)) / batch.valid.sum((1, 2)).clamp_min(1)

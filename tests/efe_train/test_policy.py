@@ -14,15 +14,21 @@ from efe_train.policy import NUM_CONTROLS, SHARPNESS, Policy, Rollout, policy_st
 STATE = PROMPT_DIM + NUM_CONTROLS + NUM_FEATURES
 
 
+def noise(prompt: torch.Tensor, seed: int) -> torch.Tensor:
+    """[B, D+1] for prompts [B, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(prompt), prompt.shape[1] + 1, generator=generator)
+
+
 def draw(policy: Policy, state: torch.Tensor, samples: int, seed: int = 0) -> torch.Tensor:
-    """Actions [K, B, D+1] for states [B, S], others for each seed."""
+    """Actions [B, K, D+1] for states [B, S], others for each seed."""
     prompt = state[:, : -NUM_CONTROLS - NUM_FEATURES]
     seeds = range(seed * samples, (seed + 1) * samples)
-    return torch.stack([policy.refine_prompt(prompt, state, each).action for each in seeds])
+    return torch.stack([policy.refine_prompt(prompt, state, noise(prompt, each)).action for each in seeds], dim=1)
 
 
 def rollout(policy: Policy, state: torch.Tensor, samples: int = 3) -> Rollout:
-    return Rollout(state, draw(policy, state, samples), torch.randn(samples, len(state)))
+    return Rollout(state, draw(policy, state, samples), torch.randn(len(state), samples))
 
 
 def adam(policy: Policy, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
@@ -80,7 +86,7 @@ def test_the_policy_finds_the_best_refinement_of_a_bandit(samples: int) -> None:
 def test_the_stored_action_has_the_probability_with_which_it_was_drawn() -> None:
     policy = Policy()
     state = torch.randn(5, STATE)
-    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed=3)
+    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, noise(state[:, :PROMPT_DIM], 3))
     mean, log_std, _ = policy(state)
     log_prob, _ = squashed_log_prob(refined.action, mean, log_std)
     # a sum of 257 terms of a few nats each, in float32
@@ -91,15 +97,15 @@ def test_a_refinement_passes_gradients_to_the_prompt_and_not_to_the_policy() -> 
     policy = Policy()
     state = torch.randn(5, STATE)
     prompt = torch.randn(5, PROMPT_DIM, requires_grad=True)
-    policy.refine_prompt(prompt, state, seed=3).prompt.sum().backward()
+    policy.refine_prompt(prompt, state, torch.randn(5, PROMPT_DIM + 1)).prompt.sum().backward()
     assert prompt.grad is not None and torch.equal(prompt.grad, torch.ones(5, PROMPT_DIM))
     assert all(parameter.grad is None for parameter in policy.parameters())
 
 
-def test_without_a_seed_the_mean_refines() -> None:
+def test_without_noise_the_mean_refines() -> None:
     policy = Policy()
     state = torch.randn(5, STATE)
-    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, seed=None)
+    refined = policy.refine_prompt(state[:, :PROMPT_DIM], state, None)
     assert torch.equal(refined.action, policy(state).mean)
 
 
@@ -165,10 +171,10 @@ def test_samples_of_a_query_are_compared_with_each_other(monkeypatch: pytest.Mon
     policy = Policy()
     state = torch.randn(2, STATE)
     action = draw(policy, state, samples=3)
-    reward = torch.tensor([[0.0, 0.3], [0.5, 0.3], [-0.5, 0.3]]).atanh() / 5
+    reward = torch.tensor([[0.0, 0.5, -0.5], [0.3, 0.3, 0.3]]).atanh() / 5
     mean, log_std, value = (part.detach() for part in policy(state))
     seen = given_to_the_loss(policy, Rollout(state, action, reward), monkeypatch)
-    expected = torch.stack([squashed_log_prob(each, mean, log_std)[0] for each in action], 1)
+    expected = torch.stack([squashed_log_prob(each, mean, log_std)[0] for each in action.unbind(1)], 1)
     torch.testing.assert_close(seen[0], expected)
     # The first query's mean is 0 and its deviation a half.
     torch.testing.assert_close(seen[1], torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.0, 0.0]]), rtol=0, atol=1e-3)
@@ -180,7 +186,7 @@ def test_a_single_sample_is_compared_with_the_value_estimate(monkeypatch: pytest
     policy = Policy()
     state = torch.randn(2, STATE)
     value = policy(state).value.detach()
-    reward = torch.tensor([[0.5, -0.2]]).atanh() / 5
+    reward = torch.tensor([[0.5], [-0.2]]).atanh() / 5
     seen = given_to_the_loss(policy, Rollout(state, draw(policy, state, samples=1), reward), monkeypatch)
     torch.testing.assert_close(seen[1][:, 0], torch.tensor([0.5, -0.2]) - value)
     torch.testing.assert_close(seen[3][:, 0], torch.tensor([0.5, -0.2]))

@@ -28,8 +28,8 @@ def test_each_byte_is_one_token_and_nothing_is_lost() -> None:
 
 def test_a_prompt_hardly_depends_on_the_texts_beside_it(prompter: Prompter, queries: list[Query]) -> None:
     with torch.no_grad():
-        together = prompter(queries)
-        alone = torch.cat([prompter([query]) for query in queries])
+        together = prompter(queries).prompt
+        alone = torch.cat([prompter([query]).prompt for query in queries])
     assert together.shape == (4, PROMPT_DIM)
     assert together.dtype == torch.float32
     # float32 attention over a few hundred tokens, with the padding masked
@@ -38,7 +38,7 @@ def test_a_prompt_hardly_depends_on_the_texts_beside_it(prompter: Prompter, quer
 
 
 def test_the_gradient_reaches_the_first_layer_of_qwen(prompter: Prompter, queries: list[Query]) -> None:
-    prompter(queries).square().sum().backward()
+    prompter(queries).prompt.square().sum().backward()
     model: Any = prompter.language_model
     assert model.embed_tokens.weight.grad.norm() > 0
     assert all(parameter.grad.norm() > 0 for parameter in model.layers[0].parameters())
@@ -48,7 +48,7 @@ def test_the_gradient_reaches_the_first_layer_of_qwen(prompter: Prompter, querie
 def test_prompts_are_told_apart_by_more_than_a_tenth_of_their_size(prompter: Prompter, queries: list[Query]) -> None:
     prompter.train()
     with torch.no_grad():
-        prompts = prompter(queries)
+        prompts = prompter(queries).prompt
     spread = (prompts - prompts.mean(0)).norm(dim=1).mean()
     assert spread > 0.5 * prompts.norm(dim=1).mean()
 
@@ -78,7 +78,7 @@ def test_with_lora_the_prompts_are_at_first_those_of_the_model(
     pristine_prompter: Prompter, adapted: Prompter, queries: list[Query]
 ) -> None:
     with torch.no_grad():
-        assert torch.equal(adapted(queries), pristine_prompter(queries))
+        assert torch.equal(adapted(queries).prompt, pristine_prompter(queries).prompt)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -92,7 +92,7 @@ def test_with_lora_the_gradient_reaches_the_first_layers_adapter(
         for name, weight in trainable(adapted).items():
             if "lora_B" in name:
                 weight.normal_(std=0.02)
-    adapted(queries).square().sum().backward()
+    adapted(queries).prompt.square().sum().backward()
     first = [weight for name, weight in trainable(adapted).items() if ".layers.0." in name]
     assert len(first) == 14
     assert all(weight.grad is not None and weight.grad.norm() > 0 for weight in first)
@@ -118,7 +118,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
     def gradients() -> list[torch.Tensor]:
         calls.clear()
         prompter.zero_grad()
-        prompter(queries).square().sum().backward()
+        prompter(queries).prompt.square().sum().backward()
         return [weight.grad.clone() for weight in prompter.parameters() if weight.grad is not None]
 
     expected = gradients()
@@ -130,59 +130,32 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-class CountingPrompter:
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.weight = torch.ones((), requires_grad=True)
-
-    def __call__(self, queries: list[Query]) -> torch.Tensor:
-        self.asked += [query.key for query in queries]
-        rows = [[float(len(self.asked)), float(number)] for number, _ in enumerate(queries)]
-        return torch.tensor(rows) * self.weight
-
-
-def test_between_refreshes_only_missing_prompts_are_computed_and_without_gradient(queries: list[Query]) -> None:
-    prompter: Any = CountingPrompter()
+def test_the_cache_gives_what_was_stored_last_without_its_graph(queries: list[Query]) -> None:
     cache = PromptCache()
-    first = cache.prompts(prompter, queries[:2], refresh=False)
-    second = cache.prompts(prompter, queries[:3], refresh=False)
-    assert prompter.asked == [query.key for query in queries[:3]]
-    assert torch.equal(second[:2], first)
-    assert not second.requires_grad
-
-
-def test_a_refresh_computes_all_with_gradient_and_renews_the_cache(queries: list[Query]) -> None:
-    prompter: Any = CountingPrompter()
-    cache = PromptCache()
-    old = cache.prompts(prompter, queries, refresh=False)
-    new = cache.prompts(prompter, queries, refresh=True)
-    assert new.requires_grad
-    cached = cache.prompts(prompter, queries, refresh=False)
-    assert torch.equal(cached, new) and not torch.equal(cached, old)
-    assert not cached.requires_grad
+    assert cache.missing(queries) == queries
+    cache.store(queries[:2], torch.ones(2, 3))
+    assert cache.missing(queries) == queries[2:]
+    renewed = torch.arange(12.0).reshape(4, 3).requires_grad_()
+    cache.store(queries, renewed)
+    assert torch.equal(cache.read(queries[::-1]), renewed.detach().flip(0))
+    assert not cache.read(queries).requires_grad
 
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used(queries: list[Query]) -> None:
-    prompter: Any = CountingPrompter()
     cache = PromptCache(capacity=3)
     for query in (*queries[:3], queries[0], queries[3]):
-        cache.prompts(prompter, [query], refresh=False)
+        cache.store(cache.missing([query]), torch.zeros(len(cache.missing([query])), 2))
     assert list(cache.rows) == [queries[2].key, queries[0].key, queries[3].key]
-    assert cache.prompts(prompter, queries, refresh=False).shape == (4, 2)
-    assert len(cache.rows) == 3
 
 
-def test_the_cache_survives_saving(queries: list[Query], tmp_path: Path) -> None:
-    prompter: Any = CountingPrompter()
+def test_the_cache_survives_saving(queries: list[Query]) -> None:
     cache, restored = PromptCache(), PromptCache()
     restored.load_state_dict(cache.state_dict(), torch.device("cpu"))
     assert not restored.rows
-    expected = cache.prompts(prompter, queries, refresh=False)
-    torch.save(cache.state_dict(), tmp_path / "cache.pt")
-    restored.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True), torch.device("cpu"))
+    cache.store(queries, torch.randn(4, 2))
+    restored.load_state_dict(cache.state_dict(), torch.device("cpu"))
     assert list(restored.rows) == list(cache.rows)
-    assert torch.equal(restored.prompts(prompter, queries, refresh=False), expected)
-    assert len(prompter.asked) == 4
+    assert torch.equal(restored.read(queries), cache.read(queries))
 
 
 def save(prompter: Prompter, folder: Path) -> str:
@@ -200,7 +173,7 @@ def test_a_folder_written_with_save_pretrained_loads_back(
     loaded.projection.load_state_dict(prompter.projection.state_dict())
     loaded.max_tokens = prompter.max_tokens
     with torch.no_grad():
-        assert torch.equal(loaded(queries), prompter(queries))
+        assert torch.equal(loaded(queries).prompt, prompter(queries).prompt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -221,7 +194,7 @@ def test_the_architecture_alone_is_enough_for_a_checkpoint(
     restored = qwen.load_architecture(tmp_path, None)
     restored.load_state_dict(prompter.state_dict())
     with torch.no_grad():
-        assert torch.equal(restored(queries), prompter(queries))
+        assert torch.equal(restored(queries).prompt, prompter(queries).prompt)
 
 
 def test_the_architecture_of_a_run_with_lora_takes_its_weights(
@@ -235,7 +208,7 @@ def test_the_architecture_of_a_run_with_lora_takes_its_weights(
     restored.load_state_dict(adapted.state_dict())
     assert trainable(restored).keys() == trainable(adapted).keys()
     with torch.no_grad():
-        assert torch.equal(restored(queries), adapted(queries))
+        assert torch.equal(restored(queries).prompt, adapted(queries).prompt)
 
 
 def test_adapters_are_those_that_were_asked_for(prompter: Prompter) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from efe_kernels import EFEWeights, squashed_log_prob
 from efe_train.agent import Plan
 from efe_train.config import NUM_COLORS, TrainConfig, term_weights
-from efe_train.data import Batch, Example, Observation, Query, collate
+from efe_train.data import Batch, Example, Observation, Query, Share, collate
 from efe_train.policy import Policy, Rollout
-from efe_train.qwen import Prompter
+from efe_train.qwen import Prompter, Prompts
 from efe_train.tasks import Pair
 from efe_train.train import EFE_WEIGHT, POLICY_RATES, REWARD_WEIGHT, Trainer, epoch_weight, rate_factor
 from tests.efe_train.conftest import stirred
@@ -67,7 +67,7 @@ def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_ste
         return update(self, rollout, optimizer)
 
     monkeypatch.setattr(Policy, "update", spy)
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     assert all(gradient is None for gradient in seen["gradients"])
     assert seen["planner moved"]
     assert seen["policy unmoved"]
@@ -84,7 +84,7 @@ def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
     def one_step() -> tuple[list[Tensor | None], dict[str, Tensor], dict[str, Tensor]]:
         trainer = new_trainer(copy.deepcopy(prompter))
         seen = gradients_at_the_step(trainer)
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
         return seen, copy_of(trainer.agent.planner), copy_of(trainer.agent.policy)
 
     def late(self: Policy, rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
@@ -111,13 +111,13 @@ def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
 def test_the_main_backward_does_not_touch_the_gradients_of_the_policys_last_update(
     trainer: Trainer, batch: Batch
 ) -> None:
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     left = [parameter.grad for parameter in trainer.agent.policy.parameters()]
     copies = [gradient.clone() for gradient in left if gradient is not None]
     assert len(copies) == len(left)
     seen: list[Tensor | None] = []
     trainer.optimizer.register_step_post_hook(lambda *_: seen.extend(p.grad for p in trainer.agent.policy.parameters()))
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     for found, gradient, copied in zip(seen, left, copies, strict=True):
         assert gradient is not None and found is gradient and torch.equal(gradient, copied)
 
@@ -126,14 +126,14 @@ def test_qwen_trains_on_refresh_batches_and_only_there(trainer: Trainer, batch: 
     moved = []
     for _ in range(6):
         before = copy_of(trainer.agent.prompter)
-        metrics = trainer.step(batch, 0)
+        metrics = trainer.step(Share.all_of(batch), 0)
         moved.append(not same(before, trainer.agent.prompter.state_dict()))
         assert metrics["qwen_grad"] > 0
     assert moved == [True, False, False, False, True, False]  # prompt_refresh is 4
 
 
 def test_the_gradient_of_the_loss_reaches_qwens_first_layer(trainer: Trainer, batch: Batch) -> None:
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     model: Any = trainer.agent.prompter.language_model
     first_layer = [model.embed_tokens.weight, *model.layers[0].parameters()]
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in first_layer)
@@ -146,19 +146,21 @@ def test_over_two_steps_a_gradient_arrives_at_qwens_first_layer(prompter: Prompt
     arrived: list[float] = []
     model.layers[0].register_full_backward_hook(lambda _, __, grads: arrived.append(grads[0].norm().item()))
     for _ in range(2):
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
     assert len(arrived) == 2
     assert all(0 < norm < math.inf for norm in arrived)
 
 
 def test_the_prompt_cache_is_part_of_a_checkpoint(trainer: Trainer, prompter: Prompter, batch: Batch) -> None:
-    trainer.step(batch, 0)
-    expected = trainer.cache.prompts(trainer.agent.prompt, batch.queries, refresh=False)
+    trainer.step(Share.all_of(batch), 0)
+    assert not trainer.cache.missing(batch.queries)
+    expected = trainer.cache.read(batch.queries)
     other = Trainer(trainer.config, copy.deepcopy(prompter), trainer.device, torch.float32)
     other.load_state_dict(copy.deepcopy(trainer.state_dict()))
     # Qwen has taken a step since it gave these prompts: computed again, they would be others.
     other.agent.prompter.register_forward_pre_hook(lambda *_: pytest.fail("the cached prompts were computed again"))
-    assert torch.equal(other.cache.prompts(other.agent.prompt, batch.queries, refresh=False), expected)
+    other.step(Share.all_of(batch), 0)
+    assert torch.equal(other.cache.read(batch.queries), expected)
 
 
 @pytest.mark.parametrize("closing", [False, True])
@@ -185,7 +187,7 @@ def test_an_update_evaluates_the_probability_with_which_the_step_drew_its_action
     monkeypatch.setattr(trainer.agent.policy, "refine_prompt", draw)
     monkeypatch.setattr("efe_train.policy.squashed_log_prob", evaluate)
     for _ in range(2):
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
     # Three of six queries in each step, or three samples of all six.
     assert len(evaluated) == (2 * 3 * 6 if closing else 2 * 3)
     for action, log_prob in evaluated:
@@ -208,14 +210,14 @@ def test_the_loss_is_the_weighted_efe_minus_the_reward(
     trainer: Trainer, batch: Batch, epoch: int, weight: float
 ) -> None:
     assert epoch_weight(epoch) == weight
-    metrics = trainer.step(batch, epoch)
+    metrics = trainer.step(Share.all_of(batch), epoch)
     expected = 0.7 * weight * metrics["efe"] - 0.3 * metrics["reward"]
     torch.testing.assert_close(metrics["loss"], expected)
     assert (EFE_WEIGHT, REWARD_WEIGHT) == (0.7, 0.3)
 
 
 def test_metrics_stay_on_the_device_without_a_graph(trainer: Trainer, batch: Batch) -> None:
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
     assert 0 < metrics["mask_ratio"] <= 1
 
@@ -224,7 +226,7 @@ def test_gradients_are_clipped_and_zero_switches_clipping_off(prompter: Prompter
     def norm_at_the_step(max_grad_norm: float) -> tuple[float, float]:
         trainer = new_trainer(copy.deepcopy(prompter), max_grad_norm=max_grad_norm)
         seen = gradients_at_the_step(trainer)
-        reported = trainer.step(batch, 0)["grad_norm"]
+        reported = trainer.step(Share.all_of(batch), 0)["grad_norm"]
         return nn.utils.get_total_norm([g for g in seen if g is not None]).item(), reported.item()
 
     clipped, reported = norm_at_the_step(0.01)
@@ -239,10 +241,10 @@ def test_padding_changes_nothing(trainer: Trainer, examples: list[Example]) -> N
     batch = collate([example.query for example in examples[:6]], [example.answer for example in examples[:6]])
     assert batch.target is not None and not batch.valid.all()
     state = copy.deepcopy(trainer.state_dict())
-    expected = trainer.step(batch, 0)
+    expected = trainer.step(Share.all_of(batch), 0)
     trainer.load_state_dict(state)
     batch.target[~batch.valid] = 7
-    found = trainer.step(batch, 0)
+    found = trainer.step(Share.all_of(batch), 0)
     assert {name: value.item() for name, value in found.items()} == {
         name: value.item() for name, value in expected.items()
     }
@@ -252,12 +254,12 @@ def test_an_overflow_under_loss_scaling_skips_the_step_and_lowers_the_scale(prom
     trainer = Trainer(TrainConfig(prompt_refresh=1), prompter, torch.device("cpu"), torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = copy_of(trainer.agent.planner)
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert metrics["loss"].isfinite() and not metrics["grad_norm"].isfinite()
     assert same(before, trainer.agent.planner.state_dict())
     assert trainer.scaler.get_scale() == 2.0**39
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert metrics["grad_norm"].isfinite()
     assert not same(before, trainer.agent.planner.state_dict())
 
@@ -267,7 +269,7 @@ def test_loss_scaling_does_not_change_the_reported_gradient(prompter: Prompter, 
     for scale in (1.0, 2.0**10):
         trainer = new_trainer(copy.deepcopy(prompter))
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        norms.append(trainer.step(batch, 0)["qwen_grad"].item())
+        norms.append(trainer.step(Share.all_of(batch), 0)["qwen_grad"].item())
     # a power of two scales every product exactly
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
@@ -276,7 +278,7 @@ def test_bf16_runs_the_same_step_with_float32_weights(prompter: Prompter, batch:
     trainer = Trainer(TrainConfig(), prompter, torch.device("cpu"), torch.bfloat16)
     seen: list[torch.dtype] = []
     trainer.agent.planner.head.register_forward_hook(lambda _, __, found: seen.append(found.dtype))
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert set(seen) == {torch.bfloat16}
     assert all(value.isfinite() for value in metrics.values())
     assert metrics["qwen_grad"] > 0
@@ -316,7 +318,7 @@ def test_the_optimizer_steps_at_the_rates_of_its_batch(prompter: Prompter, batch
     trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(lrs(optimizer)))
     trainer.policy_optimizer.register_step_pre_hook(lambda optimizer, *_: policy.append(lrs(optimizer)))
     for _ in range(8):
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
     assert seen == [(rate_factor(done, 4) * 0.01, rate_factor(done, 4) * 0.02) for done in range(4)]
     moving, standing = POLICY_RATES
     assert policy == [(moving * 0.01,)] * 4 + [(standing * 0.01,)] * 4
@@ -331,7 +333,7 @@ def test_in_the_closing_phase_only_the_policy_moves(prompter: Prompter, batch: B
     assert trainer.planner_batches == 6
     states = []
     for _ in range(8):
-        metrics = trainer.step(batch, 0)
+        metrics = trainer.step(Share.all_of(batch), 0)
         states.append({name: copy_of(module) for name, module in trainer.modules().items()})
     for name in ("planner", "prompter", "efe_loss"):
         assert not same(states[3][name], states[5][name])
@@ -362,16 +364,17 @@ def test_half_of_the_queries_are_planned_unrefined_by_turns_and_all_of_them_teac
     stirred(trainer.agent.planner)
     plans = plans_of(trainer, monkeypatch)
     prompts: list[Tensor] = []
-    ask = trainer.agent.prompt
+    ask = trainer.agent.ask
 
-    def asked(queries: Any) -> Tensor:
-        prompts.append(ask(queries))
-        prompts[-1].retain_grad()
-        return prompts[-1]
+    def asked(queries: Any) -> Prompts:
+        found = ask(queries)
+        found.prompt.retain_grad()
+        prompts.append(found.prompt)
+        return found
 
-    monkeypatch.setattr(trainer.agent, "prompt", asked)
+    monkeypatch.setattr(trainer.agent, "ask", asked)
     for _ in range(2):
-        trainer.step(batch, 0)
+        trainer.step(Share.all_of(batch), 0)
     for done, plan in enumerate(plans):
         unrefined = (plan.used == plan.prompt).all(1).tolist()
         assert unrefined == [(row + done) % 2 == 1 for row in range(6)]
@@ -393,13 +396,14 @@ def test_in_the_closing_phase_the_policy_learns_from_samples_of_every_query(
         return update(rollout, optimizer)
 
     monkeypatch.setattr(trainer.agent.policy, "update", keep)
-    trainer.step(batch, 0)
+    trainer.step(Share.all_of(batch), 0)
     assert torch.equal(plans[0].used, plans[0].refined.prompt)
     (rollout,) = rollouts
-    assert rollout.action.shape[:2] == rollout.lesson.shape == (3, 6)
-    assert torch.equal(rollout.action[0], plans[0].refined.action)
-    assert not torch.equal(rollout.action[0], rollout.action[1])
-    assert not torch.equal(rollout.action[1], rollout.action[2])
+    assert rollout.action.shape[:2] == rollout.lesson.shape == (6, 3)
+    first, second, third = rollout.action.unbind(1)
+    assert torch.equal(first, plans[0].refined.action)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
 
 
 @pytest.mark.parametrize("closing", [False, True])
@@ -408,7 +412,7 @@ def test_a_batch_of_one_query_is_learned_from(closing: bool, prompter: Prompter,
     trainer.batches_done = 3 if closing else 0
     alone = collate([examples[0].query], [examples[0].answer])
     for _ in range(2):
-        metrics = trainer.step(alone, 0)
+        metrics = trainer.step(Share.all_of(alone), 0)
         assert all(value.isfinite() for value in metrics.values())
 
 
@@ -441,19 +445,19 @@ def test_accuracies_are_shares_of_cells_of_the_plan_of_copying_and_of_the_look_u
     queries = [Query(f"query{n}", shown, np.array(source), np.shape(source)) for n, (source, _) in enumerate(cases)]
     batch = collate(queries, [np.array(answer) for _, answer in cases])
     with torch.no_grad():
-        prompts = trainer.agent.prompt(queries)
-    monkeypatch.setattr(trainer.agent, "prompt", lambda _: prompts)
-    monkeypatch.setattr(trainer.agent, "planner", Parrot(prompts))
+        asked = trainer.agent.ask(queries)
+    monkeypatch.setattr(trainer.agent, "ask", lambda _: asked)
+    monkeypatch.setattr(trainer.agent, "planner", Parrot(asked.prompt))
     # The first and the third query are refined in the first batch, the second one in the second batch.
     for copying, look_up, after in (((1 + 2) / 8, (3 + 3) / 8, (1 + 2) / 8), (0, 1, 0)):
-        metrics = trainer.step(batch, 0)
+        metrics = trainer.step(Share.all_of(batch), 0)
         assert metrics["acc_copying"] == metrics["acc_before"] == pytest.approx(copying)
         assert metrics["acc_look_up"] == pytest.approx(look_up)
         assert metrics["acc_after"] == pytest.approx(after)
 
 
 def test_the_first_plan_of_an_untrained_agent_is_what_the_demonstrations_say(trainer: Trainer, batch: Batch) -> None:
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert metrics["acc_before"] == metrics["acc_after"] == metrics["acc_look_up"]
 
 
@@ -461,7 +465,7 @@ def test_without_the_prompt_qwen_has_no_say(prompter: Prompter, batch: Batch, mo
     trainer = new_trainer(prompter, without="prompt")
     plans = plans_of(trainer, monkeypatch)
     before = copy_of(trainer.agent.prompter.language_model)
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert not plans[0].prompt.any()
     assert metrics["qwen_grad"] == 0
     assert same(before, trainer.agent.prompter.language_model.state_dict())
@@ -474,7 +478,7 @@ def test_without_refinement_every_plan_is_unrefined(
     trainer = new_trainer(prompter, 4, without="refinement")
     trainer.batches_done = 3 if closing else 0
     plans = plans_of(trainer, monkeypatch)
-    metrics = trainer.step(batch, 0)
+    metrics = trainer.step(Share.all_of(batch), 0)
     assert torch.equal(plans[0].used, plans[0].prompt)
     assert metrics["acc_after"] == metrics["acc_before"]
     assert metrics["reward"] == 0
@@ -500,10 +504,10 @@ def test_a_trainer_that_goes_on_from_a_state_ends_as_one_that_never_stopped(
     for done, batch in enumerate(batches):
         if done == 4:
             state = copy.deepcopy(straight.state_dict())
-        straight.step(batch, 0)
+        straight.step(Share.all_of(batch), 0)
     resumed = new_trainer(copy.deepcopy(prompter), 8, **settings)
     resumed.load_state_dict(state)
     for batch in batches[4:]:
-        resumed.step(batch, 0)
+        resumed.step(Share.all_of(batch), 0)
     for name, module in straight.modules().items():
         assert same(module.state_dict(), resumed.modules()[name].state_dict())

@@ -1,0 +1,172 @@
+"""The processes that share a run, as torchrun and accelerate launch start them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from efe_train.config import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+class Processes:
+    """Which rows of a batch are this process's, and what those of all processes come to.
+
+    Every process takes equally many rows: where a batch does not divide, the last ones repeat its first rows, and
+    `whole` drops the repeats.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        """accelerator: of accelerate, which has joined the processes. Without it there is this process alone."""
+        self.accelerator = accelerator
+        self.count = 1 if accelerator is None else accelerator.num_processes
+        self.index = 0 if accelerator is None else accelerator.process_index
+        # What the host has to know does not wait for a GPU: NCCL carries nothing from the CPU.
+        self.hosts = distributed.new_group(backend="gloo") if self.count > 1 else None
+
+    def positions(self, total: int) -> range:
+        """The places of this process's rows in a batch of so many, which goes on with repeats from `total` on."""
+        each = -(-total // self.count)
+        return range(self.index * each, (self.index + 1) * each)
+
+    def whole(self, rows: Tensor, total: int) -> Tensor:
+        """The rows of all processes, [total, ...] in the order of the batch. rows: of `positions(total)`, no graph."""
+        if self.accelerator is None or self.count == 1:
+            return rows[:total]
+        gathered: Tensor = self.accelerator.gather(rows.contiguous())
+        return gathered[:total]
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make each gradient the mean over the processes. Those of sharded parameters are that already."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        if self.accelerator is not None and self.count > 1 and gradients:
+            torch._foreach_copy_(gradients, self.accelerator.reduce(gradients, reduction="mean"))
+
+    def on_host(self, state: Any) -> Any:
+        """Nested dictionaries of tensors, whole and on the CPU in the first process; empty tensors in the others."""
+        if isinstance(state, Mapping):
+            return {name: self.on_host(each) for name, each in state.items()}
+        if not isinstance(state, Tensor):
+            return state
+        tensor = full(state.detach())
+        return tensor.cpu() if self.index == 0 else tensor.new_empty(0, device="cpu")
+
+    def shard(self, model: nn.Module, like: nn.Module) -> None:
+        """Split a model's parameters over the processes, where accelerate is configured for FSDP2.
+
+        like: the part of it that knows its own blocks, as a model of transformers does.
+        """
+        if self.accelerator is None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+            return
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise UserError(f"accelerate is configured for FSDP {plugin.fsdp_version}: set its fsdp_version to 2.")
+        plugin.set_auto_wrap_policy(like)
+        stands_alone = fsdp2_prepare_auto_wrap_policy(plugin, like) or (lambda module: False)
+        mesh = init_device_mesh(self.accelerator.device.type, (self.count,))
+        settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": plugin.reshard_after_forward}
+        if plugin.cpu_offload:
+            settings["offload_policy"] = plugin.cpu_offload
+        for block in [module for module in like.modules() if stands_alone(module)]:
+            fully_shard(block, **settings)
+        fully_shard(model, **settings)
+
+    def largest(self, number: int) -> int:
+        """Of the processes' numbers. Waits for all of them, on the host alone."""
+        if self.count == 1:
+            return number
+        found = torch.tensor(number)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.hosts)
+        return int(found)
+
+    def by_first(self, work: Callable[[], R]) -> R:
+        """What the first process's work returns, in every process: for what must be done once, as writing a file.
+
+        Raises:
+            UserError: in every process, where it was raised in the first.
+        """
+        if self.count == 1:
+            return work()
+        told: list[object] = [None, None]
+        if self.index == 0:
+            try:
+                told[0] = work()
+            except UserError as error:
+                told[1] = str(error)
+        distributed.broadcast_object_list(told, src=0, group=self.hosts)
+        result, problem = told
+        if problem is not None:
+            raise UserError(str(problem))
+        return result  # type: ignore[return-value]
+
+    def leave(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+
+ALONE = Processes()
+
+
+def join(device: torch.device) -> tuple[Processes, torch.device]:
+    """The processes that this one was started with, and its own device.
+
+    Raises:
+        UserError: there are several, and accelerate is not installed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE, device
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("Several processes need the package accelerate, which is not installed: pip install accelerate")
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    return Processes(accelerator), device if device.type == "cpu" else accelerator.device
+
+
+class Shared(Protocol):
+    @property
+    def processes(self) -> Processes: ...
+
+
+S = TypeVar("S", bound=Shared)
+
+
+def by_first(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that the first of its object's processes carries out for all of them."""
+
+    @wraps(method)
+    def shared(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.processes.by_first(lambda: method(self, *args, **kwargs))
+
+    return shared  # type: ignore[return-value]  # mypy takes `self` for an argument with a name
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. Every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, split as another one is."""
+    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
+        return tensor
+    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements)

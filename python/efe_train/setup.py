@@ -1,0 +1,108 @@
+"""What a run needs before its first batch: settings, data, Qwen, the trainer and the folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from efe_train.config import TrainConfig, UserError, config_from, learning_rates, resumed
+from efe_train.console import check_tracker
+from efe_train.data import Example, fingerprint, held_out, training_examples
+from efe_train.device import choose_device, choose_precision
+from efe_train.folder import RunFolder
+from efe_train.processes import Processes, join
+from efe_train.qwen import Prompter, build_prompter, load_architecture
+from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
+from efe_train.train import Trainer
+
+
+class Setup(NamedTuple):
+    """scored: the tasks that are held out. about: what is said of the run before it begins."""
+
+    trainer: Trainer
+    examples: Sequence[Example]
+    scored: Sequence[Task]
+    folder: RunFolder
+    about: str
+
+
+def prepare(given: dict[str, object]) -> Setup:
+    """Everything up to the first batch, every mistake of the user included.
+
+    given: the flags that were given, by the names of TrainConfig's fields.
+
+    Raises:
+        UserError: a mistake. A new run folder is only made when there is none.
+    """
+    out = str(given["out"]) if given.get("out") else None
+    begun = RunFolder.find(out) if given.get("resume") else None
+    if begun is not None and begun.chosen is not None:
+        raise UserError(f"--out {out!r} is one checkpoint of a run: name the run, {str(begun.path)!r}, to resume it.")
+    config = resumed(begun.read_config(), given) if begun else config_from(given)
+    device = choose_device(config.device)
+    dtype, precision_reason = choose_precision(config.precision, device)
+    check_tracker(config.log_with)
+    tasks = load_tasks(config.dataset)
+    kept, scored = held_out(tasks, config.validation)
+    examples = training_examples(kept)
+    processes, device = join(device)
+    torch.manual_seed(config.seed)
+    state = begun.read_checkpoint() if begun else None
+    folder, prompter, about_qwen = (
+        continued(config, RunFolder(begun.path, processes)) if begun else created(config, processes)
+    )
+    if config.gradient_checkpointing:
+        prompter.recompute_activations()
+    batches = math.ceil(len(examples) / config.batch_size)
+    trainer = Trainer(config, prompter, device, dtype, config.epochs * batches, processes)
+    if state is not None:
+        restore(trainer, state, examples, folder)
+    agent_lr, qwen_lr, rates_reason = learning_rates(config)
+    shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
+    alone = "" if processes.count == 1 else f", {processes.count} processes"
+    about = (
+        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(scored)} of them held out, "
+        f"{len(examples)} training queries, {batches} batches per epoch, "
+        f"batches {trainer.batches_done + 1} to {total_batches(config, batches)}\n"
+        f"Device: {device}{alone}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
+        f"Qwen: {about_qwen}\n"
+        f"Learning rates: agent {agent_lr:g}, Qwen {qwen_lr:g} ({rates_reason})\n"
+        f"Run folder: {folder.path}"
+    )
+    return Setup(trainer, examples, scored, folder, about)
+
+
+def total_batches(config: TrainConfig, batches_per_epoch: int) -> int:
+    batches = config.epochs * batches_per_epoch
+    return min(batches, config.max_batches or batches)
+
+
+def created(config: TrainConfig, processes: Processes) -> tuple[RunFolder, Prompter, str]:
+    """A new run's folder and prompter, and a sentence about the latter."""
+    prompter, about = build_prompter(config.qwen_model, config.lora)
+    folder = RunFolder.create(config.out, processes)
+    processes.by_first(lambda: prompter.save_architecture(folder.qwen))
+    return folder, prompter, about
+
+
+def continued(config: TrainConfig, folder: RunFolder) -> tuple[RunFolder, Prompter, str]:
+    """The same of a run that goes on."""
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
+    return folder, prompter, "as the run began with it"
+
+
+def restore(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example], folder: RunFolder) -> None:
+    """Give the trainer the state of a checkpoint.
+
+    Raises:
+        UserError: it is of other data or of another version of the model.
+    """
+    with folder.fitting():
+        if state["data"] != fingerprint(examples):
+            raise UserError(
+                f"--dataset {trainer.config.dataset!r} has changed since {folder.path} was begun: begin a new run."
+            )
+        trainer.load_state_dict(state)
