@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from efe_train.augment import Augmentation
 from efe_train.config import TrainConfig, UserError, config_from, learning_rates, resumed
-from efe_train.console import bar_text, check_tracker, closing_table, log_line, start_tracker
+from efe_train.console import bar_text, closing_table, log_line
 from efe_train.data import (
     Example,
     collate,
@@ -28,12 +28,13 @@ from efe_train.data import (
 from efe_train.device import choose_device, choose_precision
 from efe_train.folder import RunFolder
 from efe_train.interrupt import Interrupted, SignalWatch
-from efe_train.metrics import METRICS, Row
+from efe_train.metrics import Row
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.qwen import Prompter, build_prompter, load_architecture
 from efe_train.report import write_report
 from efe_train.scores import score
 from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
+from efe_train.tracker import Tracker, check_tracker, start_tracker
 from efe_train.train import Trainer
 
 LOG_EVERY = 10
@@ -70,7 +71,7 @@ def main(given: dict[str, object]) -> int:
         return 128 + stop.received
     finally:
         if run.tracker is not None:
-            run.tracker.end_training()
+            run.tracker.end()
     run.folder.say(closing_table(run.folder.read_metrics(), time.perf_counter() - begun))
     scored = (
         "tasks that it was trained on" if evaluates_on_training_tasks(run.trainer.config.dataset) else "held-out tasks"
@@ -168,7 +169,7 @@ class Run:
         self.queries = [query for task in scored for query in evaluation_queries(task)]
         self.folder = folder
         self.qwen_digests = folder.qwen_digests()
-        self.tracker: Any | None = None
+        self.tracker: Tracker | None = None
         self.batches_per_epoch = math.ceil(len(examples) / config.batch_size)
         self.total = min(config.epochs * self.batches_per_epoch, config.max_batches or sys.maxsize)
         self.monitor = Monitor(loss_scaling=trainer.scaler.is_enabled(), reads=trainer.agent.reads)
@@ -282,8 +283,7 @@ class Run:
 
     def judge(self, row: Row) -> None:
         if self.tracker is not None:
-            tracked = {metric.name: row[metric.name] for metric in METRICS if metric.tracked and metric.name in row}
-            self.tracker.log(tracked, step=int(row["batch"]))
+            self.tracker.log(row, step=int(row["batch"]))
         for flag in self.monitor.observe(row):
             self.raise_flag(flag)
         # A state is good when the batch after it, which is computed from it, is.
