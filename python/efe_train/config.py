@@ -290,7 +290,14 @@ class TrainConfig:
     )
     resume: bool = field(default=False, metadata=flag("continue the run in --out, or the newest one under runs/"))
     log_with: str | None = field(
-        default=None, metadata=flag("also log to this tracker", choices=("tensorboard", "wandb"))
+        default=None,
+        metadata=flag(
+            "also log metrics and, after each epoch, pictures of plans to this tracker",
+            choices=("tensorboard", "wandb", "trackio"),
+        ),
+    )
+    profile: bool = field(
+        default=False, metadata=flag("time the parts of a few batches: DIR/profile/ gets a table and a trace")
     )
 
     @property

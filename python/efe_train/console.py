@@ -1,39 +1,14 @@
-"""What a run says: to a tracker, in log lines and the progress bar, and in the table at its end."""
+"""What a run says: in log lines and the progress bar, and in the table at its end."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
-from efe_train.config import TrainConfig, UserError
-from efe_train.folder import RunFolder
 from efe_train.metrics import LOG_LINE, METRICS, Row
 
 EDGE = 20
 """Batches at the beginning and at the end of a run whose means the closing table compares."""
-
-
-def check_tracker(name: str | None) -> None:
-    for package in ("accelerate", name) if name is not None else ():
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--log_with {name} needs the package {package}, which is not installed: pip install {package}"
-            )
-
-
-def start_tracker(config: TrainConfig, folder: RunFolder) -> Any | None:
-    """The Accelerator whose tracker logs the run, or None."""
-    if config.log_with is None:
-        return None
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(log_with=config.log_with, project_dir=folder.path, cpu=config.device == "cpu")
-    settings = {name: value for name, value in asdict(config).items() if value is not None}
-    accelerator.init_trackers("efe-train", config=settings)
-    return accelerator
 
 
 def log_line(row: Row) -> str:

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,19 @@ from tqdm import tqdm
 from efe_train.ahead import ahead
 from efe_train.augment import Augmentation
 from efe_train.config import UserError
-from efe_train.console import bar_text, closing_table, log_line, start_tracker
+from efe_train.console import bar_text, closing_table, log_line
 from efe_train.data import Share, epoch_batches, evaluation_queries, fingerprint, share_out
 from efe_train.interrupt import Interrupted, SignalWatch
-from efe_train.metrics import METRICS, Row
+from efe_train.metrics import Row
 from efe_train.monitor import Monitor, RedFlag
+from efe_train.picture import plan_pictures
 from efe_train.processes import full
+from efe_train.profile import part, profiling
 from efe_train.report import write_report
 from efe_train.scores import score
 from efe_train.setup import Setup, prepare, total_batches
-from efe_train.tasks import evaluates_on_training_tasks
+from efe_train.tasks import Grid, evaluates_on_training_tasks
+from efe_train.tracker import start_tracker
 
 LOG_EVERY = 10
 """Batches between two readings of the metrics, which is when the host waits for the device."""
@@ -46,6 +48,14 @@ def main(given: dict[str, object]) -> int:
     """
     begun = time.perf_counter()
     run = Run(prepare(given))
+    try:
+        return finished(run, begun)
+    finally:
+        run.end()
+
+
+def finished(run: Run, begun: float) -> int:
+    """Train and say how it ended. begun: when the command did. Returns the exit code."""
     folder = run.folder
     try:
         run.train()
@@ -59,8 +69,6 @@ def main(given: dict[str, object]) -> int:
             f"efe-train --resume --out {folder.path} goes on from it."
         )
         return 128 + stop.received
-    finally:
-        run.end()
     rows, dataset = folder.read_metrics(), run.config.dataset
     folder.say(closing_table(rows, time.perf_counter() - begun))
     scored = "tasks that it was trained on" if evaluates_on_training_tasks(dataset) else "held-out tasks"
@@ -94,7 +102,7 @@ class Run:
             )
         self.folder.write_config(self.config)
         self.qwen_digests = self.folder.qwen_digests()
-        self.tracker: Any | None = start_tracker(self.config, self.folder) if self.processes.index == 0 else None
+        self.tracker = start_tracker(self.config, self.folder) if self.processes.index == 0 else None
         self.monitor = Monitor(loss_scaling=self.trainer.scaler.is_enabled(), reads=self.trainer.agent.reads)
         self.unread: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self.clock = time.perf_counter()
@@ -102,6 +110,7 @@ class Run:
         self.scores: list[float] | None = None  # of the last batch, where it was scored
         self.best: list[float] | None = None
         self.epochs_since_best = 0
+        self.plans: list[Grid] = []  # of the held-out test inputs, where they have just been scored
         self.folder.say(about)
 
     def train(self) -> None:
@@ -122,18 +131,21 @@ class Run:
         often = 1.0 if sys.stderr.isatty() else 15.0
         quiet = self.processes.index > 0
         bar = tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True, disable=quiet)
-        with SignalWatch() as signals, bar, ahead(self.upcoming()) as batches:
-            for epoch, share in batches:
+        profiled = profiling(self.folder.path, self.config.profile and not quiet, self.total - done, self.folder.say)
+        with SignalWatch() as signals, bar, ahead(self.upcoming()) as batches, profiled as profile:
+            for epoch, share in waited_for(batches):
                 self.train_batch(epoch, share)
                 done = trainer.batches_done
                 # A signal reaches the processes at different times; they have to stop after the same batch.
                 stopped = self.processes.largest(signals.received or 0)
                 last = done == self.total or stopped > 0
                 if done == 1 or done % LOG_EVERY == 0 or done % self.batches_per_epoch == 0 or last:
-                    row = self.read_metrics()
+                    with part("metrics"):
+                        row = self.read_metrics()
                     self.folder.say(log_line(row))
                     bar.set_postfix_str(bar_text(row), refresh=False)
                 bar.update()
+                profile.step()
                 if last or self.waited_long_enough():
                     break
                 if done % self.config.save_every == 0 or (self.scores is not None and self.scores == self.best):
@@ -183,8 +195,8 @@ class Run:
 
     def validate(self) -> dict[str, float]:
         """The val_ metrics, where tasks are held out and their answers known."""
-        grids = self.trainer.agent.predict(self.queries, self.config.batch_size)
-        result = score(self.cases, [(grid, grid) for grid in grids])
+        self.plans = self.trainer.agent.predict(self.queries, self.config.batch_size)
+        result = score(self.cases, [(grid, grid) for grid in self.plans])
         if not result.test_inputs:
             return {}
         found = (result.pixel_accuracy, result.changed_accuracy, result.exact_matches / result.test_inputs)
@@ -226,12 +238,15 @@ class Run:
         self.folder.append_metrics(rows)
         for row in rows:
             self.judge(row)
+        if self.tracker is not None and self.plans:
+            pictures = plan_pictures(self.queries, self.plans, [answer for _, answer in self.cases])
+            self.tracker.log_plans(pictures, step=self.trainer.batches_done)
+        self.plans = []
         return rows[-1]
 
     def judge(self, row: Row) -> None:
         if self.tracker is not None:
-            tracked = {metric.name: row[metric.name] for metric in METRICS if metric.tracked and metric.name in row}
-            self.tracker.log(tracked, step=int(row["batch"]))
+            self.tracker.log(row, step=int(row["batch"]))
         for flag in self.monitor.observe(row):
             self.raise_flag(flag)
         # A state is good when the batch after it, which is computed from it, is.
@@ -268,4 +283,15 @@ class Run:
 
     def end(self) -> None:
         if self.tracker is not None:
-            self.tracker.end_training()
+            self.tracker.end()
+        self.processes.leave()
+
+
+def waited_for(batches: Iterator[tuple[int, Share]]) -> Iterator[tuple[int, Share]]:
+    """The same, the time that each has to be waited for being a part of the profile."""
+    while True:
+        with part("data"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from efe_train.config import TrainConfig, UserError, config_from, learning_rates, resumed
-from efe_train.console import check_tracker
 from efe_train.data import Example, fingerprint, held_out, training_examples
 from efe_train.device import choose_device, choose_precision
 from efe_train.folder import RunFolder
 from efe_train.processes import Processes, join
 from efe_train.qwen import Prompter, build_prompter, load_architecture
 from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
+from efe_train.tracker import check_tracker
 from efe_train.train import Trainer
 
 

@@ -458,7 +458,7 @@ def test_a_tracker_that_is_not_installed_is_explained(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
-    assert "not installed: pip install wandb" in complaint(capsys, "--log_with", "wandb")
+    assert 'not installed: pip install "efe-kernels[wandb]"' in complaint(capsys, "--log_with", "wandb")
 
 
 def test_a_tracker_gets_the_watched_values(arc_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,10 +467,10 @@ def test_a_tracker_gets_the_watched_values(arc_folder: Path, tmp_path: Path, mon
             self.logged: list[tuple[int, dict[str, float]]] = []
             self.ended = False
 
-        def log(self, values: dict[str, float], step: int) -> None:
-            self.logged.append((step, values))
+        def log(self, row: dict[str, float], step: int) -> None:
+            self.logged.append((step, row))
 
-        def end_training(self) -> None:
+        def end(self) -> None:
             self.ended = True
 
     tracker = Tracker()

