@@ -220,7 +220,10 @@ class Trainer:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "batches_done": self.batches_done,
-            "modules": {name: module.state_dict() for name, module in self.modules().items()},
+            "modules": {
+                name: module.kept_state() if isinstance(module, Prompter) else module.state_dict()
+                for name, module in self.modules().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -232,7 +235,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches_done = state["batches_done"]
         for name, module in self.modules().items():
-            module.load_state_dict(state["modules"][name])
+            load = module.load_kept_state if isinstance(module, Prompter) else module.load_state_dict
+            load(state["modules"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         self.scaler.load_state_dict(state["scaler"])
