@@ -48,6 +48,14 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What `efe-train export` was asked to do: each field is a flag."""
+
+    checkpoint: str = field(metadata=flag("run folder", metavar="DIR"))
+    out: str = field(metadata=flag("where the files go: a new or an empty folder", metavar="DIR"))
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """What `efe-train report` was asked to do: each field is an argument."""
 
@@ -80,6 +88,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "evaluate": Command(EvaluateConfig, "Score a checkpoint of efe-train."),
+    "export": Command(ExportConfig, "Write the Qwen of a run for peft or transformers to load."),
     "report": Command(ReportConfig, "Draw a run on one page, to open in a browser."),
     "show": Command(ShowConfig, "Print a task, and what a run made of it."),
 }

@@ -23,7 +23,7 @@ from efe_train.device import choose_device, choose_precision
 from efe_train.files import replaced
 from efe_train.folder import RunFolder, make_folder
 from efe_train.interrupt import Interrupted, SignalWatch
-from efe_train.qwen import load_architecture
+from efe_train.qwen import restored_prompter
 from efe_train.report import write_report
 from efe_train.scores import (
     BASELINES,
@@ -51,10 +51,9 @@ def load_solver(folder: RunFolder, config: TrainConfig, device: torch.device, st
     """
     state = folder.read_checkpoint()
     dtype, _ = choose_precision("auto", device)
-    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
-    agent = build_agent(config, prompter, device, dtype)
+    agent = build_agent(config, restored_prompter(folder, config, state), device, dtype)
     efe_loss = build_loss(config)
-    for name, module in (*agent.named_children(), ("efe_loss", efe_loss)):
+    for name, module in (("planner", agent.planner), ("policy", agent.policy), ("efe_loss", efe_loss)):
         with folder.fitting():
             module.load_state_dict(state["modules"][name])
     return Solver(agent.eval(), efe_loss.requires_grad_(False).to(device), steps, evaluation)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from efe_kernels import masked_mean_pool
-from efe_train.config import PROMPT_DIM, WITHOUT_LORA, Lora, UserError
+from efe_train.config import PROMPT_DIM, WITHOUT_LORA, Lora, TrainConfig, UserError
 from efe_train.data import Query, prompt_text
 from efe_train.files import REMEDY
+from efe_train.folder import RunFolder
 from efe_train.standardise import Standardise
 
 SMALL_TOKENS = 384
@@ -55,7 +57,8 @@ class Prompter(nn.Module):
         ids, mask = (tokens[name].to(device, non_blocking=True) for name in ("input_ids", "attention_mask"))
         hidden = self.language_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         norm, standardise, project = self.projection.children()
-        level = norm(masked_mean_pool(hidden, mask.bool()))
+        # A frozen language model may compute in bfloat16; the projection's weights are float32.
+        level = norm(masked_mean_pool(hidden, mask.bool()).float())
         return Prompts(project(standardise(level)).float(), level.detach())
 
     def observe(self, hidden: Tensor) -> None:
@@ -71,7 +74,7 @@ class Prompter(nn.Module):
         enable({"use_reentrant": False})
 
     def add_lora(self, lora: Lora) -> None:
-        """Freeze the language model and add to some of its linear layers a trainable update of low rank.
+        """Freeze the language model and add to some of its linear layers a trainable update of low rank, in float32.
 
         The update is 0 at first: the prompts stay those of the model (Hu et al. 2021, "LoRA").
 
@@ -94,11 +97,42 @@ class Prompter(nn.Module):
             )
         settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
         inject_adapter_in_model(settings, self.language_model)
+        for parameter in self.language_model.parameters():
+            if parameter.requires_grad:  # peft gives it the dtype of the layer that it adapts
+                parameter.data = parameter.data.float()
+
+    def has_adapters(self) -> bool:
+        return any(is_adapter(name) for name, _ in self.language_model.named_parameters())
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, as in `state_dict`: with adapters, these and the projection, else everything."""
+        state = self.state_dict()
+        if not self.has_adapters():
+            return state
+        return {name: each for name, each in state.items() if name.startswith("projection.") or is_adapter(name)}
+
+    def load_kept_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `kept_state`. With adapters, the weights of the frozen model stay as they are.
+
+        Raises:
+            KeyError: a name is missing or unknown.
+            RuntimeError: a tensor has another shape.
+        """
+        if differing := state.keys() ^ self.kept_state().keys():
+            raise KeyError(f"missing or unknown: {', '.join(sorted(differing))}")
+        self.load_state_dict(state, strict=False)
 
     def save_architecture(self, folder: Path) -> None:
-        """Write what `load_architecture` needs to build this model again; its weights are in the checkpoint."""
-        self.language_model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        """Write what `load_architecture` needs, beside a checkpoint, to build this model again.
+
+        A checkpoint with adapters lacks the frozen weights. Those of a pretrained model are found under its name again;
+        random ones are nowhere else, and are written too.
+        """
+        model: Any = self.language_model
+        model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if self.has_adapters() and not model.name_or_path:
+            save_file(without_adapters(model), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class PromptCache:
@@ -154,15 +188,29 @@ def build_prompter(name: str | None, lora: Lora = WITHOUT_LORA) -> tuple[Prompte
         about = f"a small Qwen from a config, {millions(prompter)} parameters, random weights, byte tokens"
     else:
         model, tokenizer = load_pretrained(name)
-        stored = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
-        model.float()
         prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS)
-        cast = f", loaded in {' and '.join(stored)} and cast up to float32 master weights" if stored else ""
-        about = f"{name}, {millions(prompter)} parameters{cast}"
+        about = f"{name}, {millions(prompter)} parameters"
+    stored = " and ".join(sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"}))
     if lora.rank:
+        # What is frozen gains nothing from more digits than it was stored with.
         prompter.add_lora(lora)
-        about += f"; frozen, with adapters of rank {lora.rank}: {millions(prompter, trained=True)} parameters train"
+        about += f"; frozen{stored and ' in ' + stored.replace('torch.', '')}, with adapters of rank {lora.rank}: "
+        about += f"{millions(prompter, trained=True)} parameters train"
+    elif stored:
+        model.float()
+        about += f", loaded in {stored} and cast up to float32 master weights"
     return prompter, about
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is one of peft's, not one of the model that it adapts."""
+    return ".lora_" in name
+
+
+def without_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, under the names that it had before it got adapters."""
+    state = model.state_dict().items()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state if not is_adapter(name)}
 
 
 def check_lora(lora: Lora) -> None:
@@ -218,11 +266,17 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token="<pad>", model_max_length=SMALL_TOKENS)
 
 
-def load_pretrained(name: str) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a local folder or a Hugging Face id."""
+def load_pretrained(name: str, remedy: str | None = None) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a local folder or a Hugging Face id, in the dtype that they were stored in.
+
+    remedy: what the user can do where they cannot be loaded, instead of naming another one.
+
+    Raises:
+        UserError: they cannot.
+    """
     from transformers import AutoModel, AutoTokenizer
 
-    check_exists(name)
+    check_exists(name, remedy or "give a local folder or an id such as Qwen/Qwen3-0.6B")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModel.from_pretrained(name, dtype="auto")
@@ -230,7 +284,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f"--qwen_model {name!r} cannot be loaded ({reason}): "
-            "it should hold a model and its tokenizer, as save_pretrained writes them."
+            f"{remedy or 'it should hold a model and its tokenizer, as save_pretrained writes them'}."
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -238,7 +292,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def check_exists(name: str) -> None:
+def check_exists(name: str, remedy: str) -> None:
     """Whether there is a model of that name, asked once: transformers would ask an unreachable hub for minutes."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -255,28 +309,53 @@ def check_exists(name: str) -> None:
         reason = f"there is no such folder, and the Hugging Face hub answers {type(error).__name__}"
     else:
         return
-    raise UserError(
-        f"--qwen_model {name!r} was not found: {reason}; give a local folder or an id such as Qwen/Qwen3-0.6B."
-    )
+    raise UserError(f"--qwen_model {name!r} was not found: {reason}; {remedy}.")
+
+
+ADAPTERS_ALONE = "put it back, the run needs it again because its checkpoint holds the adapters alone"
+"""For a --qwen_model that is gone since the run began."""
 
 
 def load_architecture(folder: Path, name: str | None, lora: Lora = WITHOUT_LORA) -> Prompter:
-    """The prompter that `save_architecture` wrote, with random weights for the checkpoint to replace.
+    """The prompter that `save_architecture` wrote, for the state of a checkpoint to complete.
 
+    Its weights are random, but those that adapters leave frozen: they are what they were when the run began.
     name, lora: of that run.
 
     Raises:
-        UserError: the folder is damaged, or the run has adapters and peft is missing.
+        UserError: the folder is damaged, or the run has adapters and peft is missing or the model of that name.
     """
+    if name and lora.rank:
+        model, tokenizer = load_pretrained(name, ADAPTERS_ALONE)
+    else:
+        model, tokenizer = load_saved(folder, weights=lora.rank > 0)
+    prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
+    if lora.rank:
+        prompter.add_lora(lora)
+    return prompter
+
+
+def load_saved(folder: Path, *, weights: bool) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a run's folder. weights: whether it holds those of the model, which are random if not."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if weights:
+            return AutoModel.from_pretrained(folder, dtype="auto", local_files_only=True), tokenizer
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_config(config, dtype=torch.float32)
+        return AutoModel.from_config(config, dtype=torch.float32), tokenizer
     except Exception as error:  # transformers and tokenizers raise what a broken file happens to break
         raise UserError(f"{folder} cannot be loaded ({type(error).__name__}): {REMEDY}.") from None
-    prompter = Prompter(model, tokenizer, PRETRAINED_TOKENS if name else SMALL_TOKENS)
-    if lora.rank:
-        prompter.add_lora(lora)
+
+
+def restored_prompter(folder: RunFolder, config: TrainConfig, state: Mapping[str, Any]) -> Prompter:
+    """The prompter of a run. config: of the run. state: what its checkpoint holds.
+
+    Raises:
+        UserError: as `load_architecture`, or the checkpoint is of another version of the model.
+    """
+    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
+    with folder.fitting():
+        prompter.load_kept_state(state["modules"]["prompter"])
     return prompter

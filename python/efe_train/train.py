@@ -329,11 +329,9 @@ class Trainer:
         host = self.processes.on_host
         return {
             "batches_done": self.batches_done,
-            "modules": {name: host(module.state_dict()) for name, module in self.modules().items()},
-            # Rates are set in each step, and the other settings of the optimizers are not changed by a run.
-            "optimizers": {
-                name: host(optimizer.state_dict()["state"]) for name, optimizer in self.optimizers().items()
-            },
+            "modules": {name: host(kept_state(module)) for name, module in self.modules().items()},
+            # Rates are set in each step, and no run changes the other settings of the optimizers.
+            "optimizers": {name: host(each.state_dict()["state"]) for name, each in self.optimizers().items()},
             "scaler": self.scaler.state_dict(),
             "cache": host(self.cache.state_dict()),
             "qwen_grad": self.qwen_grad.cpu(),
@@ -355,10 +353,16 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
 
+def kept_state(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a module."""
+    return module.kept_state() if isinstance(module, Prompter) else module.state_dict()
+
+
 def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Into a module that may be sharded."""
-    own = module.state_dict()
-    module.load_state_dict({name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in state.items()})
+    """Load what a checkpoint holds into a module that may be sharded."""
+    own = kept_state(module)
+    load = module.load_kept_state if isinstance(module, Prompter) else module.load_state_dict
+    load({name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in state.items()})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:

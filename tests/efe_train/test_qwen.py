@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +208,91 @@ def test_the_architecture_of_a_run_with_lora_takes_its_weights(
         for weight in trainable(adapted).values():
             weight.add_(0.01)
     restored = qwen.load_architecture(tmp_path, None, lora=Lora(4))
-    restored.load_state_dict(adapted.state_dict())
+    restored.load_kept_state(adapted.kept_state())
     assert trainable(restored).keys() == trainable(adapted).keys()
     with torch.no_grad():
         assert torch.equal(restored(queries).prompt, adapted(queries).prompt)
+
+
+def test_without_adapters_all_is_kept(prompter: Prompter) -> None:
+    assert prompter.kept_state().keys() == prompter.state_dict().keys()
+
+
+def test_with_adapters_what_is_frozen_is_neither_kept_nor_replaced(adapted: Prompter) -> None:
+    kept = {name: tensor + 1 for name, tensor in adapted.kept_state().items()}
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    assert kept.keys() == trainable(adapted).keys() | {
+        f"projection.{name}" for name, _ in adapted.projection.named_buffers()
+    }
+    adapted.load_kept_state(kept)
+    after = adapted.state_dict()
+    assert all(torch.equal(after[name], kept[name].to(after[name].dtype)) for name in kept)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - kept.keys())
+
+
+def test_a_kept_state_of_another_model_is_noticed(
+    adapted: Prompter, pristine_prompter: Prompter, prompter: Prompter
+) -> None:
+    kept = adapted.kept_state()
+    missing = dict(list(kept.items())[1:])
+    for wrong in (missing, kept | {"projection.3.weight": torch.ones(1)}, pristine_prompter.kept_state()):
+        with pytest.raises(KeyError, match="missing or unknown: "):
+            adapted.load_kept_state(wrong)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        adapted.load_kept_state({name: tensor[..., None] for name, tensor in kept.items()})
+
+
+@pytest.fixture
+def stored(prompter: Prompter, tmp_path: Path) -> str:
+    """A folder with a Qwen in bfloat16."""
+    pytest.importorskip("peft")
+    half = copy.deepcopy(prompter)
+    half.language_model.bfloat16()
+    return save(half, tmp_path / "stored")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_frozen_model_stays_in_the_dtype_that_it_was_stored_in(
+    stored: str, prompter: Prompter, queries: list[Query], autocast: bool
+) -> None:
+    loaded, about = qwen.build_prompter(stored, Lora(4))
+    assert "; frozen in bfloat16, with adapters of rank 4" in about and "cast up" not in about
+    dtypes = {(weight.dtype, weight.requires_grad) for weight in loaded.parameters()}
+    assert dtypes == {(torch.bfloat16, False), (torch.float32, True)}
+    loaded.projection.load_state_dict(prompter.projection.state_dict())
+    loaded.max_tokens = prompter.max_tokens
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        prompts = loaded(queries)
+    prompts.square().sum().backward()
+    assert prompts.dtype == torch.float32
+    # bfloat16 keeps eight bits, and what is standardised is what differs between queries.
+    expected = prompter(queries)
+    assert (prompts - expected).norm() < 0.1 * expected.norm()
+    adapters = [weight for name, weight in trainable(loaded).items() if "lora_B" in name]
+    assert len(adapters) == 14
+    assert all(weight.grad is not None and weight.grad.norm() > 0 for weight in adapters)
+
+
+def test_the_frozen_weights_of_a_pretrained_model_come_from_it_again(
+    stored: str, queries: list[Query], tmp_path: Path
+) -> None:
+    begun, _ = qwen.build_prompter(stored, Lora(4))
+    begun.save_architecture(tmp_path / "qwen")
+    assert not list((tmp_path / "qwen").glob("*.safetensors"))
+    restored = qwen.load_architecture(tmp_path / "qwen", stored, Lora(4))
+    restored.load_kept_state(begun.kept_state())
+    with torch.no_grad():
+        assert torch.equal(restored(queries), begun(queries))
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (Path(folder) / "config.json").unlink()])
+def test_a_pretrained_model_that_is_gone_is_asked_for(
+    damage: Callable[[str], None], stored: str, tmp_path: Path
+) -> None:
+    damage(stored)
+    with pytest.raises(UserError, match=r"^--qwen_model '.*stored' .*checkpoint holds the adapters alone\.$") as caught:
+        qwen.load_architecture(tmp_path, stored, Lora(4))
+    assert "\n" not in str(caught.value)
 
 
 def test_adapters_are_those_that_were_asked_for(prompter: Prompter) -> None:
