@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efe_train.data import Batch, Example
+    from efe_train.data import Example, Share
     from efe_train.train import Trainer
 
 SIDE = 30
@@ -54,11 +54,11 @@ def made_up_examples(count: int, side: int) -> list[Example]:
     return training_examples(tasks)[:count]
 
 
-def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tuple[Trainer, Batch]:
+def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tuple[Trainer, Share]:
     import torch
 
     from efe_train.config import TrainConfig
-    from efe_train.data import collate
+    from efe_train.data import share_out
     from efe_train.device import choose_precision
     from efe_train.qwen import build_prompter
     from efe_train.train import Trainer
@@ -68,8 +68,7 @@ def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tupl
     dtype, _ = choose_precision(precision, where)
     trainer = Trainer(TrainConfig(batch_size=batch_size, prompt_refresh=REFRESH), build_prompter(None)[0], where, dtype)
     examples = made_up_examples(batch_size, side)
-    batch = collate([example.query for example in examples], [example.answer for example in examples])
-    return trainer, batch.to(where)
+    return trainer, share_out(examples).to(where)
 
 
 class Parts:
@@ -103,7 +102,7 @@ class Parts:
 
         from efe_train import agent, policy
 
-        self.wrap(trainer.cache, "prompts", "Qwen")
+        self.wrap(trainer.agent, "ask", "Qwen")
         self.wrap(trainer.agent.planner, "forward", "planner")
         self.wrap(agent, "policy_state", "policy state")
         self.wrap(trainer.agent.policy, "refine_prompt", "refine_prompt")
@@ -114,14 +113,14 @@ class Parts:
         self.wrap(trainer.agent.policy, "update", "policy update")
 
 
-def step_seconds(trainer: Trainer, batch: Batch, wait: Callable[[], None], *, refresh: bool) -> float:
+def step_seconds(trainer: Trainer, share: Share, wait: Callable[[], None], *, refresh: bool) -> float:
     """Median time of a step with or without a refresh of the prompts."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 12 and sum(times) < LONGEST_STEP):
         trainer.batches_done = 0 if refresh else 1
         wait()
         begun = time.perf_counter()
-        trainer.step(Share.all_of(batch), 0)
+        trainer.step(share, 0)
         wait()
         times.append(time.perf_counter() - begun)
     return statistics.median(times[1:])
@@ -130,14 +129,14 @@ def step_seconds(trainer: Trainer, batch: Batch, wait: Callable[[], None], *, re
 def measure(batch_size: int, precision: str) -> dict[str, Any]:
     from bench.measure import DEVICE, synchronize
 
-    trainer, batch = make(batch_size, DEVICE, precision)
-    refresh = step_seconds(trainer, batch, synchronize, refresh=True)
-    plain = step_seconds(trainer, batch, synchronize, refresh=False)
+    trainer, share = make(batch_size, DEVICE, precision)
+    refresh = step_seconds(trainer, share, synchronize, refresh=True)
+    plain = step_seconds(trainer, share, synchronize, refresh=False)
     parts = Parts(synchronize)
     parts.watch(trainer)
     trainer.batches_done = 1
     begun = time.perf_counter()
-    trainer.step(Share.all_of(batch), 0)
+    trainer.step(share, 0)
     synchronize()
     total = time.perf_counter() - begun
     return {
@@ -173,8 +172,8 @@ def parity(first: str, second: str, side: int) -> int:
     torch.backends.cudnn.allow_tf32 = False
     losses = []
     for device in (first, second):
-        trainer, batch = make(8, device, "fp32", side)
-        losses.append([float(trainer.step(Share.all_of(batch), 0)["loss"]) for _ in range(PARITY_STEPS)])
+        trainer, share = make(8, device, "fp32", side)
+        losses.append([float(trainer.step(share, 0)["loss"]) for _ in range(PARITY_STEPS)])
     worst = 0.0
     for step, (a, b) in enumerate(zip(*losses, strict=True)):
         error = abs(a - b) / max(abs(a), 1e-12)

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efe_train.config import UserError
-from efe_train.files import REMEDY, read_json, written
+from efe_train.files import read_json, written
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 """The weights of each module, the other tensors, and what is no tensor."""
+
+REMEDY = "put a copy of it back, or delete the folder of that checkpoint, so that the one before serves"
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -39,7 +41,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
             flush(building / name)
         digests = {name: digest(building / name) for name in (WEIGHTS, TRAINING)}
         with written(building / STATE) as file:
-            file.write(json.dumps({"digests": digests, "values": values}).encode())
+            file.write(json.dumps({"digests": digests, "check": check(values), "values": values}).encode())
         flush(building)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
@@ -76,9 +78,18 @@ def read_state(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """
     about = read_json(folder / STATE, REMEDY)
     try:
-        return dict(about["digests"]), dict(about["values"])
+        digests, values = dict(about["digests"]), dict(about["values"])
+        sound = about["check"] == check(values)
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / STATE} is damaged: {REMEDY}.") from None
+        sound = False
+    if not sound:
+        raise UserError(f"{folder / STATE} is damaged: {REMEDY}.")
+    return digests, values
+
+
+def check(values: Mapping[str, Any]) -> str:
+    """By which damage is noticed that leaves JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def paths(state: Mapping[str, Any], kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

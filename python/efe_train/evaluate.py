@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from efe_train.adapt import SIDE_BY_SIDE, batches
-from efe_train.checkpoint import STATE, digest
+from efe_train.checkpoint import read_state
 from efe_train.commands import EvaluateConfig
 from efe_train.config import TrainConfig, UserError
 from efe_train.data import evaluation_queries
@@ -133,7 +133,7 @@ def main(config: EvaluateConfig) -> int:
     if not tasks:
         raise UserError(f"--dataset {dataset!r} has no test input to solve in its {config.split} tasks.")
     # Whatever changes the solutions of a task.
-    about = json.dumps([digest(folder.checkpoint / STATE), config.adapt, dataset, config.split, device.type])
+    about = json.dumps([read_state(folder.checkpoint)[0], config.adapt, dataset, config.split, device.type])
     evaluation = hashlib.sha256(about.encode()).hexdigest()[:16]
     solver = load_solver(folder, trained, device, config.adapt, evaluation)
     out = make_folder(config.out) if config.out else folder.path

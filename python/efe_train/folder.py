@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from efe_train.checkpoint import STATE, digest, read_checkpoint, read_state, write_checkpoint
+from efe_train.checkpoint import digest, read_checkpoint, read_state, write_checkpoint
 from efe_train.config import TrainConfig, UserError, config_from_saved
 from efe_train.files import REMEDY, read_json, read_lines, replaced, written
 from efe_train.metrics import Row
@@ -77,13 +77,13 @@ class RunFolder:
         Raises:
             UserError: there is none, or it lacks something that it should be holding.
         """
-        newest = sorted(RUNS.glob(f"*/checkpoints/batch-*/{STATE}"), key=lambda file: file.stat().st_mtime)
+        newest = sorted(RUNS.glob("*/checkpoints/batch-*"), key=lambda file: file.stat().st_mtime)
         if not out and not newest:
             raise UserError(
                 f"There is no run with a checkpoint under {RUNS}/ to go on from: name one, or begin a new run."
             )
-        path = Path(out) if out else newest[-1].parents[2]
-        chosen = path if (path / STATE).is_file() and path.parent.name == "checkpoints" else None
+        path = Path(out) if out else newest[-1].parents[1]
+        chosen = path if path.parent.name == "checkpoints" and path.is_dir() else None
         folder = cls(path.parents[1] if chosen else path, processes, chosen)
         lacking = [name for name in holding if not (folder.path / name).exists()]
         if lacking or ("checkpoints" in holding and not folder.saved()):
@@ -96,7 +96,7 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """Its checkpoints, the newest last."""
-        return sorted(file.parent for file in self.checkpoints.glob(f"batch-*/{STATE}"))
+        return sorted(self.checkpoints.glob("batch-*"))
 
     @property
     def checkpoint(self) -> Path:
@@ -171,11 +171,13 @@ class RunFolder:
     def accept_candidate(self, batch: int, keep: int) -> None:
         """Make it the checkpoint of a batch. The last `keep` stay, and the best of those that were scored."""
         path = self.checkpoints / f"batch-{batch:06d}"
-        if not path.exists():  # else it was saved before the run was interrupted, and is the same
+        if path.exists():  # saved before the run was interrupted, and the same
+            shutil.rmtree(self.candidate)
+        else:
             os.replace(self.candidate, path)
         saved = self.saved()
-        scores = {each: read_state(each)[1]["scores"] for each in saved}
-        best = max((each for each in saved if scores[each]), key=lambda each: scores[each], default=None)
+        scores = {each: scores_of(each) for each in saved}
+        best = max((each for each in saved if scores[each]), key=lambda each: scores[each] or [], default=None)
         for each in saved[:-keep]:
             if each != best:
                 leaving = each.with_name(f".{each.name}.old")
@@ -215,6 +217,15 @@ class RunFolder:
             raise UserError(
                 f"{self.checkpoint} does not fit the model of this efe-train ({type(error).__name__}): {REMEDY}."
             ) from None
+
+
+def scores_of(checkpoint: Path) -> list[float] | None:
+    """Of the held-out tasks, where it has them and can be read."""
+    try:
+        scores: list[float] | None = read_state(checkpoint)[1].get("scores")
+    except UserError:
+        return None
+    return scores
 
 
 def lines(rows: Iterable[Row]) -> bytes:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from efe_train.config import UserError
 from efe_train.files import written
 
-Part = Literal["data", "prompts", "plan", "loss", "backward", "optimizer", "policy", "metrics"]
+Part = Literal["data", "prompts", "plan", "loss", "backward", "refinements", "optimizer", "policy", "metrics"]
 
 PARTS: tuple[Part, ...] = get_args(Part)
 """Of a step, in the order of the table."""

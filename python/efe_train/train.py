@@ -16,6 +16,7 @@ from efe_train.data import Batch, Part, Query, Share
 from efe_train.planner import GIST, Planner, Recall
 from efe_train.policy import Policy, Rollout
 from efe_train.processes import ALONE, Processes, full, sharded_like
+from efe_train.profile import part as timed
 from efe_train.qwen import PromptCache, Prompter, Prompts
 
 EFE_WEIGHT = 0.7
@@ -147,7 +148,8 @@ class Trainer:
         # takes the same step, from the rows of all of them.
         refined = self.refined_rows(total)
         rollout = Rollout(rows.state[refined], rows.action[refined], rows.lesson[refined])
-        policy = agent.policy.update(rollout, self.policy_optimizer)
+        with timed("policy"):
+            policy = agent.policy.update(rollout, self.policy_optimizer)
 
         if rate > 0:
             valid = rows.target != self.efe_loss.ignore_index
@@ -183,26 +185,30 @@ class Trainer:
         assert batch.target is not None
         with torch.set_grad_enabled(learns):
             # 1. Qwen's prompts: with gradient on a refresh, from the cache otherwise.
-            asked = self.agent.ask(batch.queries) if refresh else Prompts(self.cache.read(batch.queries), None)
+            with timed("prompts"):
+                asked = self.agent.ask(batch.queries) if refresh else Prompts(self.cache.read(batch.queries), None)
 
             # 2 to 4. The plan before and after the policy refines the prompts. Half of the queries are planned without:
             # a planner that never met an unrefined prompt would make refinement look good.
             is_refined = torch.zeros(total, dtype=torch.bool)
             is_refined[self.refined_rows(total)] = True
-            plan = self.agent.plan(
-                batch,
-                self.noise(total)[list(part.rows)],
-                asked.prompt,
-                is_refined[list(part.rows)].to(self.device, non_blocking=True),
-            )
+            with timed("plan"):
+                plan = self.agent.plan(
+                    batch,
+                    self.noise(total)[list(part.rows)],
+                    asked.prompt,
+                    is_refined[list(part.rows)].to(self.device, non_blocking=True),
+                )
 
             # 5. The loss, of logits in the dtype that they have.
-            efe = self.efe_loss(plan.logits, batch.target, prompt=plan.used, valid=batch.valid)
+            with timed("loss"):
+                efe = self.efe_loss(plan.logits, batch.target, prompt=plan.used, valid=batch.valid)
 
         # 6. Backward: the gradients of parts add up, those of processes are averaged, both to the mean of the batch.
         if learns:
             counted = (efe.total * part.weight).sum() * (self.processes.count / total)
-            self.scaler.scale(weight * counted).backward()
+            with timed("backward"):
+                self.scaler.scale(weight * counted).backward()
         by_rule = self.untrained(batch.observation, plan.prompt.new_zeros(len(plan.prompt), GIST))
         action, reward, lesson, accuracy = self.try_refinements(plan, part, total)
         rows = Rows(
@@ -231,6 +237,7 @@ class Trainer:
         states = [self.agent.plan(part.batch).state for part in share.parts]
         self.agent.policy.standardise.observe(self.whole(states, total))
 
+    @timed("prompts")
     @torch.no_grad()
     def complete_cache(self, queries: Sequence[Query]) -> Tensor | None:
         """Compute the prompts that the cache lacks, each in one process. Returns their hidden states."""
@@ -242,6 +249,7 @@ class Trainer:
         self.cache.store(missing, self.processes.whole(asked.prompt, len(missing)))
         return None if asked.hidden is None else self.processes.whole(asked.hidden, len(missing))
 
+    @timed("refinements")
     @torch.no_grad()
     def try_refinements(self, plan: Plan, part: Part, total: int) -> tuple[Tensor, ...]:
         """What the refinements of a part come to: the plan's own, and in the closing phase further samples.
@@ -269,6 +277,7 @@ class Trainer:
         """The rows of all parts and processes, in the order of the batch."""
         return self.processes.whole(torch.cat([part for part in parts if part is not None]), total)
 
+    @timed("optimizer")
     def descend(self, refresh: bool) -> Tensor:
         """One step of planner, loss and Qwen down the gradient. Returns its norm before clipping."""
         groups = [group["params"] for group in self.optimizer.param_groups]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from efe_train.__main__ import main
 from efe_train.agent import Agent
 from efe_train.commands import parse_train_arguments
 from efe_train.config import PARTS
-from efe_train.data import Batch, Query, held_out, training_examples
+from efe_train.data import Query, Share, held_out, training_examples
+from efe_train.folder import RunFolder
 from efe_train.metrics import METRICS
 from efe_train.run import Run
 from efe_train.tasks import Task, load_tasks
@@ -40,8 +42,12 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def checkpoint(out: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    state: dict[str, Any] = RunFolder.find(str(out)).read_checkpoint()
     return state
+
+
+def saved(out: Path) -> list[str]:
+    return sorted(file.name for file in (out / "checkpoints").iterdir())
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -78,7 +84,7 @@ def test_a_run_on_arc_leaves_a_whole_run_folder(tmp_path: Path, capsys: pytest.C
     assert json.loads((out / "config.json").read_text())["max_batches"] == 3
     assert checkpoint(out)["batches_done"] == 3
     assert sorted(file.name for file in out.iterdir()) == [
-        "checkpoint.pt", "config.json", "metrics.jsonl", "qwen", "report.html", "training.log"
+        "checkpoints", "config.json", "metrics.jsonl", "qwen", "report.html", "training.log"
     ]  # fmt: skip
 
 
@@ -128,9 +134,9 @@ def test_held_out_tasks_are_scored_after_each_epoch_and_not_trained_on(
     trained: set[str] = set()
     scored: list[list[str]] = []
 
-    def keep_trained(self: Trainer, batch: Batch, epoch: int) -> Any:
-        trained.update(query.key for query in batch.queries)
-        return step(self, batch, epoch)
+    def keep_trained(self: Trainer, share: Share, epoch: int) -> Any:
+        trained.update(query.key for query in share.queries)
+        return step(self, share, epoch)
 
     def keep_scored(self: Agent, queries: list[Query], batch_size: int) -> Any:
         scored.append([query.key for query in queries])
@@ -176,23 +182,20 @@ def test_a_share_above_a_half_leaves_tasks_to_train_on() -> None:
 
 def prepared(folder: Path, out: Path, *arguments: str) -> Run:
     given = ["--dataset", str(folder), "--device", "cpu", "--batch_size", "6", "--out", str(out), *arguments]
-    return run.prepare(parse_train_arguments(given))
+    return Run(run.prepare(parse_train_arguments(given)))
 
 
-def drawn(of: Run, count: int = 6) -> list[tuple[int, list[int]]]:
-    return [(each.orientation, each.colours.tolist()) for each in of.augmentations(count) or []]
+def drawn(of: Run, batch: int) -> list[tuple[int, list[int]]]:
+    return [(each.orientation, each.colours.tolist()) for each in of.augmentations(batch, 6) or []]
 
 
 def test_augmentations_are_a_function_of_seed_and_batch(arc_folder: Path, tmp_path: Path) -> None:
     first, other = prepared(arc_folder, tmp_path / "a"), prepared(arc_folder, tmp_path / "b", "--seed", "7")
-    begun = drawn(first)
+    begun = drawn(first, 0)
     torch.rand(3)
-    assert drawn(first) == begun != drawn(other)
+    assert drawn(first, 0) == begun != drawn(other, 0)
     assert len({str(each) for each in begun}) == 6
-    first.trainer.batches_done += 1
-    assert drawn(first) != begun
-    first.trainer.batches_done -= 1
-    assert drawn(first) == begun
+    assert drawn(first, 1) != begun
 
 
 @pytest.mark.parametrize("augment", ["on", "off"])
@@ -202,11 +205,13 @@ def test_queries_are_augmented_unless_that_is_switched_off(
     step = Trainer.step
     shown: dict[str, list[Any]] = {}
 
-    def keep(self: Trainer, batch: Batch, epoch: int) -> Any:
-        for query, target in zip(batch.queries, batch.target if batch.target is not None else [], strict=True):
+    def keep(self: Trainer, share: Share, epoch: int) -> Any:
+        (part,) = share.parts
+        assert part.batch.target is not None
+        for query, target in zip(share.queries, part.batch.target, strict=True):
             height, width = query.size
             shown.setdefault(query.key, []).append((query.source.tolist(), target[:height, :width].tolist()))
-        return step(self, batch, epoch)
+        return step(self, share, epoch)
 
     monkeypatch.setattr(Trainer, "step", keep)
     assert train(arc_folder, tmp_path / "run", "--epochs", "2", "--augment", augment) == 0
@@ -270,7 +275,7 @@ def test_a_run_that_a_signal_ended_goes_on_from_that_batch(
     last = (broken / "training.log").read_text().splitlines()[-1]
     assert last.startswith(f"Stopped by {received.name} after batch 3 of 7, which is saved: ")
     assert checkpoint(broken)["batches_done"] == len(metrics(broken)) == 3
-    assert not (broken / "candidate.pt").exists()
+    assert saved(broken) == ["batch-000000", "batch-000003"]
     monkeypatch.undo()
     assert main(["--resume", "--out", str(broken)]) == 0
     assert_same(checkpoint(broken), checkpoint(straight))
@@ -350,12 +355,12 @@ def test_nan_stops_the_training_and_leaves_a_good_checkpoint(
     assert train(arc_folder, out, "--agent_lr", "1e30", "--max_batches", "20") == 1
     printed = capsys.readouterr()
     assert "RED FLAG: " in printed.out and "Check" in printed.out
-    assert "checkpoint.pt holds the last state that is known to be good" in printed.out
+    assert "batch-000000 holds the last state that is known to be good" in printed.out
     assert "Traceback" not in printed.out + printed.err
     state = checkpoint(out)
     tensors = [tensor for module in state["modules"].values() for tensor in module.values()]
     assert all(tensor.isfinite().all() and tensor.float().abs().max() < 1e3 for tensor in tensors)
-    assert not (out / "candidate.pt").exists()
+    assert saved(out) == ["batch-000000"]
     assert main(["--resume", "--out", str(out), "--agent_lr", "1e-3", "--max_batches", "3"]) == 0
     assert [row["batch"] for row in metrics(out)][-1] == 3
 
@@ -483,9 +488,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again(arc_fo
     out = tmp_path / "run"
     assert train(arc_folder, out, "--max_batches", "2") == 0
     expected = checkpoint(out)
-    (out / "checkpoint.pt").unlink()
+    for each in RunFolder(out).saved():
+        shutil.rmtree(each)
     (out / "metrics.jsonl").write_text("")
-    (out / "candidate.pt").write_bytes(b"half of a checkp")
+    (out / "checkpoints" / ".candidate.new").mkdir()
+    (out / "checkpoints" / ".candidate.new" / "model.safetensors").write_bytes(b"half of a checkp")
     assert train(arc_folder, out, "--max_batches", "2") == 0
     assert_same(checkpoint(out), expected)
 
@@ -510,7 +517,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(
     assert "has done all its 2 batches" in complaint(capsys, *resume)
     write_tasks(arc_folder, {"task0": recolouring_task(9)})
     assert "has changed since" in complaint(capsys, *resume, "--max_batches", "4")
-    (out / "checkpoint.pt").write_bytes(b"broken")
+    (RunFolder(out).checkpoint / "model.safetensors").write_bytes(b"broken")
     assert "is damaged" in complaint(capsys, *resume, "--max_batches", "4")
 
 

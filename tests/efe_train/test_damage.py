@@ -2,26 +2,41 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from efe_train.__main__ import main
+from efe_train.checkpoint import write_checkpoint
 from efe_train.config import TrainConfig, UserError
 from efe_train.folder import RunFolder
 from tests.efe_train.conftest import recolouring_task, write_tasks
 
-NEEDED = ("checkpoint.pt", "config.json", "qwen/config.json", "qwen/tokenizer.json", "qwen/tokenizer_config.json")
-DISPENSABLE = ("metrics.jsonl", "report.html", "training.log")
+OLD, NEW = "checkpoints/batch-000000", "checkpoints/batch-000003"
+FILES = ("model.safetensors", "state.json", "training.safetensors")
+NEEDED = (
+    *(f"{NEW}/{name}" for name in FILES),
+    "config.json",
+    "qwen/config.json",
+    "qwen/tokenizer.json",
+    "qwen/tokenizer_config.json",
+)
+DISPENSABLE = (*(f"{OLD}/{name}" for name in FILES), "metrics.jsonl", "report.html", "training.log")
 
 
 def zeros_in_the_middle(data: bytes) -> bytes:
-    """Nulls, and the letters that fill the room between the tensors of a checkpoint, can be lost without a harm."""
-    middle = range(len(data) // 2, len(data))
-    at = next(at for at in middle if all(data[at : at + 9]) and len(set(data[at : at + 9])) > 3)
+    """Nulls can be lost without a harm."""
+    middle = len(data) // 2
+    at = next(
+        at
+        for at in (*range(middle, len(data)), *range(middle))
+        if all(data[at : at + 9]) and len(set(data[at : at + 9])) > 3
+    )
     return data[:at] + bytes(9) + data[at + 9 :]
 
 
@@ -121,15 +136,15 @@ def test_settings_of_another_kind_are_named(settings: str, folder: Path, capsys:
 
 
 def test_the_checkpoint_of_another_model_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state = RunFolder(folder).read_checkpoint()
     del state["modules"]["planner"]["head.bias"]
-    for content, word in ((state, "does not fit"), ({"weights": 1}, "does not fit"), ([1], "is damaged")):
-        torch.save(content, folder / "checkpoint.pt")
+    for content in (state, {"weights": 1, "qwen": []}):
+        write_checkpoint(folder / NEW, content)
         capsys.readouterr()
         for command in (resume, evaluate):
             assert command(folder) == 2
             message = capsys.readouterr().err
-            assert message.count("\n") == 1 and f"{folder / 'checkpoint.pt'} {word}" in message
+            assert message.count("\n") == 1 and f"{folder / NEW} does not fit" in message
 
 
 def test_a_run_whose_settings_are_lost_is_not_overwritten(
@@ -147,23 +162,57 @@ def test_a_file_takes_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda stream: (calls.append("fsync"), fsync(stream)))
     monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(f"replace {Path(new).name}"), replace(old, new)))
     run = RunFolder(tmp_path)
-    run.write_candidate({"value": torch.tensor(1.0)})
-    run.accept_candidate()
+    run.write_candidate({"value": torch.tensor(1.0), "scores": None})
+    run.accept_candidate(1, keep=1)
+    # Three files and their folder, then the folder that holds it under its new name.
+    assert calls == ["fsync"] * 4 + ["replace candidate", "fsync", "replace batch-000001"]
+    calls.clear()
     run.write_config(TrainConfig())
     run.append_metrics([{"batch": 1}])
     run.cut_metrics(1)
-    assert calls == [
-        "fsync", "replace checkpoint.pt", "fsync", "replace config.json", "fsync", "fsync", "replace metrics.jsonl"
-    ]  # fmt: skip
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    assert calls == ["fsync", "replace config.json", "fsync", "fsync", "replace metrics.jsonl"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-@pytest.mark.parametrize("name", ["candidate.pt", "training.log", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["training.log", "metrics.jsonl"])
 def test_a_full_disk_is_explained(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to("/dev/full")
     run = RunFolder(tmp_path)
     with pytest.raises(UserError, match=rf"{name} cannot be written \(No space left on device\)"):
-        run.write_candidate({"value": torch.zeros(100_000)})
         run.say("text")
         run.append_metrics([{"batch": 1}])
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing more to one file fails, as under a quota."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_said_before_training(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = str(sound.parent / "tasks")
+    with largest_file((sound / OLD / "model.safetensors").stat().st_size // 2):
+        assert main(["--dataset", tasks, "--out", str(tmp_path / "run"), "--max_batches", "3", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "cannot be written" in printed.err
+    assert "[Batch" not in printed.out
+    assert [*(tmp_path / "run" / "checkpoints").iterdir()] == []
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.read_bytes() for file in (folder / "checkpoints").rglob("*") if file.is_file()}
+    capsys.readouterr()
+    with largest_file((folder / NEW / "training.safetensors").stat().st_size // 2):
+        assert resume(folder) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("efe-train: ") and "cannot be written" in message
+    assert {file: file.read_bytes() for file in (folder / "checkpoints").rglob("*") if file.is_file()} == before
+    assert resume(folder) == 0

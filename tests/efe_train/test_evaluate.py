@@ -11,6 +11,7 @@ import pytest
 from efe_train import data
 from efe_train.__main__ import main
 from efe_train.evaluate import submission
+from efe_train.folder import RunFolder
 from efe_train.lookup import Lookup, look_up
 from efe_train.scores import Solution, read_solutions
 from efe_train.solve import Solver
@@ -204,5 +205,5 @@ def test_mistakes_are_explained_in_one_sentence(
     assert "--split" in complaint("--checkpoint", str(run_folder), "--split", "middle")
     assert "--adapt" in complaint("--checkpoint", str(run_folder), "--adapt", "-1")
     assert "neither a folder nor a data set" in complaint("--checkpoint", str(run_folder), "--dataset", "nothing")
-    (run_folder / "checkpoint.pt").write_bytes(b"broken")
+    (RunFolder(run_folder).checkpoint / "model.safetensors").write_bytes(b"broken")
     assert "is damaged" in complaint("--checkpoint", str(run_folder))

@@ -22,7 +22,9 @@ def trained(tasks: Path, out: Path, *arguments: str) -> tuple[Prompter, list[Que
     """The prompter that a short run ends with, in evaluation mode, and queries of it."""
     given = ["--dataset", str(tasks), "--out", str(out), "--batch_size", "6", "--max_batches", "3", "--device", "cpu"]
     # So high a rate that what was trained shows.
-    done = run.prepare(parse_train_arguments([*given, "--prompt_refresh", "1", "--qwen_lr", "0.1", *arguments]))
+    done = run.Run(
+        run.prepare(parse_train_arguments([*given, "--prompt_refresh", "1", "--qwen_lr", "0.1", *arguments]))
+    )
     done.train()
     return done.trainer.agent.prompter.eval(), [example.query for example in done.examples[:4]]
 
@@ -47,7 +49,9 @@ def assert_same_prompts(model: Any, out: Path, prompter: Prompter, queries: list
     mask = tokens["attention_mask"][..., None]
     mean = (hidden.float() * mask).sum(1) / mask.sum(1)
     # The run's own mean is rounded to the dtype of the hidden states.
-    torch.testing.assert_close(projection(mean.to(hidden.dtype).float()), prompter(queries), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        projection(mean.to(hidden.dtype).float()), prompter(queries).prompt, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_transformers_loads_the_language_model_of_a_run(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from efe_train.folder import RunFolder
 from tests.efe_train.test_cli import assert_same, checkpoint, comparable
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def wait_for_words(run: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def batches_done(out: Path) -> int:
-    done: int = checkpoint(out)["batches_done"] if (out / "checkpoint.pt").exists() else 0
+    done: int = checkpoint(out)["batches_done"] if RunFolder(out).saved() else 0
     return done
 
 
@@ -54,7 +55,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_never_was(arc_folde
 
     generator, reached = random.Random(0), []
     while len(reached) < KILLS and batches_done(broken) < 2 * EPOCHS:
-        with start(["--resume"] if (broken / "checkpoint.pt").exists() else begin, broken) as run:
+        with start(["--resume"] if RunFolder(broken).saved() else begin, broken) as run:
             # One in three is killed while it starts, the others while they train.
             if len(reached) % 3 == 0:
                 time.sleep(generator.uniform(0.5, 1) * startup)

@@ -49,8 +49,10 @@ def test_the_gradient_reaches_the_first_layer_of_qwen(prompter: Prompter, querie
 
 
 def test_prompts_are_told_apart_by_more_than_a_tenth_of_their_size(prompter: Prompter, queries: list[Query]) -> None:
-    prompter.train()
     with torch.no_grad():
+        hidden = prompter(queries).hidden
+        assert hidden is not None
+        prompter.observe(hidden)
         prompts = prompter(queries).prompt
     spread = (prompts - prompts.mean(0)).norm(dim=1).mean()
     assert spread > 0.5 * prompts.norm(dim=1).mean()
@@ -262,11 +264,11 @@ def test_a_frozen_model_stays_in_the_dtype_that_it_was_stored_in(
     loaded.projection.load_state_dict(prompter.projection.state_dict())
     loaded.max_tokens = prompter.max_tokens
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        prompts = loaded(queries)
+        prompts = loaded(queries).prompt
     prompts.square().sum().backward()
     assert prompts.dtype == torch.float32
     # bfloat16 keeps eight bits, and what is standardised is what differs between queries.
-    expected = prompter(queries)
+    expected = prompter(queries).prompt
     assert (prompts - expected).norm() < 0.1 * expected.norm()
     adapters = [weight for name, weight in trainable(loaded).items() if "lora_B" in name]
     assert len(adapters) == 14
@@ -282,7 +284,7 @@ def test_the_frozen_weights_of_a_pretrained_model_come_from_it_again(
     restored = qwen.load_architecture(tmp_path / "qwen", stored, Lora(4))
     restored.load_kept_state(begun.kept_state())
     with torch.no_grad():
-        assert torch.equal(restored(queries), begun(queries))
+        assert torch.equal(restored(queries).prompt, begun(queries).prompt)
 
 
 @pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (Path(folder) / "config.json").unlink()])
