@@ -67,12 +67,17 @@ class Processes:
         tensor = full(state.detach())
         return tensor.cpu() if self.index == 0 else tensor.new_empty(0, device="cpu")
 
+    @property
+    def shards(self) -> bool:
+        """Whether accelerate is configured for FSDP. Its own state only says so on GPUs."""
+        return self.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
     def shard(self, model: nn.Module, like: nn.Module) -> None:
-        """Split a model's parameters over the processes, where accelerate is configured for FSDP2.
+        """Split a model's parameters over the processes where `shards` says so.
 
         like: the part of it that knows its own blocks, as a model of transformers does.
         """
-        if self.accelerator is None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        if self.accelerator is None or not self.shards:
             return
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy

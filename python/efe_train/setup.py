@@ -62,12 +62,13 @@ def prepare(given: dict[str, object]) -> Setup:
         restore(trainer, state, examples, folder)
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
     shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
-    alone = "" if processes.count == 1 else f", {processes.count} processes"
+    several = "" if processes.count == 1 else f", {processes.count} processes"
+    several += ", Qwen sharded over them" if processes.shards else ""
     about = (
         f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(scored)} of them held out, "
         f"{len(examples)} training queries, {batches} batches per epoch, "
         f"batches {trainer.batches_done + 1} to {total_batches(config, batches)}\n"
-        f"Device: {device}{alone}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
+        f"Device: {device}{several}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
         f"Qwen: {about_qwen}\n"
         f"Learning rates: agent {agent_lr:g}, Qwen {qwen_lr:g} ({rates_reason})\n"
         f"Run folder: {folder.path}"

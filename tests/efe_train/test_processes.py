@@ -106,7 +106,7 @@ def test_several_processes_train_as_one_does(
     out = tmp_path / "run"
     said = train(count, settings(tasks, out, *arguments), **environment)
     assert said.count("Run folder: ") == 1 and said.count("[Batch   12]") == 1
-    assert (f"{count} processes" in said) == (count > 1)
+    assert (f"{count} processes" in said, "Qwen sharded over them" in said) == (count > 1, environment == FSDP)
     assert [row["queries"] for row in metrics(out)] == [row["queries"] for row in metrics(alone)]
     torch.testing.assert_close(losses(out), losses(alone), rtol=LOSSES_DIFFER, atol=0)
     for name in ("reward", "mask_ratio", "acc_after", "qwen_grad", "grad_norm", "policy_loss"):
@@ -175,3 +175,32 @@ def test_alone_everything_is_whole() -> None:
     parameter.grad = torch.ones(2)
     ALONE.average_gradients([parameter])
     assert torch.equal(parameter.grad, torch.ones(2))
+
+
+SHARDS = """
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from efe_train.processes import Processes
+from efe_train.qwen import build_prompter
+prompter, _ = build_prompter(None)
+whole = sum(parameter.numel() for parameter in prompter.parameters())
+processes = Processes(Accelerator(cpu=True))
+processes.shard(prompter, prompter.language_model)
+assert all(isinstance(parameter, DTensor) for parameter in prompter.parameters())
+own = sum(parameter.to_local().numel() for parameter in prompter.parameters())
+assert own < 0.55 * whole, (own, whole)
+blocks = [type(module).__name__ for module in prompter.modules() if hasattr(module, "reshard")]
+assert sorted(blocks) == ["FSDPPrompter", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"], blocks
+processes.leave()
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_qwen_lies_in_parts_in_the_processes(tmp_path: Path) -> None:
+    (tmp_path / "shards.py").write_text(SHARDS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    alone = {**os.environ, **FSDP, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run([*torchrun, tmp_path / "shards.py"], capture_output=True, text=True, env=alone, timeout=120)
+    assert done.returncode == 0, done.stderr
