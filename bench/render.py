@@ -155,11 +155,12 @@ def losses(record: Record) -> list[str]:
 
 def training_table(record: Record, markdown: bool = False) -> str:
     parts = list(dict.fromkeys(part for row in record.training for part in row["parts"]))
-    rows = [["batch", "served by", "precision", "episodes/s", "step", "step with refresh", *parts]]
+    rows = [["batch", "served by", "processes", "precision", "episodes/s", "step", "step with refresh", *parts]]
     for row in sorted(record.training, key=lambda row: row["batch"]):
         seconds = [duration(row["parts"].get(part)) for part in parts]
         rows.append([
-            str(row["batch"]), row["served_by"], row["precision"], f"{row['episodes_per_s']:.1f}",
+            str(row["batch"]), row["served_by"], str(row.get("processes", 1)), row["precision"],
+            f"{row['episodes_per_s']:.1f}",
             duration(row["step_seconds"]), duration(row["refresh_step_seconds"]), *seconds,
         ])  # fmt: skip
     return columns(rows, markdown)

@@ -1,6 +1,7 @@
-"""The whole system: training episodes per second with the kernels and with the reference, and the parts of a step.
+"""The whole system: training episodes per second with the kernels, with the reference and in several processes, and the
+parts of a step.
 
-    python -m bench.training [--into RECORD.json] [--batch 1 8 64 512] [--precision fp32]
+    python -m bench.training [--into RECORD.json] [--batch 1 8 64 512] [--precision fp32] [--processes 2]
     python -m bench.training parity      # one run of training on the CPU and one on the GPU, step by step
 
 Tasks are made up, of 30 x 30 cells, and Qwen is the small one built from a config: nothing is downloaded.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,15 +62,17 @@ def make(batch_size: int, device: str, precision: str, side: int = SIDE) -> tupl
     from efe_train.config import TrainConfig
     from efe_train.data import share_out
     from efe_train.device import choose_precision
+    from efe_train.processes import join
     from efe_train.qwen import build_prompter
     from efe_train.train import Trainer
 
     torch.manual_seed(0)
-    where = torch.device(device)
+    processes, where = join(torch.device(device))
     dtype, _ = choose_precision(precision, where)
-    trainer = Trainer(TrainConfig(batch_size=batch_size, prompt_refresh=REFRESH), build_prompter(None)[0], where, dtype)
+    config = TrainConfig(batch_size=batch_size, prompt_refresh=REFRESH)
+    trainer = Trainer(config, build_prompter(None)[0], where, dtype, processes=processes)
     examples = made_up_examples(batch_size, side)
-    return trainer, share_out(examples).to(where)
+    return trainer, share_out(examples, positions=processes.positions(len(examples))).to(where)
 
 
 class Parts:
@@ -116,7 +120,8 @@ class Parts:
 def step_seconds(trainer: Trainer, share: Share, wait: Callable[[], None], *, refresh: bool) -> float:
     """Median time of a step with or without a refresh of the prompts."""
     times: list[float] = []
-    while len(times) < 2 or (len(times) < 12 and sum(times) < LONGEST_STEP):
+    # Processes have to agree on how often they take a step together.
+    while trainer.processes.largest(len(times) < 2 or (len(times) < 12 and sum(times) < LONGEST_STEP)):
         trainer.batches_done = 0 if refresh else 1
         wait()
         begun = time.perf_counter()
@@ -141,6 +146,7 @@ def measure(batch_size: int, precision: str) -> dict[str, Any]:
     total = time.perf_counter() - begun
     return {
         "batch": batch_size,
+        "processes": trainer.processes.count,
         "precision": precision,
         "episodes_per_s": REFRESH * batch_size / (refresh + (REFRESH - 1) * plain),
         "step_seconds": plain,
@@ -149,16 +155,29 @@ def measure(batch_size: int, precision: str) -> dict[str, Any]:
     }
 
 
-def measure_all(batches: list[int], precision: str) -> Iterator[dict[str, Any]]:
-    """With the kernels and with the reference, each in a process of its own."""
-    for served_by in ("kernels", "reference"):
-        command = [sys.executable, "-m", "bench.training", "one", "--served-by", served_by, "--precision", precision]
-        command += ["--batch", *map(str, batches)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def default_processes() -> int:
+    import torch
+
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def measure_all(batches: list[int], precision: str, processes: int) -> Iterator[dict[str, Any]]:
+    """With the kernels, in one process and in several, and with the reference, each time in processes of their own."""
+    for served_by, count in dict.fromkeys([("kernels", 1), ("kernels", processes), ("reference", 1)]):
+        start = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m"] if count > 1 else []
+        command = [sys.executable, "-m", *start, "bench.training", "one"]
+        command += ["--served-by", served_by, "--precision", precision, "--batch", *map(str, batches)]
+        threads = str(max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)) // count))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 row = {"served_by": served_by, **json.loads(line)}
-                print(f"{served_by:<10} batch {row['batch']:>4}  {row['episodes_per_s']:>9.1f} episodes/s", flush=True)
+                print(
+                    f"{served_by:<10} batch {row['batch']:>4}  processes {row['processes']}  "
+                    f"{row['episodes_per_s']:>9.1f} episodes/s",
+                    flush=True,
+                )
                 yield row
         if process.returncode != 0:
             raise RuntimeError(f"Training with the {served_by} failed, exit code {process.returncode}.")
@@ -191,6 +210,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, metavar="RECORD.json", help="add the rows to a recording of the suite")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--processes", type=int, default=None, help="default: one for each GPU, two on the CPU")
     parser.add_argument("--served-by", default="kernels", choices=("kernels", "reference"))
     parser.add_argument("--devices", nargs=2, default=("cpu", "cuda"), help="what parity compares")
     parser.add_argument("--side", type=int, default=8, help="side of the grids that parity trains on")
@@ -204,10 +224,12 @@ def main() -> int:
         if options.served_by == "reference":
             hide_kernels()
         for batch in options.batch:
-            print(json.dumps(measure(batch, options.precision)), flush=True)
+            row = measure(batch, options.precision)
+            if os.environ.get("RANK", "0") == "0":
+                print(json.dumps(row), flush=True)
         return 0
     rows = []
-    for row in measure_all(options.batch, options.precision):
+    for row in measure_all(options.batch, options.precision, options.processes or default_processes()):
         rows.append(row)
         if options.into is not None:  # after each row, so that an interruption costs no other
             from bench.measure import add_to_record

@@ -115,6 +115,11 @@ class Batch:
     def valid(self) -> Tensor:
         return self.observation.valid
 
+    def right(self, grids: Tensor) -> Tensor:
+        """Share of its valid cells that each of the grids [B, H, W] gets right, [B]."""
+        assert self.target is not None
+        return ((grids == self.target) & self.valid).sum((1, 2)) / self.valid.sum((1, 2)).clamp_min(1)
+
     def to(self, device: torch.device) -> Batch:
         return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -125,12 +130,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Queries of a batch that are planned at once. rows: their places in the batch. weight: [n] float32, what each
-    counts: 1, or 0 where a process repeats a query that is another one's.
+    """Queries of a batch that are planned at once. rows: [n] int64, their places in the batch. weight: [n] float32,
+    what each counts: 1, or 0 where a process repeats a query that is another one's.
     """
 
     batch: Batch
-    rows: tuple[int, ...]
+    rows: Tensor
     weight: Tensor
 
     def to(self, device: torch.device) -> Part:
@@ -140,7 +145,7 @@ class Part:
         return self.moved(Tensor.pin_memory)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Part:
-        return Part(self.batch.moved(move), self.rows, move(self.weight))
+        return Part(self.batch.moved(move), move(self.rows), move(self.weight))
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class Share:
     def all_of(cls, batch: Batch) -> Share:
         """The share of a process that is alone."""
         count = len(batch.queries)
-        return cls(batch.queries, (Part(batch, tuple(range(count)), torch.ones(count)),)).to(batch.valid.device)
+        return cls(batch.queries, (Part(batch, torch.arange(count), torch.ones(count)),)).to(batch.valid.device)
 
     def to(self, device: torch.device) -> Share:
         return Share(self.queries, tuple(part.to(device) for part in self.parts))
@@ -285,14 +290,14 @@ def share_out(
     shape = padded_shape(sizes, few_shapes)
 
     def part(places: Sequence[int]) -> Part:
-        rows = tuple(place % len(examples) for place in places)
+        rows = [place % len(examples) for place in places]
         batch = collate(
             [examples[row].query for row in rows],
             [examples[row].answer for row in rows],
             [changes[row] for row in rows] if augmentations else None,
             shape=shape,
         )
-        return Part(batch, rows, torch.tensor([float(place < len(examples)) for place in places]))
+        return Part(batch, torch.tensor(rows), torch.tensor([float(place < len(examples)) for place in places]))
 
     own = range(len(examples)) if positions is None else positions
     split = np.array_split(own, min(parts, len(own)))

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from efe_train.adapt import SIDE_BY_SIDE, batches
+from efe_train.build import build_agent, build_loss
 from efe_train.checkpoint import read_state
 from efe_train.commands import EvaluateConfig
 from efe_train.config import TrainConfig, UserError
@@ -40,7 +41,6 @@ from efe_train.scores import (
 )
 from efe_train.solve import ADAPTED, AGENT, Solver
 from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks, task_json
-from efe_train.train import build_agent, build_loss
 
 
 def load_solver(folder: RunFolder, config: TrainConfig, device: torch.device, steps: int, evaluation: str) -> Solver:

@@ -121,6 +121,12 @@ class Policy(nn.Module):
         return PolicyUpdate(loss.detach(), grad_norm)
 
 
+def standard_noise(seed: int, queries: int, device: torch.device) -> Tensor:
+    """What the library draws for a seed, [B, D+1]: the action of a refinement with mean 0 and deviation 1."""
+    zeros = torch.zeros(queries, PROMPT_DIM + 1, device=device)
+    return refine_prompt(zeros[:, 1:], zeros, zeros, seed=seed).action
+
+
 def policy_state(prompt: Tensor, before: Tensor, batch: Batch) -> Tensor:
     """What the policy sees, [B, S] without a graph: the prompt, the control and the features of the task.
 

@@ -175,3 +175,9 @@ def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
         return tensor
     return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients, without a look at the device's result."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return full(nn.utils.get_total_norm(gradients).detach())

@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from efe_kernels import EFELoss, EFEWeights, refine_prompt
-from efe_train.agent import Agent, Plan
-from efe_train.config import PROMPT_DIM, TrainConfig, learning_rates, term_weights
-from efe_train.data import Batch, Part, Query, Share
-from efe_train.planner import GIST, Planner, Recall
-from efe_train.policy import Policy, Rollout
-from efe_train.processes import ALONE, Processes, full, sharded_like
+from efe_train.agent import Plan
+from efe_train.build import build_agent, build_loss
+from efe_train.config import TrainConfig, learning_rates
+from efe_train.data import Part, Query, Share
+from efe_train.planner import GIST, Recall
+from efe_train.policy import Policy, Rollout, standard_noise
+from efe_train.processes import ALONE, Processes, gradient_norm
 from efe_train.profile import part as timed
 from efe_train.qwen import PromptCache, Prompter, Prompts
+from efe_train.schedule import POLICY_RATES, epoch_weight, rate_factor
+from efe_train.state import load_state, state_of
 
 EFE_WEIGHT = 0.7
 
 REWARD_WEIGHT = 0.3
-
-POLICY_RATES = (0.2, 2.0)
-"""Learning rates of the policy over the full one of the planner: while the planner moves, and in the closing phase.
-
-What is learned of a planner that moves is soon out of date.
-"""
-
-
-def build_agent(config: TrainConfig, prompter: Prompter, device: torch.device, dtype: torch.dtype) -> Agent:
-    # The order in which first weights are drawn: in another one, a seed would give another run.
-    planner, policy = Planner(look_up=config.has("look_up")), Policy()
-    has = {"reads": config.has("prompt"), "refines": config.has("refinement")}
-    return Agent(prompter, planner, policy, device, dtype, **has)
-
-
-def build_loss(config: TrainConfig) -> EFELoss:
-    weights = EFEWeights(**{**term_weights(TrainConfig.efe_weights), **term_weights(config.efe_weights)})
-    return EFELoss(weights=weights, hard_cell=config.has("hard_cell"), reduction="none")
-
-
-def epoch_weight(epoch: int) -> float:
-    return 0.6 if epoch == 0 else 0.3
-
-
-def rate_factor(
-    done: int, batches: int, schedule: str = TrainConfig.schedule, warmup: int = TrainConfig.warmup
-) -> float:
-    """What the rates of planner, loss and Qwen are multiplied by after `done` of `batches`; 0 after the last one.
-
-    They rise over `warmup` batches: at the full rate, the first steps would spoil what the look-up says.
-    """
-    if done >= batches:
-        return 0.0
-    rising = min(1.0, (done + 1) / warmup) if warmup else 1.0
-    return rising * (0.5 * (1 + math.cos(math.pi * done / batches)) if schedule == "cosine" else 1.0)
 
 
 class Rows(NamedTuple):
@@ -190,15 +157,10 @@ class Trainer:
 
             # 2 to 4. The plan before and after the policy refines the prompts. Half of the queries are planned without:
             # a planner that never met an unrefined prompt would make refinement look good.
-            is_refined = torch.zeros(total, dtype=torch.bool)
-            is_refined[self.refined_rows(total)] = True
+            refined = self.refined_rows(total)
+            is_refined = (part.rows - refined.start) % refined.step == 0
             with timed("plan"):
-                plan = self.agent.plan(
-                    batch,
-                    self.noise(total)[list(part.rows)],
-                    asked.prompt,
-                    is_refined[list(part.rows)].to(self.device, non_blocking=True),
-                )
+                plan = self.agent.plan(batch, self.noise(total)[part.rows], asked.prompt, is_refined)
 
             # 5. The loss, of logits in the dtype that they have.
             with timed("loss"):
@@ -221,9 +183,9 @@ class Trainer:
             target=batch.target.masked_fill(~batch.valid, self.efe_loss.ignore_index),
             efe=efe.total.detach(),
             mask_ratio=efe.mask_ratio,
-            acc_before=right(plan.before.argmax(-1), batch),
-            acc_copying=right(batch.observation.views[:, 0], batch),
-            acc_look_up=right(by_rule.argmax(1), batch),
+            acc_before=batch.right(plan.before.argmax(-1)),
+            acc_copying=batch.right(batch.observation.views[:, 0]),
+            acc_look_up=batch.right(by_rule.argmax(1)),
         )
         return rows, asked.hidden
 
@@ -264,13 +226,13 @@ class Trainer:
             if sample == 0:
                 action, after = plan.refined.action, plan.logits[:, -1]
             else:
-                noise = self.noise(total, sample)[list(part.rows)]
+                noise = self.noise(total, sample)[part.rows]
                 refined = self.agent.policy.refine_prompt(plan.prompt, plan.state, noise)
                 action, after = refined.action, self.agent.outcome(batch, refined.prompt)
             given = plan.before, after, batch.target, batch.valid
             reward = Policy.compute_reward(*given)
             lesson = reward + Policy.expected_gain(*given)
-            trials.append((action, reward, lesson, right(after.argmax(-1), batch)))
+            trials.append((action, reward, lesson, batch.right(after.argmax(-1))))
         return tuple(torch.stack(each, dim=1) for each in zip(*trials, strict=True))
 
     def whole(self, parts: Sequence[Tensor | None], total: int) -> Tensor:
@@ -309,7 +271,7 @@ class Trainer:
         """The queries that are planned with a refined prompt: every other one by turns; in the closing phase, and where
         the batch has but one, all.
         """
-        return slice(self.batches_done % min(2, queries), None, 2) if self.rate() > 0 else slice(None)
+        return slice(self.batches_done % min(2, queries), None, 2) if self.rate() > 0 else slice(0, None, 1)
 
     def refresh_is_due(self) -> bool:
         return self.batches_done % self.config.prompt_refresh == 0
@@ -319,9 +281,7 @@ class Trainer:
         draws the same, and so do several processes, each of which uses its rows.
         """
         seed = (self.config.seed << 32) + self.batches_done * self.config.policy_samples + sample
-        # A refinement with mean 0 and deviation 1 is the noise that the library draws for a seed.
-        zeros = torch.zeros(total, PROMPT_DIM + 1, device=self.device)
-        return refine_prompt(zeros[:, 1:], zeros, zeros, seed=seed).action
+        return standard_noise(seed, total, self.device)
 
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds the weights of, by name."""
@@ -331,66 +291,9 @@ class Trainer:
         return {"agent": self.optimizer, "policy": self.policy_optimizer}
 
     def state_dict(self) -> dict[str, Any]:
-        """On the host, of the first process; every process has to ask for it. No process split shows in it."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        host = self.processes.on_host
-        return {
-            "batches_done": self.batches_done,
-            "modules": {name: host(kept_state(module)) for name, module in self.modules().items()},
-            # Rates are set in each step, and no run changes the other settings of the optimizers.
-            "optimizers": {name: host(each.state_dict()["state"]) for name, each in self.optimizers().items()},
-            "scaler": self.scaler.state_dict(),
-            "cache": host(self.cache.state_dict()),
-            "qwen_grad": self.qwen_grad.cpu(),
-            "rng": rng,
-        }
+        """What a checkpoint holds, on the host of the first process; every process has to ask for it."""
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Of a checkpoint, on the host; the run may have had another number of processes."""
-        self.batches_done = state["batches_done"]
-        for name, module in self.modules().items():
-            load_module(module, state["modules"][name])
-        for name, optimizer in self.optimizers().items():
-            load_optimizer(optimizer, state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
-        self.cache.load_state_dict(state["cache"], self.device)
-        self.qwen_grad = state["qwen_grad"].to(self.device)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
-
-
-def kept_state(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a module."""
-    return module.kept_state() if isinstance(module, Prompter) else module.state_dict()
-
-
-def load_module(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what a checkpoint holds into a module that may be sharded."""
-    own = kept_state(module)
-    load = module.load_kept_state if isinstance(module, Prompter) else module.load_state_dict
-    load({name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in state.items()})
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """The moments of each parameter, by its number, into an optimizer whose parameters may be sharded."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        int(number): {name: sharded_like(tensor, parameters[int(number)]) for name, tensor in tensors.items()}
-        for number, tensors in state.items()
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients, without a look at the device's result."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return full(nn.utils.get_total_norm(gradients).detach())
-
-
-def right(grids: Tensor, batch: Batch) -> Tensor:
-    """Share of its valid cells that each of the grids [B, H, W] gets right, [B]."""
-    assert batch.target is not None
-    return ((grids == batch.target) & batch.valid).sum((1, 2)) / batch.valid.sum((1, 2)).clamp_min(1)
+        load_state(self, state)

@@ -23,8 +23,9 @@ from efe_train.data import Query, Share, held_out, training_examples
 from efe_train.folder import RunFolder
 from efe_train.metrics import METRICS
 from efe_train.run import Run
+from efe_train.schedule import rate_factor
 from efe_train.tasks import Task, load_tasks
-from efe_train.train import Trainer, rate_factor
+from efe_train.train import Trainer
 from tests.efe_train.conftest import recolouring_task, unshown_task, write_tasks
 
 LINE = re.compile(

@@ -16,8 +16,9 @@ from efe_train.config import NUM_COLORS, TrainConfig, term_weights
 from efe_train.data import Batch, Example, Observation, Query, Share, collate
 from efe_train.policy import Policy, Rollout
 from efe_train.qwen import Prompter, Prompts
+from efe_train.schedule import POLICY_RATES, epoch_weight, rate_factor
 from efe_train.tasks import Pair
-from efe_train.train import EFE_WEIGHT, POLICY_RATES, REWARD_WEIGHT, Trainer, epoch_weight, rate_factor
+from efe_train.train import EFE_WEIGHT, REWARD_WEIGHT, Trainer
 from tests.efe_train.conftest import stirred
 
 
