@@ -37,7 +37,7 @@ class Plan:
 
 
 class Agent(nn.Module):
-    """Prompter, planner and policy on one device, computing under autocast in one dtype. Parameters stay float32."""
+    """Prompter, planner and policy on one device, computing under autocast in one dtype. What trains stays float32."""
 
     def __init__(
         self,

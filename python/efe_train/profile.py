@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from efe_train.config import UserError
 from efe_train.files import written
+
+T = TypeVar("T")
 
 Part = Literal["data", "prompts", "plan", "loss", "backward", "refinements", "optimizer", "policy", "metrics"]
 
@@ -32,6 +34,17 @@ SKIPPED_OF_FEW = 2
 def part(name: Part) -> record_function:
     """A range of the profile, as a context manager or a decorator. Without a profiler it costs a few microseconds."""
     return record_function(name)
+
+
+def each_timed(name: Part, items: Iterator[T]) -> Iterator[T]:
+    """The items; the time that each has to be waited for is a part of the profile."""
+    while True:
+        try:
+            with part(name):
+                item = next(items)
+        except StopIteration:
+            return
+        yield item
 
 
 class StepProfile:

@@ -23,12 +23,13 @@ from efe_train.metrics import Row
 from efe_train.monitor import Monitor, RedFlag
 from efe_train.picture import plan_pictures
 from efe_train.processes import full
-from efe_train.profile import part, profiling
+from efe_train.profile import each_timed, part, profiling
 from efe_train.report import write_report
 from efe_train.scores import score
 from efe_train.setup import Setup, prepare, total_batches
+from efe_train.state import kept_state
 from efe_train.tasks import Grid, evaluates_on_training_tasks
-from efe_train.tracker import start_tracker
+from efe_train.tracker import Tracker, start_tracker
 
 LOG_EVERY = 10
 """Batches between two readings of the metrics, which is when the host waits for the device."""
@@ -69,10 +70,13 @@ def finished(run: Run, begun: float) -> int:
             f"efe-train --resume --out {folder.path} goes on from it."
         )
         return 128 + stop.received
-    rows, dataset = folder.read_metrics(), run.config.dataset
-    folder.say(closing_table(rows, time.perf_counter() - begun))
-    scored = "tasks that it was trained on" if evaluates_on_training_tasks(dataset) else "held-out tasks"
-    folder.say(f"Curves: {folder.processes.by_first(lambda: write_report(folder))}")
+    table, report = folder.processes.by_first(
+        lambda: (closing_table(folder.read_metrics(), time.perf_counter() - begun), write_report(folder))
+    )
+    seen = evaluates_on_training_tasks(run.config.dataset)
+    scored = "tasks that it was trained on" if seen else "held-out tasks"
+    folder.say(table)
+    folder.say(f"Curves: {report}")
     folder.say(f"Score it on the {scored}: efe-train evaluate --checkpoint {folder.path}")
     return 0
 
@@ -102,7 +106,8 @@ class Run:
             )
         self.folder.write_config(self.config)
         self.qwen_digests = self.folder.qwen_digests()
-        self.tracker = start_tracker(self.config, self.folder) if self.processes.index == 0 else None
+        self.tracker: Tracker | None = None
+        self.processes.by_first(self.start_tracker)
         self.monitor = Monitor(loss_scaling=self.trainer.scaler.is_enabled(), reads=self.trainer.agent.reads)
         self.unread: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self.clock = time.perf_counter()
@@ -112,6 +117,9 @@ class Run:
         self.epochs_since_best = 0
         self.plans: list[Grid] = []  # of the held-out test inputs, where they have just been scored
         self.folder.say(about)
+
+    def start_tracker(self) -> None:
+        self.tracker = start_tracker(self.config, self.folder)
 
     def train(self) -> None:
         """Train to the end of the run.
@@ -133,7 +141,7 @@ class Run:
         bar = tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True, disable=quiet)
         profiled = profiling(self.folder.path, self.config.profile and not quiet, self.total - done, self.folder.say)
         with SignalWatch() as signals, bar, ahead(self.upcoming()) as batches, profiled as profile:
-            for epoch, share in waited_for(batches):
+            for epoch, share in each_timed("data", batches):
                 self.train_batch(epoch, share)
                 done = trainer.batches_done
                 # A signal reaches the processes at different times; they have to stop after the same batch.
@@ -262,7 +270,7 @@ class Run:
 
     def finish(self) -> None:
         """Save the last state. No batch comes after it to show that it is good, so its parameters are looked at."""
-        state = [tensor for module in self.trainer.modules().values() for tensor in module.state_dict().values()]
+        state = [tensor for module in self.trainer.modules().values() for tensor in kept_state(module).values()]
         if not all(bool(full(tensor).isfinite().all()) for tensor in state):
             message = "the last step left parameters that are not finite. Check the learning rates (lower --agent_lr)."
             self.raise_flag(RedFlag(self.trainer.batches_done, message, fatal=True))
@@ -285,13 +293,3 @@ class Run:
         if self.tracker is not None:
             self.tracker.end()
         self.processes.leave()
-
-
-def waited_for(batches: Iterator[tuple[int, Share]]) -> Iterator[tuple[int, Share]]:
-    """The same, the time that each has to be waited for being a part of the profile."""
-    while True:
-        with part("data"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
