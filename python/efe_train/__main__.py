@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if str(error.name).partition(".")[0] in ("efe_kernels", "efe_train"):
                 raise
             problem = f'{" ".join(str(error).split())}: pip install "efe-kernels[train]" installs what training needs.'
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            problem = f"{error.filename or 'A file'} cannot be used ({error.strerror})."
         except KeyboardInterrupt:
             print("efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.", file=sys.stderr)
             return 128 + signal.SIGINT
@@ -34,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: list[str]) -> int:
     module, given = parse(arguments)
+    if module != "run" and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"efe-train {module} runs in one process: start it without torchrun or accelerate launch.")
     # Not at the top of the file: it takes seconds, which `--help` and a mistyped flag need not wait for.
     import torch
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efe_train.config import UserError
-from efe_train.files import read_json, written
+from efe_train.files import flush, read_json, written
 
 WEIGHTS, TRAINING, STATE = "model.safetensors", "training.safetensors", "state.json"
 """The weights of each module, the other tensors, and what is no tensor."""
@@ -111,15 +111,6 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(each, {})
         inner[name] = value
     return state
-
-
-def flush(path: Path) -> None:
-    """Have what was written to a file or a folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(file: Path) -> str:

@@ -83,5 +83,15 @@ def replaced(file: Path) -> Iterator[IO[bytes]]:
         with written(temporary) as stream:
             yield stream
         os.replace(temporary, file)
+        flush(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have what was written to a file or a folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

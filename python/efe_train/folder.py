@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from efe_train.checkpoint import digest, read_checkpoint, read_state, write_checkpoint
 from efe_train.config import TrainConfig, UserError, config_from_saved
-from efe_train.files import REMEDY, read_json, read_lines, replaced, written
+from efe_train.files import REMEDY, flush, read_json, read_lines, replaced, written
 from efe_train.metrics import Row
 from efe_train.processes import ALONE, Processes, by_first
 
@@ -83,7 +83,7 @@ class RunFolder:
                 f"There is no run with a checkpoint under {RUNS}/ to go on from: name one, or begin a new run."
             )
         path = Path(out) if out else newest[-1].parents[1]
-        chosen = path if path.parent.name == "checkpoints" and path.is_dir() else None
+        chosen = path if path in cls(path.parent.parent).saved() else None
         folder = cls(path.parents[1] if chosen else path, processes, chosen)
         lacking = [name for name in holding if not (folder.path / name).exists()]
         if lacking or ("checkpoints" in holding and not folder.saved()):
@@ -96,7 +96,8 @@ class RunFolder:
 
     def saved(self) -> list[Path]:
         """Its checkpoints, the newest last."""
-        return sorted(self.checkpoints.glob("batch-*"))
+        named = {each: each.name.removeprefix("batch-") for each in self.checkpoints.glob("batch-*")}
+        return sorted((each for each in named if named[each].isdecimal()), key=lambda each: int(named[each]))
 
     @property
     def checkpoint(self) -> Path:
@@ -175,14 +176,19 @@ class RunFolder:
             shutil.rmtree(self.candidate)
         else:
             os.replace(self.candidate, path)
-        saved = self.saved()
-        scores = {each: scores_of(each) for each in saved}
-        best = max((each for each in saved if scores[each]), key=lambda each: scores[each] or [], default=None)
-        for each in saved[:-keep]:
+            flush(self.checkpoints)
+        best = self.best()
+        for each in self.saved()[:-keep]:
             if each != best:
-                leaving = each.with_name(f".{each.name}.old")
-                os.replace(each, leaving)
-                shutil.rmtree(leaving, ignore_errors=True)
+                # A name at once: half of a checkpoint must not pass for one.
+                os.replace(each, each.with_name(f".{each.name}.{time.time_ns()}.old"))
+        for each in self.checkpoints.glob(".*.old"):
+            shutil.rmtree(each, ignore_errors=True)
+
+    def best(self) -> Path | None:
+        """Of the checkpoints that were scored, the one with the best scores, and of equals the first."""
+        scores = {each: scores_of(each) for each in self.saved()}
+        return max((each for each in scores if scores[each]), key=lambda each: scores[each] or [], default=None)
 
     @by_first
     def drop_candidate(self) -> None:

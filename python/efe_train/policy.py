@@ -12,6 +12,7 @@ from efe_kernels import RefinedPrompt, grid_reward, policy_gradient_loss, refine
 from efe_train.config import NUM_COLORS, PROMPT_DIM
 from efe_train.data import Batch
 from efe_train.facts import NUM_FEATURES
+from efe_train.processes import ALONE, Processes
 from efe_train.standardise import Standardise
 
 NUM_CONTROLS = NUM_COLORS + 2
@@ -102,8 +103,11 @@ class Policy(nn.Module):
 
         return (right(after) - right(before)) / valid.sum((1, 2)).clamp_min(1)
 
-    def update(self, rollout: Rollout, optimizer: torch.optim.Optimizer) -> PolicyUpdate:
-        """One step of the score-function gradient on the rollout. optimizer: that of this policy's parameters."""
+    def update(self, rollout: Rollout, optimizer: torch.optim.Optimizer, processes: Processes = ALONE) -> PolicyUpdate:
+        """One step of the score-function gradient on the rollout.
+
+        optimizer: that of this policy's parameters. processes: which take this step together, from the same rollout.
+        """
         optimizer.zero_grad(set_to_none=True)
         samples = rollout.action.shape[1]
         # The samples of a query stand together, which is what a group of `rl_advantage` is.
@@ -116,6 +120,8 @@ class Policy(nn.Module):
         advantage = rl_advantage(lesson, value.detach(), whiten=several, group_size=samples if several else None)
         loss = policy_gradient_loss(log_prob, advantage, value, value_target, entropy).total
         loss.backward()
+        # The same but for what unlike devices round: without it, their policies would drift apart.
+        processes.average_gradients(self.parameters())
         grad_norm = nn.utils.clip_grad_norm_(self.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         return PolicyUpdate(loss.detach(), grad_norm)

@@ -53,10 +53,14 @@ class Processes:
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make each gradient the mean over the processes. Those of sharded parameters are that already."""
+        if self.count == 1:
+            return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        if self.accelerator is not None and self.count > 1 and gradients:
-            torch._foreach_copy_(gradients, self.accelerator.reduce(gradients, reduction="mean"))
+        sums = [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for gradient, summed in zip(gradients, sums, strict=True):
+            summed.wait()
+            gradient.div_(self.count)
 
     def on_host(self, state: Any) -> Any:
         """Nested dictionaries of tensors, whole and on the CPU in the first process; empty tensors in the others."""
@@ -107,25 +111,45 @@ class Processes:
         """What the first process's work returns, in every process: for what must be done once, as writing a file.
 
         Raises:
-            UserError: in every process, where it was raised in the first.
+            UserError: in every process, where the work of the first has failed; there, whatever it failed with.
         """
         if self.count == 1:
             return work()
-        told: list[object] = [None, None]
+        told: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.index == 0:
             try:
                 told[0] = work()
-            except UserError as error:
-                told[1] = str(error)
+            except Exception as error:
+                failed, told[1] = error, str(error)
         distributed.broadcast_object_list(told, src=0, group=self.hosts)
         result, problem = told
+        if failed is not None:
+            raise failed
         if problem is not None:
-            raise UserError(str(problem))
-        return result  # type: ignore[return-value]
+            raise UserError(problem)
+        done: R = result
+        return done
 
-    def leave(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.end_training()
+    def by_each(self, work: Callable[[], R]) -> R:
+        """What a work returns that every process does for itself, as reading a file, and that fails for all or none.
+
+        Raises:
+            UserError: in every process, where it was raised in one.
+        """
+        if self.count == 1:
+            return work()
+        problem: str | None = None
+        try:
+            done = work()
+        except UserError as error:
+            problem = str(error)
+        problems: list[str | None] = [None] * self.count
+        distributed.all_gather_object(problems, problem, group=self.hosts)
+        if any(problems):
+            index, problem = next((index, told) for index, told in enumerate(problems) if told)
+            raise UserError(problem if index == 0 else f"process {index} of {self.count}: {problem}")
+        return done
 
 
 ALONE = Processes()
@@ -145,6 +169,12 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
     accelerator = Accelerator(cpu=device.type == "cpu")
     return Processes(accelerator), device if device.type == "cpu" else accelerator.device
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class Shared(Protocol):

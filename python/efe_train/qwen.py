@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,16 @@ class Prompter(nn.Module):
 
     def has_adapters(self) -> bool:
         return any(is_adapter(name) for name, _ in self.language_model.named_parameters())
+
+    def base_fingerprint(self) -> str:
+        """Of some of the weights that adapters leave frozen and a checkpoint leaves out; empty where there are none."""
+        if not self.has_adapters():
+            return ""
+        found = hashlib.sha256()
+        for name, tensor in without_adapters(self.language_model).items():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)].double().cpu()
+            found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
+        return found.hexdigest()
 
     def kept_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds, as in `state_dict`: with adapters, these and the projection, else everything."""
@@ -349,6 +360,15 @@ def load_saved(folder: Path, *, weights: bool) -> tuple[nn.Module, Any]:
         raise UserError(f"{folder} cannot be loaded ({type(error).__name__}): {REMEDY}.") from None
 
 
+def check_base(fingerprint: str, state: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the frozen weights are not those that the adapters of a checkpoint were trained with.
+    """
+    if state["base"] != fingerprint:
+        raise UserError(f"The --qwen_model of this run is not the one that it began with: {ADAPTERS_ALONE}.")
+
+
 def restored_prompter(folder: RunFolder, config: TrainConfig, state: Mapping[str, Any]) -> Prompter:
     """The prompter of a run. config: of the run. state: what its checkpoint holds.
 
@@ -357,5 +377,6 @@ def restored_prompter(folder: RunFolder, config: TrainConfig, state: Mapping[str
     """
     prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
     with folder.fitting():
+        check_base(prompter.base_fingerprint(), state)
         prompter.load_kept_state(state["modules"]["prompter"])
     return prompter

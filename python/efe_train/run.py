@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,18 +17,18 @@ from efe_train.ahead import ahead
 from efe_train.augment import Augmentation
 from efe_train.config import UserError
 from efe_train.console import bar_text, closing_table, log_line
-from efe_train.data import Share, epoch_batches, evaluation_queries, fingerprint, share_out
+from efe_train.data import Example, Share, epoch_batches, fingerprint, share_out
+from efe_train.folder import RunFolder
+from efe_train.held_out import HeldOut
 from efe_train.interrupt import Interrupted, SignalWatch
 from efe_train.metrics import Row
 from efe_train.monitor import Monitor, RedFlag
-from efe_train.picture import plan_pictures
-from efe_train.processes import full
+from efe_train.processes import full, leave
 from efe_train.profile import each_timed, part, profiling
 from efe_train.report import write_report
-from efe_train.scores import score
 from efe_train.setup import Setup, prepare, total_batches
 from efe_train.state import kept_state
-from efe_train.tasks import Grid, evaluates_on_training_tasks
+from efe_train.tasks import evaluates_on_training_tasks
 from efe_train.tracker import Tracker, start_tracker
 
 LOG_EVERY = 10
@@ -48,11 +48,15 @@ def main(given: dict[str, object]) -> int:
         UserError: a mistake in the flags or the data.
     """
     begun = time.perf_counter()
-    run = Run(prepare(given))
     try:
-        return finished(run, begun)
+        run = Run(prepare(given))
+        try:
+            return finished(run, begun)
+        finally:
+            if run.tracker is not None:
+                run.tracker.end()
     finally:
-        run.end()
+        leave()
 
 
 def finished(run: Run, begun: float) -> int:
@@ -61,7 +65,8 @@ def finished(run: Run, begun: float) -> int:
     try:
         run.train()
     except NotFinite:
-        folder.say(f"Training stopped. {folder.checkpoint} holds the last state that is known to be good.")
+        good = folder.processes.by_first(lambda: folder.checkpoint)
+        folder.say(f"Training stopped. {good} holds the last state that is known to be good.")
         return 1
     except Interrupted as stop:
         done = run.trainer.batches_done
@@ -95,8 +100,7 @@ class Run:
         self.trainer, self.examples, scored, self.folder, about = setup
         self.config = self.trainer.config
         self.processes = self.trainer.processes
-        self.cases = [case for task in scored for case in task.tests]
-        self.queries = [query for task in scored for query in evaluation_queries(task)]
+        self.held_out = HeldOut(scored)
         self.batches_per_epoch = math.ceil(len(self.examples) / self.config.batch_size)
         self.total = total_batches(self.config, self.batches_per_epoch)
         if self.trainer.batches_done >= self.total:
@@ -112,10 +116,6 @@ class Run:
         self.unread: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self.clock = time.perf_counter()
         self.candidate: int | None = None
-        self.scores: list[float] | None = None  # of the last batch, where it was scored
-        self.best: list[float] | None = None
-        self.epochs_since_best = 0
-        self.plans: list[Grid] = []  # of the held-out test inputs, where they have just been scored
         self.folder.say(about)
 
     def start_tracker(self) -> None:
@@ -131,7 +131,9 @@ class Run:
         trainer, done, stopped = self.trainer, self.trainer.batches_done, 0
         for row in self.folder.cut_metrics(done):
             self.monitor.observe(row)
-            self.note_scores(row)
+            self.held_out.note(row)
+        if self.held_out.is_over(self.config.patience):
+            raise UserError(f"The run in {self.folder.path} has ended by --patience: raise it to go on.")
         if done == 0:
             self.save()
             self.accept(0)
@@ -139,7 +141,9 @@ class Run:
         often = 1.0 if sys.stderr.isatty() else 15.0
         quiet = self.processes.index > 0
         bar = tqdm(total=self.total, initial=done, unit="batch", mininterval=often, dynamic_ncols=True, disable=quiet)
-        profiled = profiling(self.folder.path, self.config.profile and not quiet, self.total - done, self.folder.say)
+        # Only the first process is profiled, and speaks of it by itself.
+        say = RunFolder(self.folder.path).say
+        profiled = profiling(self.folder.path, self.config.profile and not quiet, self.total - done, say)
         with SignalWatch() as signals, bar, ahead(self.upcoming()) as batches, profiled as profile:
             for epoch, share in each_timed("data", batches):
                 self.train_batch(epoch, share)
@@ -154,20 +158,29 @@ class Run:
                     bar.set_postfix_str(bar_text(row), refresh=False)
                 bar.update()
                 profile.step()
-                if last or self.waited_long_enough():
+                if last or self.held_out.is_over(self.config.patience):
                     break
-                if done % self.config.save_every == 0 or (self.scores is not None and self.scores == self.best):
+                if done % self.config.save_every == 0 or self.held_out.is_best:
                     self.save()
             self.finish()
         if done < self.total and stopped:
             raise Interrupted(signal.Signals(stopped))
+        if done < self.total:
+            best = self.processes.by_first(self.folder.best)
+            self.folder.say(
+                f"The held-out tasks were solved no better for {self.config.patience} epochs: training ends early. "
+                f"The best state is {best}."
+            )
 
     def upcoming(self) -> Iterator[tuple[int, Share]]:
         """Epoch and this process's share of each batch that is still to come."""
         config, device = self.config, self.trainer.device
-        for number in range(self.trainer.batches_done, self.total):
+        first, batches = self.trainer.batches_done, list[list[Example]]()
+        for number in range(first, self.total):
             epoch, position = divmod(number, self.batches_per_epoch)
-            examples = epoch_batches(self.examples, config.batch_size, config.seed, epoch)[position]
+            if position == 0 or number == first:
+                batches = epoch_batches(self.examples, config.batch_size, config.seed, epoch)
+            examples = batches[position]
             share = share_out(
                 examples,
                 self.augmentations(number, len(examples)),
@@ -198,33 +211,8 @@ class Run:
             "queries": len(share.queries),
             "refresh": refresh and rate > 0,
         }
-        self.scores = None
+        self.held_out.scores = None  # the planner has moved on
         self.unread.append(({**known, "agent_lr": agent_lr, "qwen_lr": qwen_lr}, metrics))
-
-    def validate(self) -> dict[str, float]:
-        """The val_ metrics, where tasks are held out and their answers known."""
-        self.plans = self.trainer.agent.predict(self.queries, self.config.batch_size)
-        result = score(self.cases, [(grid, grid) for grid in self.plans])
-        if not result.test_inputs:
-            return {}
-        found = (result.pixel_accuracy, result.changed_accuracy, result.exact_matches / result.test_inputs)
-        named = zip(("val_pixels", "val_changed", "val_exact"), found, strict=True)
-        return {name: value for name, value in named if value is not None}
-
-    def note_scores(self, row: Row) -> None:
-        if "val_exact" in row:
-            self.scores = [row["val_exact"], row.get("val_pixels", 0.0)]
-            better = self.best is None or self.scores > self.best
-            self.best = self.scores if better else self.best
-            self.epochs_since_best = 0 if better else self.epochs_since_best + 1
-
-    def waited_long_enough(self) -> bool:
-        """Whether the held-out tasks have got no better for as many epochs as --patience allows."""
-        patience = self.config.patience
-        over = patience is not None and self.scores is not None and self.epochs_since_best >= patience
-        if over:
-            self.folder.say(f"The held-out tasks were solved no better for {patience} epochs: training ends early.")
-        return over
 
     def read_metrics(self) -> dict[str, float]:
         """Bring the metrics since the last reading to the host in one transfer, and look at them. Returns the last row.
@@ -241,26 +229,32 @@ class Run:
         ]
         self.unread.clear()
         if self.trainer.batches_done % self.batches_per_epoch == 0:
-            rows[-1] |= self.validate()
+            at_once = max(1, self.config.batch_size // (self.processes.count * self.config.accumulate))
+            rows[-1] |= self.held_out.validate(self.trainer.agent, at_once)
+        # What processes do together hangs on these numbers, and unlike devices round unlike.
+        rows = self.processes.by_first(lambda: rows)
         self.clock = time.perf_counter()
         self.folder.append_metrics(rows)
+        self.processes.by_first(lambda: self.track(rows))
         for row in rows:
             self.judge(row)
-        if self.tracker is not None and self.plans:
-            pictures = plan_pictures(self.queries, self.plans, [answer for _, answer in self.cases])
-            self.tracker.log_plans(pictures, step=self.trainer.batches_done)
-        self.plans = []
         return rows[-1]
 
-    def judge(self, row: Row) -> None:
-        if self.tracker is not None:
+    def track(self, rows: Sequence[Row]) -> None:
+        if self.tracker is None:
+            return
+        for row in rows:
             self.tracker.log(row, step=int(row["batch"]))
+        if "val_exact" in rows[-1]:
+            self.tracker.log_plans(self.held_out.pictures(), step=int(rows[-1]["batch"]))
+
+    def judge(self, row: Row) -> None:
         for flag in self.monitor.observe(row):
             self.raise_flag(flag)
         # A state is good when the batch after it, which is computed from it, is.
         if self.candidate is not None and row["batch"] > self.candidate:
             self.accept(self.candidate)
-        self.note_scores(row)
+        self.held_out.note(row)
 
     def raise_flag(self, flag: RedFlag) -> None:
         self.folder.say(f"RED FLAG: {flag.message}")
@@ -281,15 +275,14 @@ class Run:
         """Write the state as a candidate, once the candidate before it has been judged."""
         if self.candidate is not None and self.unread:
             self.read_metrics()
-        about = {"data": fingerprint(self.examples), "qwen": [*self.qwen_digests.items()], "scores": self.scores}
+        about = {
+            "data": fingerprint(self.examples),
+            "qwen": [*self.qwen_digests.items()],
+            "scores": self.held_out.scores,
+        }
         self.folder.write_candidate({**self.trainer.state_dict(), **about})
         self.candidate = self.trainer.batches_done
 
     def accept(self, batch: int) -> None:
         self.folder.accept_candidate(batch, self.config.keep)
         self.candidate = None
-
-    def end(self) -> None:
-        if self.tracker is not None:
-            self.tracker.end()
-        self.processes.leave()

@@ -12,7 +12,7 @@ from efe_train.config import TrainConfig, UserError, config_from, learning_rates
 from efe_train.data import Example, fingerprint, held_out, training_examples
 from efe_train.device import choose_device, choose_precision
 from efe_train.folder import RunFolder
-from efe_train.processes import Processes, join
+from efe_train.processes import join
 from efe_train.qwen import Prompter, build_prompter, load_architecture
 from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
 from efe_train.tracker import check_tracker
@@ -45,21 +45,21 @@ def prepare(given: dict[str, object]) -> Setup:
     device = choose_device(config.device)
     dtype, precision_reason = choose_precision(config.precision, device)
     check_tracker(config.log_with)
-    tasks = load_tasks(config.dataset)
-    kept, scored = held_out(tasks, config.validation)
-    examples = training_examples(kept)
     processes, device = join(device)
+    if processes.shards and dtype == torch.float16:
+        raise UserError("--precision fp16 scales a loss of whole gradients: where FSDP splits them, use bf16.")
     torch.manual_seed(config.seed)
-    state = begun.read_checkpoint() if begun else None
-    folder, prompter, about_qwen = (
-        continued(config, RunFolder(begun.path, processes)) if begun else created(config, processes)
-    )
+    tasks, scored, examples, state, prompter, about_qwen = processes.by_each(lambda: read(config, begun))
+    folder = RunFolder(begun.path, processes) if begun else RunFolder.create(config.out, processes)
+    if begun is None:
+        processes.by_first(lambda: prompter.save_architecture(folder.qwen))
     if config.gradient_checkpointing:
         prompter.recompute_activations()
     batches = math.ceil(len(examples) / config.batch_size)
     trainer = Trainer(config, prompter, device, dtype, config.epochs * batches, processes)
     if state is not None:
-        restore(trainer, state, examples, folder)
+        restored: dict[str, Any] = state
+        processes.by_each(lambda: restore(trainer, restored, examples, folder))
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
     shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     several = "" if processes.count == 1 else f", {processes.count} processes"
@@ -81,18 +81,18 @@ def total_batches(config: TrainConfig, batches_per_epoch: int) -> int:
     return min(batches, config.max_batches or batches)
 
 
-def created(config: TrainConfig, processes: Processes) -> tuple[RunFolder, Prompter, str]:
-    """A new run's folder and prompter, and a sentence about the latter."""
-    prompter, about = build_prompter(config.qwen_model, config.lora)
-    folder = RunFolder.create(config.out, processes)
-    processes.by_first(lambda: prompter.save_architecture(folder.qwen))
-    return folder, prompter, about
-
-
-def continued(config: TrainConfig, folder: RunFolder) -> tuple[RunFolder, Prompter, str]:
-    """The same of a run that goes on."""
-    prompter = load_architecture(folder.qwen, config.qwen_model, config.lora)
-    return folder, prompter, "as the run began with it"
+def read(
+    config: TrainConfig, begun: RunFolder | None
+) -> tuple[list[Task], list[Task], list[Example], dict[str, Any] | None, Prompter, str]:
+    """Tasks, those of them that are held out, training queries, the state to go on from, Qwen and a sentence on it."""
+    tasks = load_tasks(config.dataset)
+    kept, scored = held_out(tasks, config.validation)
+    examples = training_examples(kept)
+    if begun is None:
+        return tasks, scored, examples, None, *build_prompter(config.qwen_model, config.lora)
+    state = begun.read_checkpoint()
+    prompter = load_architecture(begun.qwen, config.qwen_model, config.lora)
+    return tasks, scored, examples, state, prompter, "as the run began with it"
 
 
 def restore(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example], folder: RunFolder) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efe_train.processes import sharded_like
-from efe_train.qwen import Prompter
+from efe_train.qwen import Prompter, check_base
 
 if TYPE_CHECKING:
     from efe_train.train import Trainer
@@ -23,6 +23,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     host = trainer.processes.on_host
     return {
         "batches_done": trainer.batches_done,
+        "base": trainer.base,
         "modules": {name: host(kept_state(module)) for name, module in trainer.modules().items()},
         # Rates are set in each step, and no run changes the other settings of the optimizers.
         "optimizers": {name: host(each.state_dict()["state"]) for name, each in trainer.optimizers().items()},
@@ -35,6 +36,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 def load_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Of a checkpoint, on the host; the run may have had another number of processes."""
+    check_base(trainer.base, state)
     trainer.batches_done = state["batches_done"]
     for name, module in trainer.modules().items():
         load_module(module, state["modules"][name])

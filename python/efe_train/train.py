@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from efe_train.agent import Plan
 from efe_train.build import build_agent, build_loss
 from efe_train.config import TrainConfig, learning_rates
-from efe_train.data import Part, Query, Share
+from efe_train.data import Part, Share
 from efe_train.planner import GIST, Recall
 from efe_train.policy import Policy, Rollout, standard_noise
 from efe_train.processes import ALONE, Processes, gradient_norm
@@ -21,9 +21,7 @@ from efe_train.qwen import PromptCache, Prompter, Prompts
 from efe_train.schedule import POLICY_RATES, epoch_weight, rate_factor
 from efe_train.state import load_state, state_of
 
-EFE_WEIGHT = 0.7
-
-REWARD_WEIGHT = 0.3
+EFE_WEIGHT, REWARD_WEIGHT = 0.7, 0.3
 
 
 class Rows(NamedTuple):
@@ -66,6 +64,7 @@ class Trainer:
         self.device = device
         self.processes = processes
         self.agent = build_agent(config, prompter, device, dtype).train()
+        self.base = prompter.base_fingerprint()
         processes.shard(prompter, prompter.language_model)
         self.efe_loss = build_loss(config).to(device)
         if config.compile:
@@ -103,7 +102,7 @@ class Trainer:
         # 1 to 6. Prompts, plans and the gradients of the loss, one part of the share after another.
         self.optimizer.zero_grad(set_to_none=True)
         weight = EFE_WEIGHT * epoch_weight(epoch)
-        hidden = None if refresh else self.complete_cache(share.queries)
+        hidden = None if refresh else self.complete_cache(share)
         found, asked = zip(*(self.work_through(part, total, weight, refresh) for part in share.parts), strict=True)
         rows = Rows(*(self.whole(each, total) for each in zip(*found, strict=True)))
         if refresh:
@@ -116,7 +115,7 @@ class Trainer:
         refined = self.refined_rows(total)
         rollout = Rollout(rows.state[refined], rows.action[refined], rows.lesson[refined])
         with timed("policy"):
-            policy = agent.policy.update(rollout, self.policy_optimizer)
+            policy = agent.policy.update(rollout, self.policy_optimizer, self.processes)
 
         if rate > 0:
             valid = rows.target != self.efe_loss.ignore_index
@@ -201,15 +200,16 @@ class Trainer:
 
     @timed("prompts")
     @torch.no_grad()
-    def complete_cache(self, queries: Sequence[Query]) -> Tensor | None:
+    def complete_cache(self, share: Share) -> Tensor | None:
         """Compute the prompts that the cache lacks, each in one process. Returns their hidden states."""
-        missing = self.cache.missing(queries)
+        missing = self.cache.missing(share.queries)
         if not missing:
             return None
         own = [missing[place % len(missing)] for place in self.processes.positions(len(missing))]
-        asked = self.agent.ask(own)
-        self.cache.store(missing, self.processes.whole(asked.prompt, len(missing)))
-        return None if asked.hidden is None else self.processes.whole(asked.hidden, len(missing))
+        at_once = math.ceil(len(own) / len(share.parts))
+        asked = [self.agent.ask(own[first : first + at_once]) for first in range(0, len(own), at_once)]
+        self.cache.store(missing, self.whole([each.prompt for each in asked], len(missing)))
+        return self.whole([each.hidden for each in asked], len(missing)) if self.agent.reads else None
 
     @timed("refinements")
     @torch.no_grad()

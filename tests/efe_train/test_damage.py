@@ -165,12 +165,12 @@ def test_a_file_takes_its_name_when_it_is_on_the_disk(tmp_path: Path, monkeypatc
     run.write_candidate({"value": torch.tensor(1.0), "scores": None})
     run.accept_candidate(1, keep=1)
     # Three files and their folder, then the folder that holds it under its new name.
-    assert calls == ["fsync"] * 4 + ["replace candidate", "fsync", "replace batch-000001"]
+    assert calls == ["fsync"] * 4 + ["replace candidate", "fsync", "replace batch-000001", "fsync"]
     calls.clear()
     run.write_config(TrainConfig())
     run.append_metrics([{"batch": 1}])
     run.cut_metrics(1)
-    assert calls == ["fsync", "replace config.json", "fsync", "fsync", "replace metrics.jsonl"]
+    assert calls == ["fsync", "replace config.json", "fsync"] + ["fsync"] * 2 + ["replace metrics.jsonl", "fsync"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl"]
 
 

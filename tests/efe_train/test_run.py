@@ -12,7 +12,7 @@ from torch import nn
 
 from efe_train.__main__ import main
 from efe_train.folder import RunFolder
-from efe_train.run import Run
+from efe_train.held_out import HeldOut
 from tests.efe_train.test_cli import checkpoint, complaint, metrics, saved, train
 
 HELD_OUT = ("--validation", "0.25")
@@ -22,7 +22,7 @@ HELD_OUT = ("--validation", "0.25")
 def scored_as(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
     """Let the held-out tasks be solved so well after each epoch, and no better afterwards."""
     found = iter(scores)
-    monkeypatch.setattr(Run, "validate", lambda _: {"val_exact": next(found, 0.0), "val_pixels": 0.5})
+    monkeypatch.setattr(HeldOut, "validate", lambda *_: {"val_exact": next(found, 0.0), "val_pixels": 0.5})
 
 
 def test_the_last_checkpoints_are_kept_and_the_best_and_each_can_be_evaluated(
@@ -51,6 +51,7 @@ def test_a_run_that_gets_no_better_ends_early(
     assert "solved no better for 2 epochs" in capsys.readouterr().out
     assert len(metrics(out)) == checkpoint(out)["batches_done"] == 8
     assert saved(out) == ["batch-000004", "batch-000008"]
+    assert "has ended by --patience" in complaint(capsys, "--resume", "--out", str(out))
     # It has known of the best when it was resumed.
     assert main(["--resume", "--out", str(out), "--patience", "3"]) == 0
     assert len(metrics(out)) == 10

@@ -60,12 +60,12 @@ def test_the_efe_loss_leaves_the_policy_alone_and_the_policy_comes_after_the_ste
     update = Policy.update
     seen: dict[str, Any] = {}
 
-    def spy(self: Policy, rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
+    def spy(self: Policy, rollout: Rollout, *args: Any) -> Any:
         seen["gradients"] = [parameter.grad for parameter in self.parameters()]
         seen["planner moved"] = not same(planner, trainer.agent.planner.state_dict())
         seen["policy unmoved"] = all(torch.equal(policy[name], part) for name, part in self.named_parameters())
         seen["graphs"] = [tensor.requires_grad for tensor in (rollout.state, rollout.action, rollout.lesson)]
-        return update(self, rollout, optimizer)
+        return update(self, rollout, *args)
 
     monkeypatch.setattr(Policy, "update", spy)
     trainer.step(Share.all_of(batch), 0)
@@ -88,9 +88,9 @@ def test_updating_the_policy_before_the_main_backward_changes_no_main_gradient(
         trainer.step(Share.all_of(batch), 0)
         return seen, copy_of(trainer.agent.planner), copy_of(trainer.agent.policy)
 
-    def late(self: Policy, rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
+    def late(self: Policy, rollout: Rollout, *args: Any) -> Any:
         rollouts.append(rollout)
-        return update(self, rollout, optimizer)
+        return update(self, rollout, *args)
 
     def early(self: Trainer, *args: Any) -> Any:
         done = update(self.agent.policy, rollouts[0], self.policy_optimizer)
@@ -392,9 +392,9 @@ def test_in_the_closing_phase_the_policy_learns_from_samples_of_every_query(
     update = trainer.agent.policy.update
     rollouts: list[Rollout] = []
 
-    def keep(rollout: Rollout, optimizer: torch.optim.Optimizer) -> Any:
+    def keep(rollout: Rollout, *args: Any) -> Any:
         rollouts.append(rollout)
-        return update(rollout, optimizer)
+        return update(rollout, *args)
 
     monkeypatch.setattr(trainer.agent.policy, "update", keep)
     trainer.step(Share.all_of(batch), 0)
