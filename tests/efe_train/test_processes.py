@@ -181,7 +181,7 @@ SHARDS = """
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-from efe_train.processes import Processes
+from efe_train.processes import Processes, leave
 from efe_train.qwen import build_prompter
 prompter, _ = build_prompter(None)
 whole = sum(parameter.numel() for parameter in prompter.parameters())
@@ -192,7 +192,7 @@ own = sum(parameter.to_local().numel() for parameter in prompter.parameters())
 assert own < 0.55 * whole, (own, whole)
 blocks = [type(module).__name__ for module in prompter.modules() if hasattr(module, "reshard")]
 assert sorted(blocks) == ["FSDPPrompter", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"], blocks
-processes.leave()
+leave()
 """
 
 
