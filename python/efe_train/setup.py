@@ -29,6 +29,19 @@ class Setup(NamedTuple):
     about: str
 
 
+class Material(NamedTuple):
+    """What a process reads for itself. scored: the tasks that are held out. state: of a checkpoint, to go on from.
+    about_qwen: a phrase on the prompter.
+    """
+
+    tasks: Sequence[Task]
+    scored: Sequence[Task]
+    examples: Sequence[Example]
+    state: dict[str, Any] | None
+    prompter: Prompter
+    about_qwen: str
+
+
 def prepare(given: dict[str, object]) -> Setup:
     """Everything up to the first batch, every mistake of the user included.
 
@@ -49,7 +62,8 @@ def prepare(given: dict[str, object]) -> Setup:
     if processes.shards and dtype == torch.float16:
         raise UserError("--precision fp16 scales a loss of whole gradients: where FSDP splits them, use bf16.")
     torch.manual_seed(config.seed)
-    tasks, scored, examples, state, prompter, about_qwen = processes.by_each(lambda: read(config, begun))
+    material = processes.by_each(lambda: read(config, begun))
+    examples, state, prompter = material.examples, material.state, material.prompter
     folder = RunFolder(begun.path, processes) if begun else RunFolder.create(config.out, processes)
     if begun is None:
         processes.by_first(lambda: prompter.save_architecture(folder.qwen))
@@ -58,22 +72,21 @@ def prepare(given: dict[str, object]) -> Setup:
     batches = math.ceil(len(examples) / config.batch_size)
     trainer = Trainer(config, prompter, device, dtype, config.epochs * batches, processes)
     if state is not None:
-        restored: dict[str, Any] = state
-        processes.by_each(lambda: restore(trainer, restored, examples, folder))
+        processes.by_each(lambda: restore(trainer, state, examples, folder))
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
     shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     several = "" if processes.count == 1 else f", {processes.count} processes"
     several += ", Qwen sharded over them" if processes.shards else ""
     about = (
-        f"Data: {len(tasks)} tasks of {config.dataset}{shared}, {len(scored)} of them held out, "
+        f"Data: {len(material.tasks)} tasks of {config.dataset}{shared}, {len(material.scored)} of them held out, "
         f"{len(examples)} training queries, {batches} batches per epoch, "
         f"batches {trainer.batches_done + 1} to {total_batches(config, batches)}\n"
         f"Device: {device}{several}, precision {str(dtype).removeprefix('torch.')} ({precision_reason})\n"
-        f"Qwen: {about_qwen}\n"
+        f"Qwen: {material.about_qwen}\n"
         f"Learning rates: agent {agent_lr:g}, Qwen {qwen_lr:g} ({rates_reason})\n"
         f"Run folder: {folder.path}"
     )
-    return Setup(trainer, examples, scored, folder, about)
+    return Setup(trainer, examples, material.scored, folder, about)
 
 
 def total_batches(config: TrainConfig, batches_per_epoch: int) -> int:
@@ -81,18 +94,15 @@ def total_batches(config: TrainConfig, batches_per_epoch: int) -> int:
     return min(batches, config.max_batches or batches)
 
 
-def read(
-    config: TrainConfig, begun: RunFolder | None
-) -> tuple[list[Task], list[Task], list[Example], dict[str, Any] | None, Prompter, str]:
-    """Tasks, those of them that are held out, training queries, the state to go on from, Qwen and a sentence on it."""
+def read(config: TrainConfig, begun: RunFolder | None) -> Material:
     tasks = load_tasks(config.dataset)
     kept, scored = held_out(tasks, config.validation)
     examples = training_examples(kept)
     if begun is None:
-        return tasks, scored, examples, None, *build_prompter(config.qwen_model, config.lora)
+        return Material(tasks, scored, examples, None, *build_prompter(config.qwen_model, config.lora))
     state = begun.read_checkpoint()
     prompter = load_architecture(begun.qwen, config.qwen_model, config.lora)
-    return tasks, scored, examples, state, prompter, "as the run began with it"
+    return Material(tasks, scored, examples, state, prompter, "as the run began with it")
 
 
 def restore(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example], folder: RunFolder) -> None:

@@ -93,7 +93,7 @@ def alone(tasks: Path) -> Path:
     ("count", "arguments", "environment"),
     [
         (1, ("--accumulate", "3"), {}),
-        (2, (), {}),
+        (2, ("--profile",), {}),
         (2, ("--accumulate", "3"), {}),
         (3, (), {}),
         (2, (), FSDP),
@@ -107,6 +107,7 @@ def test_several_processes_train_as_one_does(
     said = train(count, settings(tasks, out, *arguments), **environment)
     assert said.count("Run folder: ") == 1 and said.count("[Batch   12]") == 1
     assert (f"{count} processes" in said, "Qwen sharded over them" in said) == (count > 1, environment == FSDP)
+    assert (out / "profile" / "parts.txt").exists() == ("--profile" in arguments)
     assert [row["queries"] for row in metrics(out)] == [row["queries"] for row in metrics(alone)]
     torch.testing.assert_close(losses(out), losses(alone), rtol=LOSSES_DIFFER, atol=0)
     for name in ("reward", "mask_ratio", "acc_after", "qwen_grad", "grad_norm", "policy_loss"):
