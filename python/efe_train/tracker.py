@@ -68,10 +68,8 @@ def check_tracker(name: str | None) -> None:
             )
 
 
-def start_tracker(config: TrainConfig, folder: RunFolder, accelerator: Any | None = None) -> Tracker | None:
+def start_tracker(config: TrainConfig, folder: RunFolder) -> Tracker | None:
     """The tracker that the run is logged to, if any.
-
-    accelerator: one made with the `log_with` of the flags and the run folder as `project_dir`; without it one is made.
 
     Raises:
         UserError: the tracker cannot begin, as where nobody has logged in to it.
@@ -88,9 +86,7 @@ def start_tracker(config: TrainConfig, folder: RunFolder, accelerator: Any | Non
     settings = {key: value for key, value in asdict(config).items() if value is not None}
     try:
         with no_questions():
-            accelerator = accelerator or Accelerator(
-                log_with=config.log_with, project_dir=folder.path, cpu=config.device == "cpu"
-            )
+            accelerator = Accelerator(log_with=config.log_with, project_dir=folder.path, cpu=config.device == "cpu")
             accelerator.init_trackers(PROJECT, config=settings, init_kwargs=begin)
     except Exception as error:  # a tracker raises what its service or its network happens to break
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
