@@ -16,10 +16,13 @@ from efe_train.streams import lasting_streams
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 128 + N signal N."""
     with lasting_streams():
+        # Of several processes the first one speaks: what the user has to mend is the same for all of them.
+        speaks = os.environ.get("RANK", "0") == "0"
         try:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             problem = str(error)
+            speaks = speaks or error.of_one_process
         except ImportError as error:
             if str(error.name).partition(".")[0] in ("efe_kernels", "efe_train"):
                 raise
@@ -28,10 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.strerror is None:
                 raise
             problem = f"{error.filename or 'A file'} cannot be used ({error.strerror})."
+            speaks = True
         except KeyboardInterrupt:
-            print("efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.", file=sys.stderr)
+            if speaks:
+                print(
+                    "efe-train: Interrupted; a run that has a checkpoint goes on from it with --resume.",
+                    file=sys.stderr,
+                )
             return 128 + signal.SIGINT
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        if speaks:
             print(f"efe-train: {problem}", file=sys.stderr)
         return 2
 
@@ -46,9 +54,8 @@ def dispatch(arguments: list[str]) -> int:
     try:
         code: int = import_module(f"efe_train.{module}").main(given)
     except torch.OutOfMemoryError:
-        raise UserError(
-            "The GPU ran out of memory: try a smaller --batch_size, or --tasks_per_batch in evaluation."
-        ) from None
+        remedy = "try --accumulate or a smaller --batch_size, or in evaluation --tasks_per_batch"
+        raise UserError(f"The GPU ran out of memory: {remedy}.", of_one_process=True) from None
     return code
 
 

@@ -21,6 +21,11 @@ SMALL_RATES = (2e-3, 1e-3)
 class UserError(Exception):
     """Something that the user can mend. The message is one sentence: what was wrong, and what would be right."""
 
+    def __init__(self, message: str, *, of_one_process: bool = False) -> None:
+        """of_one_process: whether, of several processes, the others may know nothing of it."""
+        super().__init__(message)
+        self.of_one_process = of_one_process
+
 
 def number(kind: Callable[[str], float], accept: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     """An argparse type: a number of this kind for which `accept` holds."""
