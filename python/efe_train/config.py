@@ -110,7 +110,7 @@ WITHOUT_LORA = Lora()
 class TrainConfig:
     """What `efe-train` was asked to do: each field is a flag. Rates of None are chosen by `learning_rates`."""
 
-    epochs: int = field(default=12, metadata=flag("passes over the training queries (default {default})", type=COUNT))
+    epochs: int = field(default=10, metadata=flag("passes over the training queries (default {default})", type=COUNT))
     max_batches: int | None = field(
         default=None, metadata=flag("stop after this many batches in all", type=COUNT, metavar="N")
     )

@@ -104,7 +104,7 @@ def test_every_setting_has_a_flag_that_says_what_it_does(capsys: pytest.CaptureF
 def test_without_flags_the_defaults_hold() -> None:
     config = config_from(parse_train_arguments([]))
     assert config == TrainConfig()
-    assert (config.epochs, config.seed, config.prompt_refresh, config.device) == (12, 42, 10, "auto")
+    assert (config.epochs, config.seed, config.prompt_refresh, config.device) == (10, 42, 10, "auto")
     assert (config.lora_rank, config.gradient_checkpointing) == (0, False)
 
 
