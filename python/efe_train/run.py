@@ -175,6 +175,9 @@ class Run:
     def upcoming(self) -> Iterator[tuple[int, Share]]:
         """Epoch and this process's share of each batch that is still to come."""
         config, device = self.config, self.trainer.device
+        if device.index is not None:
+            # This runs in a thread of its own, where pinned memory would be the first GPU's.
+            torch.cuda.set_device(device)
         first, batches = self.trainer.batches_done, list[list[Example]]()
         for number in range(first, self.total):
             epoch, position = divmod(number, self.batches_per_epoch)
