@@ -16,8 +16,8 @@ from efe_train.streams import lasting_streams
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Exit codes: 0 done, 1 training met NaN or Inf, 2 a mistake of the user, 128 + N signal N."""
     with lasting_streams():
-        # Of several processes the first one speaks: what the user has to mend is the same for all of them.
-        speaks = os.environ.get("RANK", "0") == "0"
+        # Of the processes of a machine the first one speaks: what the user has to mend is the same for all of them.
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
         except UserError as error:

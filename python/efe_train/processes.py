@@ -134,15 +134,17 @@ class Processes:
     def by_each(self, work: Callable[[], R]) -> R:
         """What a work returns that every process does for itself, as reading a file, and that fails for all or none.
 
+        work: waits for no other process.
+
         Raises:
-            UserError: in every process, where it was raised in one.
+            UserError: in every process, where it has failed in one.
         """
         if self.count == 1:
             return work()
         problem: str | None = None
         try:
             done = work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             problem = str(error)
         problems: list[str | None] = [None] * self.count
         distributed.all_gather_object(problems, problem, group=self.hosts)

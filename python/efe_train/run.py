@@ -95,7 +95,7 @@ class Run:
     def __init__(self, setup: Setup) -> None:
         """
         Raises:
-            UserError: the run has done all its batches.
+            UserError: the run has done all its batches, or has ended before.
         """
         self.trainer, self.examples, scored, self.folder, about = setup
         self.config = self.trainer.config
@@ -108,6 +108,11 @@ class Run:
                 f"The run in {self.folder.path} has done all its {self.trainer.batches_done} batches: "
                 "raise --epochs or --max_batches to go on."
             )
+        for row in self.processes.by_first(self.folder.read_metrics):
+            if row["batch"] <= self.trainer.batches_done:
+                self.held_out.note(row)
+        if self.held_out.is_over(self.config.patience):
+            raise UserError(f"The run in {self.folder.path} has ended by --patience: raise it to go on.")
         self.folder.write_config(self.config)
         self.qwen_digests = self.folder.qwen_digests()
         self.tracker: Tracker | None = None
@@ -131,9 +136,6 @@ class Run:
         trainer, done, stopped = self.trainer, self.trainer.batches_done, 0
         for row in self.folder.cut_metrics(done):
             self.monitor.observe(row)
-            self.held_out.note(row)
-        if self.held_out.is_over(self.config.patience):
-            raise UserError(f"The run in {self.folder.path} has ended by --patience: raise it to go on.")
         if done == 0:
             self.save()
             self.accept(0)
@@ -163,7 +165,7 @@ class Run:
                 if done % self.config.save_every == 0 or self.held_out.is_best:
                     self.save()
             self.finish()
-        if done < self.total and stopped:
+        if done < self.total and stopped and not self.held_out.is_over(self.config.patience):
             raise Interrupted(signal.Signals(stopped))
         if done < self.total:
             best = self.processes.by_first(self.folder.best)
@@ -268,7 +270,8 @@ class Run:
     def finish(self) -> None:
         """Save the last state. No batch comes after it to show that it is good, so its parameters are looked at."""
         state = [tensor for module in self.trainer.modules().values() for tensor in kept_state(module).values()]
-        if not all(bool(full(tensor).isfinite().all()) for tensor in state):
+        finite = [bool(full(tensor).isfinite().all()) for tensor in state]
+        if self.processes.largest(int(not all(finite))):
             message = "the last step left parameters that are not finite. Check the learning rates (lower --agent_lr)."
             self.raise_flag(RedFlag(self.trainer.batches_done, message, fatal=True))
         self.save()

@@ -13,7 +13,7 @@ from efe_train.data import Example, fingerprint, held_out, training_examples
 from efe_train.device import choose_device, choose_precision
 from efe_train.folder import RunFolder
 from efe_train.processes import join
-from efe_train.qwen import Prompter, build_prompter, load_architecture
+from efe_train.qwen import Prompter, build_prompter, check_base, load_architecture
 from efe_train.tasks import Task, evaluates_on_training_tasks, load_tasks
 from efe_train.tracker import check_tracker
 from efe_train.train import Trainer
@@ -61,6 +61,11 @@ def prepare(given: dict[str, object]) -> Setup:
     processes, device = join(device)
     if processes.shards and dtype == torch.float16:
         raise UserError("--precision fp16 scales a loss of whole gradients: where FSDP splits them, use bf16.")
+    if begun is not None:
+        # Of the checkpoints that the processes may see, all take the one that the first sees.
+        own = begun
+        newest = processes.by_first(lambda: own.checkpoint)
+        begun = RunFolder(newest.parents[1], chosen=newest)
     torch.manual_seed(config.seed)
     material = processes.by_each(lambda: read(config, begun))
     examples, state, prompter = material.examples, material.state, material.prompter
@@ -72,7 +77,9 @@ def prepare(given: dict[str, object]) -> Setup:
     batches = math.ceil(len(examples) / config.batch_size)
     trainer = Trainer(config, prompter, device, dtype, config.epochs * batches, processes)
     if state is not None:
-        processes.by_each(lambda: restore(trainer, state, examples, folder))
+        processes.by_each(lambda: check(trainer, state, examples, folder))
+        with folder.fitting():
+            trainer.load_state_dict(state)
     agent_lr, qwen_lr, rates_reason = learning_rates(config)
     shared = " (the same tasks serve evaluation)" if evaluates_on_training_tasks(config.dataset) else ""
     several = "" if processes.count == 1 else f", {processes.count} processes"
@@ -105,15 +112,14 @@ def read(config: TrainConfig, begun: RunFolder | None) -> Material:
     return Material(tasks, scored, examples, state, prompter, "as the run began with it")
 
 
-def restore(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example], folder: RunFolder) -> None:
-    """Give the trainer the state of a checkpoint.
-
+def check(trainer: Trainer, state: dict[str, Any], examples: Sequence[Example], folder: RunFolder) -> None:
+    """
     Raises:
-        UserError: it is of other data or of another version of the model.
+        UserError: the state of a checkpoint is of other data, of another Qwen or of another version of the model.
     """
     with folder.fitting():
         if state["data"] != fingerprint(examples):
             raise UserError(
                 f"--dataset {trainer.config.dataset!r} has changed since {folder.path} was begun: begin a new run."
             )
-        trainer.load_state_dict(state)
+        check_base(trainer.base, state)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efe_train.processes import sharded_like
-from efe_train.qwen import Prompter, check_base
+from efe_train.qwen import Prompter
 
 if TYPE_CHECKING:
     from efe_train.train import Trainer
@@ -36,7 +36,6 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 def load_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Of a checkpoint, on the host; the run may have had another number of processes."""
-    check_base(trainer.base, state)
     trainer.batches_done = state["batches_done"]
     for name, module in trainer.modules().items():
         load_module(module, state["modules"][name])

@@ -98,6 +98,27 @@ def test_peft_loads_the_adapters_of_a_run(
         assert_same_prompts(AutoModel.from_pretrained(base), tmp_path / "out", own, queries)
 
 
+def test_another_frozen_model_than_that_of_the_run_is_noticed(
+    prompter: Prompter, arc_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was trained on since: of the same shapes."""
+    pytest.importorskip("peft")
+    model: Any = prompter.language_model
+    prompter.tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    run_folder = ("--checkpoint", str(tmp_path / "run"))
+    trained(arc_folder, tmp_path / "run", "--lora_rank", "2", "--qwen_model", str(tmp_path / "model"))
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "model")
+    commands = (["--resume", "--out", str(tmp_path / "run"), "--max_batches", "4"], ["evaluate", *run_folder])
+    for command in (*commands, ["export", *run_folder, "--out", str(tmp_path / "out")]):
+        capsys.readouterr()
+        assert main(command) == 2
+        *_, message = capsys.readouterr().err.splitlines()
+        assert "is not the one that it began with" in message, command
+
+
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
     assert main(["export", *arguments]) == 2

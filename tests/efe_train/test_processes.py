@@ -117,13 +117,13 @@ def test_several_processes_train_as_one_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("first", "second", "environment"), [(1, 2, FSDP), (2, 1, {})], ids=["sharded", "alone"])
 def test_a_run_goes_on_in_another_number_of_processes(
-    first: int, second: int, alone: Path, tasks: Path, tmp_path: Path
+    first: int, second: int, environment: dict[str, str], alone: Path, tasks: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     train(first, [*settings(tasks, out), "--max_batches", "7"])
-    train(second, ["--resume", "--out", str(out), "--max_batches", "12"])
+    train(second, ["--resume", "--out", str(out), "--max_batches", "12"], **environment)
     torch.testing.assert_close(losses(out), losses(alone), rtol=LOSSES_DIFFER, atol=0)
 
 
@@ -182,6 +182,7 @@ SHARDS = """
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
+from efe_train.config import UserError
 from efe_train.processes import Processes, leave
 from efe_train.qwen import build_prompter
 prompter, _ = build_prompter(None)
@@ -193,12 +194,23 @@ own = sum(parameter.to_local().numel() for parameter in prompter.parameters())
 assert own < 0.55 * whole, (own, whole)
 blocks = [type(module).__name__ for module in prompter.modules() if hasattr(module, "reshard")]
 assert sorted(blocks) == ["FSDPPrompter", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"], blocks
+
+def fail_in_second():
+    if processes.index == 1:
+        raise UserError("no such folder here")
+
+try:
+    processes.by_each(fail_in_second)
+except UserError as error:
+    assert str(error) == "process 1 of 2: no such folder here"
+else:
+    raise AssertionError("the first process knew nothing of it")
 leave()
 """
 
 
 @pytest.mark.slow
-def test_a_sharded_qwen_lies_in_parts_in_the_processes(tmp_path: Path) -> None:
+def test_a_sharded_qwen_lies_in_parts_and_a_mistake_of_one_process_ends_all(tmp_path: Path) -> None:
     (tmp_path / "shards.py").write_text(SHARDS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = os.pathsep.join([str(ROOT / "python"), str(ROOT), os.environ.get("PYTHONPATH", "")])

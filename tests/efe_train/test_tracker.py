@@ -112,12 +112,15 @@ def test_wandb_without_a_key_is_explained(wandb: Any, tmp_path: Path) -> None:
 
 
 def test_a_tracker_has_nobody_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
     def ask(*arguments: Any, **settings: Any) -> None:
-        input("Your key? ")
+        asked.append("Your key? ")
+        input(asked[0])
 
     monkeypatch.setattr("accelerate.Accelerator.init_trackers", ask)
     terminal = io.StringIO("a line that is meant for something else\n")
     monkeypatch.setattr(sys, "stdin", terminal)
     with pytest.raises(UserError, match="--log_with wandb cannot begin"):
         start_tracker(TrainConfig(log_with="wandb"), RunFolder(tmp_path))
-    assert sys.stdin is terminal and terminal.tell() == 0
+    assert asked and sys.stdin is terminal and terminal.tell() == 0
