@@ -89,7 +89,7 @@ def adapt(agent: Agent, efe_loss: EFELoss, lessons: Sequence[Lesson], steps: int
     for step, change in enumerate(changes(steps)):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 - step / steps)
-        batch = collate(queries, answers, [change] * len(queries), few_shapes=agent.device.type == "cuda")
+        batch = collate(queries, answers, [change] * len(queries), few_shapes=agent.few_shapes)
         batch = batch.to(agent.device)
         valid = batch.valid & counts.view(-1, 1, 1)
         seen = Observation(*(part.unflatten(0, (tasks, rows)) for part in batch.observation._replace(valid=valid)))

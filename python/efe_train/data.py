@@ -235,17 +235,28 @@ def collate(
     augmentations: Sequence[Augmentation] | None = None,
     *,
     few_shapes: bool = False,
-    shape: tuple[int, int] | None = None,
 ) -> Batch:
-    """Pad queries, and where given their answers, to the largest grid among them, one of few shapes, or a given one."""
+    """Pad queries, and where given their answers, to the largest grid among them, or to one of few shapes."""
+    seen = shown(queries, augmentations)
     changes = augmentations or [AS_IT_IS] * len(queries)
-    sizes = [change.size(query.size) for change, query in zip(changes, queries, strict=True)]
-    height, width = shape or padded_shape(sizes, few_shapes)
+    return pad(queries, answers, changes, seen, padded_shape(seen, few_shapes))
+
+
+def pad(
+    queries: Sequence[Query],
+    answers: Sequence[Grid] | None,
+    changes: Sequence[Augmentation],
+    seen: tuple[Query, ...],
+    shape: tuple[int, int],
+) -> Batch:
+    """The batch of queries, each of them changed, in a shape. seen: the queries as the changes show them."""
+    height, width = shape
     valid = np.zeros((len(queries), height, width), dtype=np.bool_)
     views = np.full((len(queries), len(WATCHED), height, width), OUTSIDE, dtype=np.int64)
     counts = np.zeros((len(queries), KEPT, NUM_COLORS, height, width), dtype=np.float32)
     target = np.zeros((len(queries), height, width), dtype=np.int64)
-    for row, (query, change, (h, w)) in enumerate(zip(queries, changes, sizes, strict=True)):
+    for row, (query, change) in enumerate(zip(queries, changes, strict=True)):
+        h, w = seen[row].size
         valid[row, :h, :w] = True
         views[row, :, :h, :w] = change.views(query.views)
         counts[row, :, :, :h, :w] = change.lookup(query.lookup).counts
@@ -254,15 +265,15 @@ def collate(
     tables = np.stack([query.lookup.tables for query in queries])
     statistics = np.stack([query.lookup.statistics for query in queries])
     return Batch(
-        shown(queries, augmentations),
+        seen,
         Observation(*map(torch.from_numpy, (valid, views, counts, tables, statistics))),
         torch.tensor([query.facts.vector() for query in queries], dtype=torch.float32),
         torch.from_numpy(target) if answers is not None else None,
     )
 
 
-def padded_shape(sizes: Sequence[tuple[int, int]], few_shapes: bool) -> tuple[int, int]:
-    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+def padded_shape(queries: Sequence[Query], few_shapes: bool) -> tuple[int, int]:
+    height, width = (max(sides) for sides in zip(*(query.size for query in queries), strict=True))
     if few_shapes:
         height = width = SIDE_STEP * math.ceil(max(height, width) / SIDE_STEP)
     return height, width
@@ -286,23 +297,18 @@ def share_out(
     in how many parts at most.
     """
     changes = augmentations or [AS_IT_IS] * len(examples)
-    sizes = [change.size(example.query.size) for change, example in zip(changes, examples, strict=True)]
-    shape = padded_shape(sizes, few_shapes)
+    seen = shown([example.query for example in examples], augmentations)
+    shape = padded_shape(seen, few_shapes)
 
     def part(places: Sequence[int]) -> Part:
         rows = [place % len(examples) for place in places]
-        batch = collate(
-            [examples[row].query for row in rows],
-            [examples[row].answer for row in rows],
-            [changes[row] for row in rows] if augmentations else None,
-            shape=shape,
-        )
+        queries, answers = [examples[row].query for row in rows], [examples[row].answer for row in rows]
+        batch = pad(queries, answers, [changes[row] for row in rows], tuple(seen[row] for row in rows), shape)
         return Part(batch, torch.tensor(rows), torch.tensor([float(place < len(examples)) for place in places]))
 
     own = range(len(examples)) if positions is None else positions
     split = np.array_split(own, min(parts, len(own)))
-    queries = shown([example.query for example in examples], augmentations)
-    return Share(queries, tuple(part(places.tolist()) for places in split))
+    return Share(seen, tuple(part(places.tolist()) for places in split))
 
 
 def prompt_text(query: Query, max_chars: int) -> str:

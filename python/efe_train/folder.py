@@ -69,9 +69,7 @@ class RunFolder:
         return cls(processes.by_first(create), processes)
 
     @classmethod
-    def find(
-        cls, out: str | None, holding: Sequence[str] = ("checkpoints", "config.json"), processes: Processes = ALONE
-    ) -> RunFolder:
+    def find(cls, out: str | None, holding: Sequence[str] = ("checkpoints", "config.json")) -> RunFolder:
         """The run folder of that name, or that of a checkpoint in it, or the newest one under runs/.
 
         Raises:
@@ -84,7 +82,7 @@ class RunFolder:
             )
         path = Path(out) if out else newest[-1].parents[1]
         chosen = path if path in cls(path.parent.parent).saved() else None
-        folder = cls(path.parents[1] if chosen else path, processes, chosen)
+        folder = cls(path.parents[1] if chosen else path, chosen=chosen)
         lacking = [name for name in holding if not (folder.path / name).exists()]
         if lacking or ("checkpoints" in holding and not folder.saved()):
             raise UserError(f"{str(path)!r} is not a run folder: it should hold {' and '.join(holding)}.")

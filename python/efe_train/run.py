@@ -108,16 +108,18 @@ class Run:
                 f"The run in {self.folder.path} has done all its {self.trainer.batches_done} batches: "
                 "raise --epochs or --max_batches to go on."
             )
+        self.monitor = Monitor(loss_scaling=self.trainer.scaler.is_enabled(), reads=self.trainer.agent.reads)
         for row in self.processes.by_first(self.folder.read_metrics):
             if row["batch"] <= self.trainer.batches_done:
+                self.monitor.observe(row)
                 self.held_out.note(row)
         if self.held_out.is_over(self.config.patience):
             raise UserError(f"The run in {self.folder.path} has ended by --patience: raise it to go on.")
         self.folder.write_config(self.config)
-        self.qwen_digests = self.folder.qwen_digests()
+        # What every checkpoint says of the run, that none may be taken for another's.
+        self.identity = {"data": fingerprint(self.examples), "qwen": [*self.folder.qwen_digests().items()]}
         self.tracker: Tracker | None = None
         self.processes.by_first(self.start_tracker)
-        self.monitor = Monitor(loss_scaling=self.trainer.scaler.is_enabled(), reads=self.trainer.agent.reads)
         self.unread: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self.clock = time.perf_counter()
         self.candidate: int | None = None
@@ -134,8 +136,7 @@ class Run:
             Interrupted: SIGINT or SIGTERM came; the newest checkpoint holds the state after the batch that it came in.
         """
         trainer, done, stopped = self.trainer, self.trainer.batches_done, 0
-        for row in self.folder.cut_metrics(done):
-            self.monitor.observe(row)
+        self.folder.cut_metrics(done)
         if done == 0:
             self.save()
             self.accept(0)
@@ -281,12 +282,8 @@ class Run:
         """Write the state as a candidate, once the candidate before it has been judged."""
         if self.candidate is not None and self.unread:
             self.read_metrics()
-        about = {
-            "data": fingerprint(self.examples),
-            "qwen": [*self.qwen_digests.items()],
-            "scores": self.held_out.scores,
-        }
-        self.folder.write_candidate({**self.trainer.state_dict(), **about})
+        state = {**self.trainer.state_dict(), **self.identity, "scores": self.held_out.scores}
+        self.folder.write_candidate(state)
         self.candidate = self.trainer.batches_done
 
     def accept(self, batch: int) -> None:

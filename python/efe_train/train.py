@@ -118,8 +118,7 @@ class Trainer:
             policy = agent.policy.update(rollout, self.policy_optimizer, self.processes)
 
         if rate > 0:
-            valid = rows.target != self.efe_loss.ignore_index
-            self.efe_loss.update_target_preference(rows.target, valid, 1 - rows.mask_ratio.mean(), synchronize=False)
+            self.efe_loss.update_target_preference(rows.target, None, 1 - rows.mask_ratio.mean(), synchronize=False)
             if hidden is not None:
                 agent.prompter.observe(hidden)
         agent.policy.standardise.observe(rows.state)
