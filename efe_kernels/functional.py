@@ -6,6 +6,7 @@ of a prompt.
 
 from efe_kernels.advantage.functional import rl_advantage
 from efe_kernels.efe_loss.functional import EFELossOutput, EFEWeights, efe_loss
+from efe_kernels.policy_efe.functional import PolicyEFE, policy_efe, rollout_states
 from efe_kernels.policy_loss.functional import PolicyLossOutput, policy_gradient_loss
 from efe_kernels.prompt.functional import RefinedPrompt, masked_mean_pool, refine_prompt, squashed_log_prob
 from efe_kernels.returns.functional import gae, td_lambda, vtrace
@@ -14,6 +15,7 @@ from efe_kernels.reward.functional import RewardOutput, RewardWeights, grid_rewa
 __all__ = [
     "EFELossOutput",
     "EFEWeights",
+    "PolicyEFE",
     "PolicyLossOutput",
     "RefinedPrompt",
     "RewardOutput",
@@ -22,9 +24,11 @@ __all__ = [
     "gae",
     "grid_reward",
     "masked_mean_pool",
+    "policy_efe",
     "policy_gradient_loss",
     "refine_prompt",
     "rl_advantage",
+    "rollout_states",
     "squashed_log_prob",
     "td_lambda",
     "vtrace",

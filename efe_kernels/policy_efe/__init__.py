@@ -1,0 +1,1 @@
+"""Expected free energy of discrete policies in a partially observed world, in plain PyTorch."""
