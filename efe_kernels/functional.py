@@ -9,7 +9,7 @@ from efe_kernels.efe_loss.functional import EFELossOutput, EFEWeights, efe_loss
 from efe_kernels.policy_efe.functional import PolicyEFE, policy_efe, rollout_states
 from efe_kernels.policy_loss.functional import PolicyLossOutput, policy_gradient_loss
 from efe_kernels.prompt.functional import RefinedPrompt, masked_mean_pool, refine_prompt, squashed_log_prob
-from efe_kernels.returns.functional import gae, td_lambda, vtrace
+from efe_kernels.returns.functional import gae, next_values, td_lambda, vtrace
 from efe_kernels.reward.functional import RewardOutput, RewardWeights, grid_reward
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "gae",
     "grid_reward",
     "masked_mean_pool",
+    "next_values",
     "policy_efe",
     "policy_gradient_loss",
     "refine_prompt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from efe_kernels.common import checks
@@ -21,8 +22,9 @@ def gae(
     gamma: float = 0.99,
     lam: float = 0.95,
     reward_scale: float = 1.0,
+    time_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation along the last dimension, which is time.
+    """Generalized advantage estimation along `time_dim`, the last dimension unless it is named: [..., T].
 
         delta_t = reward_scale * reward_t + gamma * next_value_t * (1 - terminated_t) - value_t
         advantage_t = delta_t + gamma * lam * (1 - terminated_t) * (1 - truncated_t) * advantage_{t+1}
@@ -35,15 +37,19 @@ def gae(
         value: [..., T], value of the state in which step t begins.
         next_value: [..., T], value of the state in which step t ends: of the last observation of an episode where it
             is truncated, read nowhere where it is terminated.
-        terminated: [..., T] bool, the episode ends in a terminal state: no bootstrap, and the trace stops.
-        truncated: [..., T] bool, the episode is cut here: the bootstrap stays, and the trace stops. None: nowhere.
-            After the last step the trace stops in any case.
+        terminated: [..., T] bool, integer or floating, nonzero where the episode ends in a terminal state: no
+            bootstrap, and the trace stops.
+        truncated: [..., T], likewise, where the episode is cut: the bootstrap stays, and the trace stops. None:
+            nowhere. After the last step the trace stops in any case.
         gamma: discount.
         lam: decay of the trace.
         reward_scale: factor on the reward.
+        time_dim: which dimension of all tensors, and of the results, is time. 0 for buffers [T, B]: no shape could tell
+            them from [B, T].
 
-    Without leading dimensions one trajectory [T] is taken. Any strides; [T, B] buffers transposed to [B, T] are read
-    and written as they lie, without a copy. On CUDA an input whose strides are not those of reward is copied first.
+    `next_values` makes next_value of the buffers that most training loops keep. Without other dimensions one
+    trajectory [T] is taken. Any strides; [T, B] is read and written as it lies, without a copy. On CUDA an input whose
+    strides are not those of reward is copied first.
 
     Returns:
         (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is
@@ -55,15 +61,15 @@ def gae(
 
     Source: Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation".
     """
-    check_trajectories(terminated, truncated, reward=reward, value=value, next_value=next_value)
+    axis = check_trajectories(time_dim, terminated, truncated, reward=reward, value=value, next_value=next_value)
     gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
     reward_scale = checks.number("reward_scale", reward_scale)
     value, next_value, reward = promoted(value, next_value, constant(reward))
     advantage, target = ops.gae(
-        rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
-        None if truncated is None else rows_of(truncated), None, gamma, lam, 1.0, 1.0, reward_scale,
+        rows_of(value, axis), rows_of(next_value, axis), rows_of(reward, axis), *flags_of(terminated, truncated, axis),
+        None, gamma, lam, 1.0, 1.0, reward_scale,
     )  # fmt: skip
-    return like(advantage, reward), like(target, reward)
+    return like(advantage, reward, axis), like(target, reward, axis)
 
 
 def vtrace(
@@ -78,8 +84,9 @@ def vtrace(
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
     reward_scale: float = 1.0,
+    time_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace along the last dimension, which is time: value targets and advantages corrected for off-policy data.
+    """V-trace along `time_dim`, the last dimension unless it is named: [..., T]. Corrects off-policy data.
 
     With ratio = exp(log_ratio), rho = min(rho_clip, ratio), c = min(c_clip, ratio) and delta_t as in `gae`:
 
@@ -96,7 +103,7 @@ def vtrace(
     Args:
         log_ratio: [..., T] log-probability of the action under the learner's policy less that under the behaviour
             policy; a constant for autograd.
-        reward, value, next_value, terminated, truncated, gamma, reward_scale: as in `gae`.
+        reward, value, next_value, terminated, truncated, gamma, reward_scale, time_dim: as in `gae`.
         rho_clip: limit of the weight of a step; math.inf sets none.
         c_clip: limit of the weight with which later steps count.
 
@@ -111,17 +118,17 @@ def vtrace(
     Source: Espeholt et al. 2018, "IMPALA: scalable distributed deep-RL with importance weighted actor-learner
     architectures".
     """
-    check_trajectories(terminated, truncated, reward=reward, log_ratio=log_ratio, value=value, next_value=next_value)
+    tensors = {"reward": reward, "log_ratio": log_ratio, "value": value, "next_value": next_value}
+    axis = check_trajectories(time_dim, terminated, truncated, **tensors)
     gamma, reward_scale = checks.number("gamma", gamma, 0, 1), checks.number("reward_scale", reward_scale)
     rho_clip = checks.number("rho_clip", rho_clip, 0, finite=False)
     c_clip = checks.number("c_clip", c_clip, 0, finite=False)
     value, next_value, reward, log_ratio = promoted(value, next_value, constant(reward), constant(log_ratio))
     advantage, target = ops.vtrace(
-        rows_of(value), rows_of(next_value), rows_of(reward), rows_of(terminated),
-        None if truncated is None else rows_of(truncated), rows_of(log_ratio), gamma, 1.0, rho_clip, c_clip,
-        reward_scale,
+        rows_of(value, axis), rows_of(next_value, axis), rows_of(reward, axis), *flags_of(terminated, truncated, axis),
+        rows_of(log_ratio, axis), gamma, 1.0, rho_clip, c_clip, reward_scale,
     )  # fmt: skip
-    return like(advantage, reward), like(target, reward)
+    return like(advantage, reward, axis), like(target, reward, axis)
 
 
 def td_lambda(
@@ -133,22 +140,22 @@ def td_lambda(
     gamma: float = 0.99,
     lam: float = 0.95,
     reward_scale: float = 1.0,
+    time_dim: int = -1,
 ) -> Tensor:
-    """TD(lambda) returns along the last dimension, which is time: what a critic is trained towards.
+    """TD(lambda) returns along `time_dim`, the last dimension unless it is named: [..., T].
 
         return_t = reward_scale * reward_t
                    + gamma * (1 - terminated_t) * ((1 - lam) * next_value_t + lam * return_{t+1})
 
-    Where step t is truncated or the last one, next_value_t stands in for return_{t+1}. With lam=1 this is the
-    discounted Monte-Carlo return, bootstrapped where an episode is cut; with lam=0 it is the target of one step.
+    They are what a critic is trained towards. Where step t is truncated or the last one, next_value_t stands in for
+    return_{t+1}. With lam=1 this is the discounted Monte-Carlo return, bootstrapped where an episode is cut; with lam=0
+    it is the target of one step.
 
     Differentiable in next_value, as the formula is; detach the result to use it as a constant.
 
     Args:
         reward: [..., T] float32, float16, bfloat16 or float64; a constant for autograd.
-        next_value, terminated, truncated, gamma, lam, reward_scale: as in `gae`.
-
-    Without leading dimensions one trajectory [T] is taken. Strides as in `gae`.
+        next_value, terminated, truncated, gamma, lam, reward_scale, time_dim: as in `gae`.
 
     Returns:
         [..., T] in the dtype to which reward and next_value promote. Arithmetic is float32, float64 for float64.
@@ -159,32 +166,104 @@ def td_lambda(
 
     Source: Sutton 1988, "Learning to predict by the methods of temporal differences".
     """
-    check_trajectories(terminated, truncated, reward=reward, next_value=next_value)
+    axis = check_trajectories(time_dim, terminated, truncated, reward=reward, next_value=next_value)
     gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
     reward_scale = checks.number("reward_scale", reward_scale)
     next_value, reward = promoted(next_value, constant(reward))
-    flags = (rows_of(terminated), None if truncated is None else rows_of(truncated))
-    return like(ops.td_lambda(rows_of(next_value), rows_of(reward), *flags, gamma, lam, reward_scale), reward)
+    flags = flags_of(terminated, truncated, axis)
+    returns = ops.td_lambda(rows_of(next_value, axis), rows_of(reward, axis), *flags, gamma, lam, reward_scale)
+    return like(returns, reward, axis)
 
 
-def check_trajectories(terminated: Tensor, truncated: Tensor | None, **tensors: Tensor) -> None:
-    """Floating-point tensors [..., T] and flags of the same shape."""
+def next_values(
+    value: Tensor,
+    last_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    final_value: Tensor | None = None,
+    *,
+    time_dim: int = -1,
+) -> Tensor:
+    """The next_value of `gae`, `vtrace` and `td_lambda`, from the values of the states in which steps begin.
+
+    Where a step ends no episode, that is the value with which the next step begins, after the last step last_value. At
+    the end of an episode the next step begins in another one.
+
+    Args:
+        value: [..., T] along time_dim, float32, float16, bfloat16 or float64.
+        last_value: [...], value without time_dim, of the state in which the last step ends.
+        terminated, truncated: as in `gae`. Flags that say where an episode begins, as many buffers keep them, are those
+            of the step before.
+        final_value: [..., T], value of the last observation of an episode, read where a step is truncated. None: 0, so
+            that a cut counts as an end.
+        time_dim: which dimension is time.
+
+    Returns:
+        [..., T] in the dtype to which the values promote, 0 where terminated; differentiable in all of them.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device.
+    """
+    final = {} if final_value is None else {"final_value": final_value}
+    axis = check_trajectories(time_dim, terminated, truncated, value=value, **final)
+    checks.check_floating("last_value", last_value)
+    rows = [size for dim, size in enumerate(value.shape, -value.dim()) if dim != axis]
+    if list(last_value.shape) != rows:
+        raise ValueError(
+            f"last_value must have the shape of value without time, {rows}, it was {list(last_value.shape)}."
+        )
+    checks.check_device("last_value", last_value, "value", value.device)
+    value, last_value, final_value = promoted(value, last_value, final_value)
+    following = torch.cat([value, last_value.unsqueeze(axis)], axis).narrow(axis, 1, value.shape[axis])
+    if truncated is not None:
+        following = torch.where(nonzero(truncated), 0 if final_value is None else final_value, following)
+    return torch.where(nonzero(terminated), 0, following)
+
+
+def check_trajectories(time_dim: int, terminated: Tensor, truncated: Tensor | None, **tensors: Tensor) -> int:
+    """Floating-point tensors and flags of one shape. Returns which dimension of it is time, counted from the end."""
     checks.check_alike(**tensors)
     name, first = next(iter(tensors.items()))
-    if first.dim() == 0:
+    dims = first.dim()
+    if dims == 0:
         raise ValueError(f"{name} must have the shape [..., T], it was [].")
-    checks.check_tensor("terminated", terminated)
-    checks.check_mask("terminated", terminated, name, first)
-    checks.check_mask("truncated", truncated, name, first)
+    time_dim = checks.integer("time_dim", time_dim)
+    if not -dims <= time_dim < dims:
+        raise ValueError(f"time_dim must be in [{-dims}, {dims}) for {name} = {list(first.shape)}, it was {time_dim}.")
+    check_flag("terminated", terminated, name, first)
+    if truncated is not None:
+        check_flag("truncated", truncated, name, first)
+    return time_dim if time_dim < 0 else time_dim - dims
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """[..., T] as [N, T]."""
+def check_flag(name: str, flag: Tensor, like_name: str, like: Tensor) -> None:
+    checks.check_tensor(name, flag)
+    if flag.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating, it was {flag.dtype}.")
+    checks.check_beside(name, flag, like_name, like)
+
+
+def nonzero(flag: Tensor) -> Tensor:
+    return flag if flag.dtype == torch.bool else flag != 0
+
+
+def rows_of(tensor: Tensor, axis: int) -> Tensor:
+    """tensor, time along `axis`, as [N, T]."""
+    if axis != -1:
+        tensor = tensor.movedim(axis, -1)
     if tensor.dim() == 2:
         return tensor
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def like(rows: Tensor, tensor: Tensor) -> Tensor:
+def flags_of(terminated: Tensor, truncated: Tensor | None, axis: int) -> tuple[Tensor, Tensor | None]:
+    """Both as bool rows."""
+    return rows_of(nonzero(terminated), axis), None if truncated is None else rows_of(nonzero(truncated), axis)
+
+
+def like(rows: Tensor, tensor: Tensor, axis: int) -> Tensor:
     """rows [N, T] in the shape of tensor."""
-    return rows if tensor.dim() == 2 else rows.view(tensor.shape)
+    if tensor.dim() != 2:
+        rows = rows.reshape(tensor.movedim(axis, -1).shape)
+    return rows if axis == -1 else rows.movedim(-1, axis)

@@ -138,7 +138,8 @@ def test_time_major_buffers_are_taken_as_they_lie(device: str) -> None:
         ({"gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], it was 1.5"),
         ({"lam": -0.1}, ValueError, r"lam must be in \[0, 1\], it was -0.1"),
         ({"next_value": torch.zeros(3, 8)}, ValueError, "next_value must have the shape of reward"),
-        ({"terminated": torch.zeros(3, 9)}, TypeError, "terminated must be a bool tensor"),
+        ({"terminated": torch.zeros(3, 9).cfloat()}, TypeError, "terminated must be bool, integer or floating"),
+        ({"time_dim": 2}, ValueError, r"time_dim must be in \[-2, 2\) for reward = \[3, 9\], it was 2"),
         ({"reward": torch.zeros(3, 9, dtype=torch.int64)}, TypeError, "reward must be float32"),
     ],
 )

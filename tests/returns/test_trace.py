@@ -383,7 +383,13 @@ def test_clear_errors(device: str) -> None:
     t = trajectories(2, 5, device=device)
     wrong: list[tuple[type[Exception], str, Trajectories, dict[str, Any]]] = [
         (TypeError, "reward must be float32, .*, it was torch.int64", {"reward": t["reward"].long()}, {}),
-        (TypeError, "terminated must be a bool tensor, it was torch.float32", {"terminated": t["reward"]}, {}),
+        (
+            TypeError,
+            "terminated must be bool, integer or floating, it was torch.complex64",
+            {"terminated": t["reward"].cfloat()},
+            {},
+        ),
+        (TypeError, "time_dim must be an integer, it was 0.5", {}, {"time_dim": 0.5}),
         (
             ValueError,
             r"value must have the shape of reward = \[2, 5\], it was \[2, 4\]",
