@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from efe_kernels.advantage import reference
-from efe_kernels.common.library import triton_module
 from efe_kernels.common.op import differentiable_op
-
-kernels: Any = triton_module("efe_kernels.advantage.kernels")
 
 
 def rl_advantage_fake(
@@ -29,5 +24,5 @@ rl_advantage = differentiable_op(
     backward=reference.rl_advantage_backward,
     wrt=("value",),
     fake=rl_advantage_fake,
-    triton=(kernels.rl_advantage_forward, kernels.rl_advantage_backward) if kernels else None,
+    triton="efe_kernels.advantage.kernels",
 )

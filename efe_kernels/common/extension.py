@@ -47,12 +47,17 @@ def has_cuda_sources() -> bool:
     return bool(importlib.import_module("efe_kernels._C").with_cuda)
 
 
+def has_triton() -> bool:
+    """Whether it is installed: a torch for CUDA brings it, one for the CPU does not. It is not imported to find out."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def missing_on_cuda() -> list[str]:
     """What is missing for CUDA tensors, where the extension as a whole is there: a sentence each, with what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
         return []
     found = []
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         found.append("Triton is not installed, so plain PyTorch serves CUDA tensors. On Linux: pip install triton")
     if torch.version.hip is not None:
         found.append(

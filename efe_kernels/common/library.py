@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import os
 import typing
@@ -16,7 +15,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from efe_kernels.common.extension import REBUILD, warn_of_missing_on_cuda
+from efe_kernels.common.extension import REBUILD, has_triton, warn_of_missing_on_cuda
 
 LIBRARY = torch.library.Library("efe", "DEF")
 
@@ -48,11 +47,13 @@ SCHEMA_TYPES: dict[object, str] = {
 }
 
 
+@functools.cache
 def triton_module(name: str) -> ModuleType | None:
-    """The module of Triton kernels `name`, or None where Triton is not installed (it exists for Linux only)."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(name)
+    """The module of Triton kernels `name`, or None where Triton is not installed.
+
+    To be called where the kernels are about to run: importing Triton takes longer than importing this library.
+    """
+    return importlib.import_module(name) if has_triton() else None
 
 
 def is_group(hint: object) -> bool:
@@ -134,14 +135,15 @@ def define_op(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    triton: Callable[..., Any] | None = None,
+    triton: str | None = None,
     triton_takes: Callable[..., bool] = in_float32,
 ) -> Any:
     """Declare `torch.ops.efe.<name>` and say who serves it; the dispatcher picks by device.
 
     reference: plain PyTorch; its signature is the op's. Serves every device that has no kernel of its own.
     fake: shapes and dtypes of the results, for torch.compile, from the same arguments.
-    triton: launcher of the Triton kernels; serves CUDA, and the CPU under Triton's interpreter.
+    triton: the module of the Triton kernels, whose launcher has the op's name. It is imported at the first call, and
+        serves CUDA, and the CPU under Triton's interpreter.
     triton_takes: which arguments of the op it serves; the reference serves the others.
 
     The C++ kernels register themselves for CPU and CUDA when `efe_kernels._C` is imported.
@@ -157,12 +159,14 @@ def define_op(
     LIBRARY.impl(name, in_place_of_kernels(plain), "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", with_groups(fake), lib=LIBRARY)
     serve = None
-    if triton is not None:
-        kernels = with_groups(triton, reference)
+    if triton is not None and has_triton():
 
-        @functools.wraps(triton)
+        @functools.cache
+        def launcher() -> Callable[..., Any]:
+            return with_groups(getattr(triton_module(triton), name), reference)
+
         def serve(*arguments: Any) -> Any:
-            return (kernels if triton_takes(*arguments) else plain)(*arguments)
+            return (launcher() if triton_takes(*arguments) else plain)(*arguments)
 
         LIBRARY.impl(name, serve, "CUDA")
         if INTERPRET:

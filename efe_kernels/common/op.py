@@ -196,7 +196,7 @@ def differentiable_op(
     like: Mapping[str, str] | None = None,
     passes: Mapping[str, str] | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
-    triton: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    triton: str | None = None,
     triton_takes: Callable[..., bool] = in_float32,
     plain: Callable[..., Any] | None = None,
 ) -> DifferentiableOp:
@@ -205,7 +205,7 @@ def differentiable_op(
     forward, backward: the references; backward gives the gradients of those of `wrt` that `needs` names, or, without
         that parameter, the one gradient.
     wrt: arguments of forward that can get a gradient.
-    fake, triton, triton_takes: as in `define_op`; of triton one launcher each.
+    fake, triton, triton_takes: as in `define_op`.
     like: for an argument of `wrt` that backward does not keep, one of the same shape that it does.
     memory_format: of the gradients.
     fake_backward: where these cannot say what a gradient looks like.
@@ -214,16 +214,13 @@ def differentiable_op(
     """
     passes = passes or {}
     computed = [argument for argument in wrt if argument not in passes]
-    forward_triton, backward_triton = triton or (None, None)
-    forward_op = define_op(
-        f"{name}_forward", reference=forward, fake=fake, triton=forward_triton, triton_takes=triton_takes
-    )
+    forward_op = define_op(f"{name}_forward", reference=forward, fake=fake, triton=triton, triton_takes=triton_takes)
     examples = [(like or {}).get(argument, argument) for argument in computed]
     backward_op = define_op(
         f"{name}_backward",
         reference=backward,
         fake=fake_backward or gradients_like(backward, examples, memory_format),
-        triton=backward_triton,
+        triton=triton,
         triton_takes=triton_takes,
     )
     return DifferentiableOp(

@@ -19,8 +19,6 @@ DIFFERENTIABLE = Inputs._fields[:7]
 MAX_OUTCOMES = 32
 ORDINARY_KEYS = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
 
-launch: Any = triton_module("efe_kernels.efe_loss.launch")
-
 
 def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
     """The reference, which on the CPU looks at the targets, too."""
@@ -70,7 +68,7 @@ efe_loss = differentiable_op(
     wrt=DIFFERENTIABLE,
     memory_format=torch.preserve_format,
     fake=efe_loss_fake,
-    triton=(launch.efe_loss_forward, launch.efe_loss_backward) if launch else None,
+    triton="efe_kernels.efe_loss.launch",
     triton_takes=lambda *arguments: has_kernel(next(a for a in arguments if isinstance(a, Tensor) and a.dim() == 5)),
     plain=reference.efe_loss,
 )
@@ -100,16 +98,21 @@ def hold_their_values(*tensors: Tensor | None) -> bool:
     )
 
 
+def launch() -> Any:
+    """The module of the Triton kernels' launchers, None without Triton."""
+    return triton_module("efe_kernels.efe_loss.launch")
+
+
 def takes_grad_scale(grad_scale: Tensor, inputs: Inputs) -> bool:
     """Whether kernels make use of it.
 
     They write the gradients in forward and hand out the same memory in backward, beside the dispatcher, which a tracer
     would not see.
     """
-    if launch is None or traced() or not (INTERPRET or inputs.logits.is_cuda):
+    if traced() or not (INTERPRET or inputs.logits.is_cuda) or launch() is None:
         return False
     wanted = any(tensor is not None and tensor.requires_grad for tensor in inputs[: len(DIFFERENTIABLE)])
-    possible = has_kernel(inputs.logits) and launch.takes_grad_scale(inputs)
+    possible = has_kernel(inputs.logits) and launch().takes_grad_scale(inputs)
     return wanted and possible and hold_their_values(grad_scale, *inputs)
 
 
@@ -124,7 +127,7 @@ class FusedFunction(torch.autograd.Function):
         inputs = Inputs(*arguments[: len(Inputs._fields)])
         ctx.settings = Settings(*arguments[len(Inputs._fields) :])
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
-        outputs, ctx.gradients = launch.fused_forward(grad_scale, inputs, ctx.settings, needs)
+        outputs, ctx.gradients = launch().fused_forward(grad_scale, inputs, ctx.settings, needs)
         *_, mask_ratio, hard_cell_scale, saved = outputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mask_ratio, hard_cell_scale, saved)
@@ -142,8 +145,8 @@ class FusedFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1 : 1 + len(DIFFERENTIABLE)])
         plain = not torch.is_grad_enabled() and not traced() and hold_their_values(grad_total, *ctx.saved_tensors)
         if ahead is not None and grad_terms is None and plain:
-            settings = ctx.settings
-            found = launch.fused_backward(grad_total, grad_scale, inputs, settings, hard_cell_scale, saved, ahead)
+            fused_backward = launch().fused_backward
+            found = fused_backward(grad_total, grad_scale, inputs, ctx.settings, hard_cell_scale, saved, ahead)
         else:
             arguments = (grad_total, grad_terms, *inputs, *ctx.settings, hard_cell_scale, saved, needs)
             found = first_order("efe_loss", efe_loss.backward, *arguments)

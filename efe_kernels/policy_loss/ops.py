@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from efe_kernels.common.library import accumulate_dtype, triton_module
+from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.common.op import differentiable_op
 from efe_kernels.policy_loss import reference
-
-kernels: Any = triton_module("efe_kernels.policy_loss.kernels")
 
 
 def policy_gradient_loss_fake(entropy: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -26,5 +24,5 @@ policy_gradient_loss = differentiable_op(
     wrt=("entropy", "log_prob", "value"),
     fake=policy_gradient_loss_fake,
     like={"entropy": "log_prob"},
-    triton=(kernels.policy_gradient_loss_forward, kernels.policy_gradient_loss_backward) if kernels else None,
+    triton="efe_kernels.policy_loss.kernels",
 )

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efe_kernels.common.library import triton_module
 from efe_kernels.common.op import differentiable_op
 from efe_kernels.returns import reference
 from efe_kernels.returns.reference import Ends, Settings, TDLambdaSettings, Trace, Transitions
-
-kernels: Any = triton_module("efe_kernels.returns.kernels")
-td_lambda_kernels: Any = triton_module("efe_kernels.returns.td_lambda_kernels")
 
 
 def laid_out(result: Tensor, like: Tensor) -> Tensor:
@@ -51,7 +47,7 @@ gae = differentiable_op(
     like={"value": "terminated", "next_value": "terminated"},
     memory_format=torch.preserve_format,
     fake=trace_fake,
-    triton=(kernels.trace_forward, kernels.trace_backward) if kernels else None,
+    triton="efe_kernels.returns.kernels",
     plain=reference.trace_forward,
 ).titled("gae")
 vtrace = gae.titled("vtrace")
@@ -77,6 +73,6 @@ td_lambda = differentiable_op(
     like={"next_value": "terminated"},
     memory_format=torch.preserve_format,
     fake=td_lambda_fake,
-    triton=(td_lambda_kernels.td_lambda_forward, td_lambda_kernels.td_lambda_backward) if td_lambda_kernels else None,
+    triton="efe_kernels.returns.td_lambda_kernels",
     plain=reference.td_lambda_forward,
 )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, members, unit_clamp
-from efe_kernels.reward.reference import IGNORE_INDEX, size_score
+from efe_kernels.reward.reference import IGNORE_INDEX, in_palette, size_score
 
 IGNORE = tl.constexpr(IGNORE_INDEX)
 
@@ -217,6 +217,7 @@ def prediction(tensor: Tensor, height: int, width: int) -> Prediction:
     return Prediction(tensor, *strides, rows, columns, rows / height, columns / width, score)
 
 
+@in_palette
 def grid_reward(
     before: Tensor,
     after: Tensor,

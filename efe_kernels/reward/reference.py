@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,3 +109,21 @@ def check_colours(name: str, grid: Tensor, counted: Tensor | None, num_colors: i
     if outside.any():
         found = grid[outside][0].item()
         raise ValueError(f"{name} must hold colours from 0 to {num_colors - 1}, it held {found}.")
+
+
+def in_palette(grid_reward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """grid_reward after a look at the range of every colour, on the CPU only: on a GPU it would wait for the device."""
+
+    @functools.wraps(grid_reward)
+    def serve(before: Tensor, after: Tensor, target: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
+        if target.device.type == "cpu":
+            *_, num_colors = rest
+            counted = counted_cells(target, valid)
+            check_colours("target", target, counted, num_colors)
+            for name, prediction in (("before", before), ("after", after)):
+                if not prediction.is_floating_point():
+                    padding = counted if prediction.shape == target.shape else None
+                    check_colours(name, prediction, padding, num_colors)
+        return grid_reward(before, after, target, valid, *rest)
+
+    return serve

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from efe_kernels import gae, td_lambda
 from efe_kernels.common.library import INTERPRET
-from efe_kernels.returns import ops
 from tests.returns.test_trace import TOLERANCES
 
 SETTINGS: dict[str, float] = {"gamma": 0.97, "lam": 0.9, "reward_scale": 2.0}
@@ -20,7 +19,7 @@ SETTINGS: dict[str, float] = {"gamma": 0.97, "lam": 0.9, "reward_scale": 2.0}
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter combines the elements of a scan one by one."""
     if INTERPRET:
-        monkeypatch.setattr(ops.kernels, "SCAN_TILE", 128)
+        monkeypatch.setattr("efe_kernels.returns.kernels.SCAN_TILE", 128)
 
 
 def trajectories(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

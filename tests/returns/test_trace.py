@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from efe_kernels import gae, policy_gradient_loss, rl_advantage, vtrace
+from efe_kernels.common.extension import has_triton
 from efe_kernels.common.library import INTERPRET
 from efe_kernels.returns import ops, reference
 from efe_kernels.returns.reference import Settings, Transitions
@@ -31,7 +32,7 @@ Trajectories = dict[str, Tensor]
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter combines the elements of a scan one by one."""
     if INTERPRET:
-        monkeypatch.setattr(ops.kernels, "SCAN_TILE", 128)
+        monkeypatch.setattr("efe_kernels.returns.kernels.SCAN_TILE", 128)
 
 
 def trajectories(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Trajectories:
@@ -126,8 +127,8 @@ def test_long_rows_match_the_loop(
     call: Any, steps: int, chunk: int, truncated: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one chunk and of several, with one result used and then the other."""
-    if ops.kernels is not None:
-        monkeypatch.setattr(ops.kernels, "SCAN_STEPS", chunk)
+    if has_triton():
+        monkeypatch.setattr("efe_kernels.returns.kernels.SCAN_STEPS", chunk)
     t = trajectories(9, steps, device=device)
     if not truncated:
         t["truncated"] = torch.zeros_like(t["truncated"])
