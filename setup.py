@@ -3,7 +3,8 @@
 EFE_KERNELS_CUDA=0|1|auto chooses whether the CUDA sources are built. `auto`, the default, builds them where torch was
 built with CUDA and nvcc is found. No GPU is asked: a wheel can be built on a machine that has none. The architectures
 are those of TORCH_CUDA_ARCH_LIST, by default every one from Ampere on that nvcc knows. CFLAGS come after the flags
-below, so that they win.
+below, so that they win. Where no C++ can be compiled, the package is built without the extension, unless
+EFE_KERNELS_REQUIRE_EXT=1.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import traceback
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
-try:
-    import torch
-    from torch.utils import cpp_extension
-except ImportError as error:
-    sys.exit(
-        f"efe-kernels compiles against the PyTorch it will run with, and torch cannot be imported here ({error}). "
-        "Install torch first, then run: pip install --no-build-isolation ."
-    )
+# Of these commands, dist_info is the first step to a wheel: who will miss torch in the last is told before the download
+# of what the wheel depends on. All other commands, such as egg_info and sdist, work without torch.
+COMPILE = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
+COMPILES = __name__ != "__main__" or not COMPILE.isdisjoint(sys.argv)
+
+if COMPILES:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            "efe-kernels compiles against the PyTorch that it will run with, and torch cannot be imported here "
+            f"({error}; build isolation, which is pip's default, hides an installed one): run these two commands instead, "
+            "pip install torch 'setuptools>=77' ninja 'pybind11>=2.13' and then pip install --no-build-isolation ."
+        )
 
 ROOT = Path(__file__).resolve().parent
 # at::parallel_for is a template whose threads exist only where the including file is compiled with OpenMP.
@@ -95,9 +105,23 @@ def compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
-def extensions() -> list[cpp_extension.CppExtension]:
+def missing() -> str | None:
+    """What stands in the way of compiling any C++, None where nothing does."""
     if shutil.which(compiler().split()[0]) is None:
-        print(f"efe-kernels: no C++ compiler ({compiler()}) found: built without the extension, plain PyTorch serves.")
+        return f"no C++ compiler ({compiler()}) was found"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"the headers of this Python ({header}) are not installed"
+
+
+def extensions() -> list[cpp_extension.CppExtension]:
+    lacking = missing()
+    if lacking and os.environ.get("EFE_KERNELS_REQUIRE_EXT", "0") != "0":
+        sys.exit(f"EFE_KERNELS_REQUIRE_EXT=1 asks for the C++ extension, but {lacking}.")
+    if lacking:
+        print(
+            f"efe-kernels: {lacking}: built without the C++ extension, plain PyTorch serves in its place.",
+            file=sys.stderr,
+        )
         return []
     with_cuda, reason = choose_cuda()
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
@@ -124,7 +148,7 @@ def extensions() -> list[cpp_extension.CppExtension]:
     ]
 
 
-class BuildExtension(cpp_extension.BuildExtension):
+class BuildExtension(cpp_extension.BuildExtension if COMPILES else build_ext):
     """Where the CUDA sources do not build, the last line says in a sentence what to do."""
 
     def build_extensions(self) -> None:
@@ -159,4 +183,4 @@ def refusal_of_nvcc() -> str | None:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=extensions() if COMPILES else [], cmdclass={"build_ext": BuildExtension})

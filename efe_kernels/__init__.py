@@ -5,5 +5,7 @@ from efe_kernels.common import extension as _extension  # noqa: F401  (its impor
 from efe_kernels.functional import *  # noqa: F403
 from efe_kernels.modules import EFELoss
 
+__version__ = "0.1.0"
+
 __all__ = ["EFELoss"]
 __all__ += functional.__all__

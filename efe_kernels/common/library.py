@@ -22,6 +22,8 @@ LIBRARY = torch.library.Library("efe", "DEF")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's own switch. With it, the Triton kernels also serve CPU tensors: so they are tested without a GPU."""
 
+HAS_TRITON = has_triton()
+
 
 @dataclass(frozen=True)
 class Served:
@@ -53,7 +55,7 @@ def triton_module(name: str) -> ModuleType | None:
 
     To be called where the kernels are about to run: importing Triton takes longer than importing this library.
     """
-    return importlib.import_module(name) if has_triton() else None
+    return importlib.import_module(name) if HAS_TRITON else None
 
 
 def is_group(hint: object) -> bool:
@@ -61,11 +63,14 @@ def is_group(hint: object) -> bool:
     return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
 
+@functools.cache
 def fields_of(hint: Any) -> dict[str, Any]:
     """Names and types of a group."""
-    return {name: get_type_hints(hint)[name] for name in hint._fields}
+    hints = get_type_hints(hint)
+    return {name: hints[name] for name in hint._fields}
 
 
+@functools.cache
 def parameters_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Names and types of what a function takes, with the fields of a group in its place."""
     hints = get_type_hints(function)
@@ -159,7 +164,7 @@ def define_op(
     LIBRARY.impl(name, in_place_of_kernels(plain), "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", with_groups(fake), lib=LIBRARY)
     serve = None
-    if triton is not None and has_triton():
+    if triton is not None and HAS_TRITON:
 
         @functools.cache
         def launcher() -> Callable[..., Any]:

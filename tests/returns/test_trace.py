@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from efe_kernels import gae, policy_gradient_loss, rl_advantage, vtrace
-from efe_kernels.common.extension import has_triton
-from efe_kernels.common.library import INTERPRET
+from efe_kernels.common.library import HAS_TRITON, INTERPRET
 from efe_kernels.returns import ops, reference
 from efe_kernels.returns.reference import Settings, Transitions
 
@@ -127,7 +126,7 @@ def test_long_rows_match_the_loop(
     call: Any, steps: int, chunk: int, truncated: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one chunk and of several, with one result used and then the other."""
-    if has_triton():
+    if HAS_TRITON:
         monkeypatch.setattr("efe_kernels.returns.kernels.SCAN_STEPS", chunk)
     t = trajectories(9, steps, device=device)
     if not truncated:
