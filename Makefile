@@ -18,7 +18,7 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
-.PHONY: help train test sanitize emulate cuda-build aot aot-pinned aot-oldest projection bench gpu lint clean
+.PHONY: help train test sanitize emulate cuda-build aot aot-pinned aot-oldest projection bench gpu docs lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
@@ -31,6 +31,7 @@ help:
 	@echo "make projection  how long the kernels must take at least on an H100 and an H200, without a GPU"
 	@echo "make bench     time every op and the training against what else does the job (BENCH_ARGS=... are handed on)"
 	@echo "make gpu       with PYTHON's torch: build, tests, sanitizers, training and benchmarks on this machine's GPU"
+	@echo "make docs      the documentation as a site in build/site, warnings being errors"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv and everything built"
 
@@ -97,6 +98,9 @@ bench: $(VENV)/.bench
 gpu:
 	$(PYTHON) -m bench.gpu $(GPU_ARGS)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -126,6 +130,10 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 $(OLDEST)/.installed: $(VENV)/.torch
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "triton==$(OLDEST_TRITON).*"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.built
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built

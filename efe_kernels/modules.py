@@ -20,8 +20,12 @@ class EFELoss(nn.Module):
         weights: weight of each term.
         hard_cell, hard_cell_min_ratio, ignore_index, reduction: as in `efe_loss`.
 
-    Parameters: `preference_logits` [max, max, C], zero at first (a uniform preference), and `projection` [C, D].
-    Buffer: `target_preference` [max, max, C], zero (not set) at first. All are in `state_dict` from the start.
+    Attributes:
+        preference_logits: parameter [max, max, C], zero at first (a uniform preference).
+        projection: parameter [C, D].
+        target_preference: buffer [max, max, C], zero (not set) at first.
+
+    All three are in `state_dict` from the start.
     """
 
     target_preference: Tensor

@@ -30,10 +30,11 @@ class EFEWeights:
 class EFELossOutput(NamedTuple):
     """What `efe_loss` returns; float32, or float64 for float64 logits. Unbatched input gives 0-d entries.
 
-    total: the loss, 0-d, or [B] with reduction="none". Differentiable.
-    terms: risk, ambiguity, consistency, agreement, anchor, prompt, step -> [B], unweighted. Differentiable.
-    mask_ratio: [B], share of counted cells whose most probable outcome is not the target.
-    hard_cell_scale: [B], the factor on the weighted sum of the terms.
+    Attributes:
+        total: the loss, 0-d, or [B] with reduction="none". Differentiable.
+        terms: risk, ambiguity, consistency, agreement, anchor, prompt, step -> [B], unweighted. Differentiable.
+        mask_ratio: [B], share of counted cells whose most probable outcome is not the target.
+        hard_cell_scale: [B], the factor on the weighted sum of the terms.
     """
 
     total: Tensor

@@ -14,14 +14,15 @@ from efe_kernels.policy_loss import ops
 class PolicyLossOutput(NamedTuple):
     """What `policy_gradient_loss` returns: 0-d tensors, float32, or float64 for float64 inputs.
 
-    total: policy + value_coef * value - entropy_coef * entropy. Differentiable.
-    policy: the surrogate, minimised. Differentiable.
-    value: mean squared error of the critic. Differentiable.
-    entropy: mean entropy, which the total maximises. Differentiable.
-    clip_fraction: share of elements whose ratio is further than clip from 1; 0 without old_log_prob.
-    approx_kl: mean of ratio - 1 - log(ratio), an estimate of KL(old || new) that is never negative; 0 without
-        old_log_prob.
-    explained_variance: 1 - variance of the critic's error / variance of its target; 0 for a constant target.
+    Attributes:
+        total: policy + value_coef * value - entropy_coef * entropy. Differentiable.
+        policy: the surrogate, minimised. Differentiable.
+        value: mean squared error of the critic. Differentiable.
+        entropy: mean entropy, which the total maximises. Differentiable.
+        clip_fraction: share of elements whose ratio is further than clip from 1; 0 without old_log_prob.
+        approx_kl: mean of ratio - 1 - log(ratio), an estimate of KL(old || new) that is never negative; 0 without
+            old_log_prob.
+        explained_variance: 1 - variance of the critic's error / variance of its target; 0 for a constant target.
     """
 
     total: Tensor

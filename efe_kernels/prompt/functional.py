@@ -27,7 +27,8 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     Without the batch dimension, [L, E] and [L], the result is [E].
 
     Raises:
-        TypeError: for a wrong dtype. ValueError: for a wrong shape or device.
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device.
     """
     checks.check_floating("hidden", hidden)
     sizes = checks.Sizes("hidden", hidden, "N? L E")
@@ -46,10 +47,12 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 class RefinedPrompt(NamedTuple):
     """What `refine_prompt` returns; without the dimension B for unbatched input. Every entry is differentiable.
 
-    prompt: [B, D], the refined prompt, in the dtype of the prompt given.
-    action: [B, D+1], u, the sampled action before squashing; float32, or float64 for float64 input, as the next two.
-    log_prob: [B], log-probability density of (Δ, α), in nats.
-    entropy: [B], one-sample estimate of the entropy of (Δ, α), in nats.
+    Attributes:
+        prompt: [B, D], the refined prompt, in the dtype of the prompt given.
+        action: [B, D+1], u, the sampled action before squashing; float32, or float64 for float64 input, as the next
+            two.
+        log_prob: [B], log-probability density of (Δ, α), in nats.
+        entropy: [B], one-sample estimate of the entropy of (Δ, α), in nats.
     """
 
     prompt: Tensor
@@ -91,7 +94,8 @@ def refine_prompt(
     of the result. Arithmetic is float32, or float64 if any argument is.
 
     Raises:
-        TypeError: for a wrong dtype. ValueError: for a wrong shape, device or range, or both noise and seed.
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device or range, or both noise and seed.
 
     Source: Haarnoja et al., 2018, "Soft actor-critic", appendix C, for the squashed Gaussian; Salmon et al., 2011,
     "Parallel random numbers: as easy as 1, 2, 3", for the noise.
@@ -137,7 +141,8 @@ def squashed_log_prob(
     Gradients reach action, mean and log_std. Stable for any |u|.
 
     Raises:
-        TypeError: for a wrong dtype. ValueError: for a wrong shape, device or range.
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device or range.
 
     Source: Haarnoja et al., 2018, "Soft actor-critic", appendix C.
     """

@@ -33,10 +33,11 @@ MOST_COLORS = 2**16
 class RewardOutput(NamedTuple):
     """What `grid_reward` returns: float32, [B] each, 0-d for unbatched input. The names are those of RewardWeights.
 
-    reward: sum of weight * term.
-    terms: name -> clamp(after - before, -1, 1), unweighted.
-    before, after: name -> score of that prediction.
-    mask_ratio: share of counted cells where `after` differs from the target.
+    Attributes:
+        reward: sum of weight * term.
+        terms: name -> clamp(after - before, -1, 1), unweighted.
+        before, after: name -> score of that prediction.
+        mask_ratio: share of counted cells where `after` differs from the target.
     """
 
     reward: Tensor

@@ -103,14 +103,23 @@ def parse(argv: Sequence[str]) -> tuple[str, object]:
     """
     name = argv[0] if argv else ""
     if name in COMMANDS:
-        command = COMMANDS[name]
-        parser = Parser(command.configuration, prog=f"efe-train {name}", description=command.description)
-        return name, command.configuration(**vars(parser.parse_args(argv[1:])))
+        return name, COMMANDS[name].configuration(**vars(parser_of(name).parse_args(argv[1:])))
     if name and not name.startswith("-"):
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"they are {', '.join(COMMANDS)}; without one, efe-train trains."
         raise UserError(f"{name!r} is not a command of efe-train: {hint}")
     return "run", parse_train_arguments(argv)
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of a command of COMMANDS; for any other name, of training."""
+    if name in COMMANDS:
+        command = COMMANDS[name]
+        return Parser(command.configuration, prog=f"efe-train {name}", description=command.description)
+    parser = train_parser()
+    about = "settings in YAML or JSON, such as the config.json of a run but for out and resume; flags override them"
+    parser.add_argument("--config", metavar="FILE", help=about)
+    return parser
 
 
 def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
@@ -119,10 +128,7 @@ def parse_train_arguments(argv: Sequence[str]) -> dict[str, object]:
     Raises:
         UserError: a mistake in the flags or in the file.
     """
-    parser = train_parser()
-    about = "settings in YAML or JSON, such as the config.json of a run but for out and resume; flags override them"
-    parser.add_argument("--config", metavar="FILE", help=about)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser_of("train").parse_args(argv))
     file = given.pop("config")
     return {**(read_settings(file) if file is not None else {}), **given}
 
