@@ -50,9 +50,8 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for path, page in PAGES.items():
-        if (ROOT / path).exists():
-            files.append(File.generated(config, page, content=(ROOT / path).read_text()))
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / name).read_text()))
     for path in EXAMPLES:
         files.append(File.generated(config, PLACES[f"examples/{path.name}"], content=example_page(path)))
     for path in ROOT.glob("bench/results/*.png"):
@@ -61,6 +60,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    uri: str = page.file.src_uri
     makers = {
         "picture": lambda name: PICTURES[name](),
         "flags": flags,
@@ -68,7 +68,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         "goals": lambda _: goals(uri),
         "examples": lambda _: examples(),
     }
-    uri = page.file.src_uri
     origin = next((path for path, made in PLACES.items() if made == uri and path in PAGES), f"docs/{uri}")
     markdown = LINK.sub(lambda found: site_link(found[0], origin, uri), markdown)
     return MARKER.sub(lambda found: makers[found[1]](found[2]), markdown)
@@ -92,8 +91,10 @@ def flags(command: str) -> str:
             continue
         told = html.escape(action.help or "").replace("|", "\\|")
         if action.dest in kept:
-            told += " (a resumed run keeps it)"
+            told += " †"
         lines.append(f"| {spelled(action)} | {told} |")
+    if kept:
+        lines += ["", "† A resumed run keeps what it began with."]
     return "\n".join(lines)
 
 

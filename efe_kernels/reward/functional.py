@@ -36,7 +36,8 @@ class RewardOutput(NamedTuple):
     Attributes:
         reward: sum of weight * term.
         terms: name -> clamp(after - before, -1, 1), unweighted.
-        before, after: name -> score of that prediction.
+        before: name -> score of the prediction `before`.
+        after: name -> score of the prediction `after`.
         mask_ratio: share of counted cells where `after` differs from the target.
     """
 
