@@ -17,14 +17,18 @@ CUDA_ARCH ?= 9.0
 TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+INSTALL_ARGS ?=
 
-.PHONY: help train test sanitize emulate cuda-build aot aot-pinned aot-oldest projection bench gpu docs lint clean
+.PHONY: help train test sanitize emulate install-matrix audit cuda-build aot aot-pinned aot-oldest projection bench \
+    gpu docs lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
 	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
+	@echo "make install-matrix  every way to install the package, each in an environment of its own (INSTALL_ARGS=...)"
+	@echo "make audit     known vulnerabilities of what .venv holds (asks a service on the network)"
 	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU"
 	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions, with the"
 	@echo "               pinned Triton (make aot-pinned) and with the oldest that is supported (make aot-oldest)"
@@ -67,9 +71,18 @@ emulate: $(VENV)/.built
 	-m "not slow" tests/prompt
 	$(BIN)/python -m pytest tests/emulated
 
+install-matrix: $(VENV)/.built
+	$(BIN)/python -m tests.install.matrix $(INSTALL_ARGS)
+
+audit: $(VENV)/.built
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --skip-editable
+
 # Nothing of the source tree must serve the tests in place of what was installed: pytest appends it to the path.
 ifeq ($(shell command -v nvcc),)
 cuda-build:
+	@echo "make install-matrix  every way to install the package, each in an environment of its own (INSTALL_ARGS=...)"
+	@echo "make audit     known vulnerabilities of what .venv holds (asks a service on the network)"
 	@echo "make cuda-build is left out: nvcc is not on the PATH."
 else
 cuda-build: $(CUDA_VENV)/.torch

@@ -35,8 +35,9 @@ if COMPILES:
     except ImportError as error:
         sys.exit(
             "efe-kernels compiles against the PyTorch that it will run with, and torch cannot be imported here "
-            f"({error}; build isolation, which is pip's default, hides an installed one): run these two commands instead, "
-            "pip install torch 'setuptools>=77' ninja 'pybind11>=2.13' and then pip install --no-build-isolation ."
+            f"({error}; build isolation, which is pip's default, hides an installed one): run these two commands "
+            "instead, pip install torch 'setuptools>=77' ninja 'pybind11>=2.13' and then pip install "
+            "--no-build-isolation ."
         )
 
 ROOT = Path(__file__).resolve().parent

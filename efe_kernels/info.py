@@ -1,17 +1,20 @@
-"""`python -m efe_kernels.info`: versions, GPU, which backend serves which op, and why one does not."""
+"""Versions, GPU and CPU, which backend serves which op, and why one does not: `python -m efe_kernels.info [--json]`."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
+import json
 import platform
 import re
 import signal
 import sys
+from typing import Any
 
 import torch
 
-import efe_kernels  # noqa: F401  (declares the ops)
+import efe_kernels
 from efe_kernels.common import extension
 from efe_kernels.common.library import OPS
 
@@ -56,22 +59,37 @@ def backend(op: str, device: str) -> str:
     return "C++" if device == "CPU" else "CUDA C++"
 
 
-def main() -> int:
-    rows = {
-        "efe-kernels": version("efe-kernels"),
+def facts() -> dict[str, Any]:
+    """What is installed, on what it runs, who serves each op on each device, and what CUDA tensors miss."""
+    return {
+        "efe-kernels": efe_kernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "transformers": version("transformers"),
         "GPU": gpu(),
+        "CPU": torch.backends.cpu.get_cpu_capability().lower(),
+        "threads": torch.get_num_threads(),
         "extension": compiled_extension(),
+        "ops": {op: {device: backend(op, device) for device in ("CPU", "CUDA")} for op in sorted(OPS)},
+        "missing on CUDA": extension.missing_on_cuda(),
     }
-    for name, value in rows.items():
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m efe_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the same facts for a program to read")
+    found = facts()
+    if parser.parse_args(arguments).json:
+        print(json.dumps(found, indent=2))
+        return 0
+    ops, missing = found.pop("ops"), found.pop("missing on CUDA")
+    for name, value in found.items():
         print(f"{name:<14}{value}")
     print(f"\n{'op':<32}{'CPU':<22}CUDA")
-    for op in sorted(OPS):
-        print(f"{op:<32}{backend(op, 'CPU'):<22}{backend(op, 'CUDA')}")
-    for problem in extension.missing_on_cuda():
+    for op, served in ops.items():
+        print(f"{op:<32}{served['CPU']:<22}{served['CUDA']}")
+    for problem in missing:
         print(f"\nOn CUDA: {problem}")
     return 0
 

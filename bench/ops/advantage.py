@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from bench.ops.entry import (
     plain,
 )
 from efe_kernels.advantage import reference as advantage_reference
-from efe_kernels.advantage.ops import kernels
+from efe_kernels.common.library import triton_module
+
+kernels: Any = triton_module("efe_kernels.advantage.kernels")
 
 
 def inputs_of(case: Case) -> Inputs:

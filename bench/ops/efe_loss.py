@@ -30,9 +30,10 @@ from bench.ops.entry import (
     valid_cells,
 )
 from efe_kernels import EFEWeights
+from efe_kernels.common.library import triton_module
 from efe_kernels.efe_loss import reference as efe_reference
-from efe_kernels.efe_loss.ops import launch as launchers
 
+launchers: Any = triton_module("efe_kernels.efe_loss.launch")
 FIRST, LAST = "channel-first", "channel-last"
 GRIDS = ("prompt", "projection", "target_preference")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import efe_kernels
 from bench.ops.entry import COMPILED, DTYPES, Case, Example, Inputs, Op, Variant, empties, flags, plain, size_of
+from efe_kernels.common.library import triton_module
 from efe_kernels.policy_loss import reference as policy_reference
-from efe_kernels.policy_loss.ops import kernels
 
+kernels: Any = triton_module("efe_kernels.policy_loss.kernels")
 NAMES = ("log_prob", "value", "entropy", "advantage", "value_target", "old_log_prob")
 
 

@@ -28,10 +28,12 @@ from bench.ops.entry import (
     plain,
     size_of,
 )
+from efe_kernels.common.library import triton_module
 from efe_kernels.returns import reference as trace_reference
-from efe_kernels.returns.ops import kernels, td_lambda_kernels
 from efe_kernels.returns.reference import Ends, Settings, TDLambdaSettings, Transitions
 
+kernels: Any = triton_module("efe_kernels.returns.kernels")
+td_lambda_kernels: Any = triton_module("efe_kernels.returns.td_lambda_kernels")
 GAMMA, LAM = 0.99, 0.95
 AGAINST_TORCHRL = ("eager", "torchrl")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from bench.ops.entry import (
     size_of,
     valid_cells,
 )
+from efe_kernels.common.library import triton_module
 from efe_kernels.reward import reference as reward_reference
-from efe_kernels.reward.ops import kernels
 
+kernels: Any = triton_module("efe_kernels.reward.kernels")
 WEIGHTS = [1.0, 0.5, 0.5, 0.5]
 
 
@@ -51,11 +53,11 @@ def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
 def launch(begin: Callable[[str], None]) -> None:
     """Logits, and then colours."""
     batch = 4096
-    target = torch.empty(batch, 30, 30, dtype=torch.int64)
+    target = torch.zeros(batch, 30, 30, dtype=torch.int64)
     channel_last = torch.empty(batch, 30, 30, 10)
     channel_first = torch.empty(batch, 10, 30, 30, dtype=torch.bfloat16).permute(0, 2, 3, 1)
     double = torch.empty(batch, 30, 30, 10, dtype=torch.float64)
-    small = torch.empty(batch, 7, 13, dtype=torch.uint8)
+    small = torch.zeros(batch, 7, 13, dtype=torch.uint8)
     valid = torch.empty(batch, 30, 30, dtype=torch.bool)
     kernels.grid_reward(channel_last, channel_first, target, None, None, WEIGHTS, 10)
     begin("forward of colours")

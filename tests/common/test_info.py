@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import efe_kernels
 from efe_kernels import info
 from efe_kernels.common import extension
 from efe_kernels.common.library import INTERPRET, OPS
@@ -62,8 +67,50 @@ def test_an_op_without_a_kernel_is_told_as_served_by_the_reference() -> None:
 
 
 def test_the_table_has_a_row_for_every_op(capsys: pytest.CaptureFixture[str]) -> None:
-    assert info.main() == 0
+    assert info.main([]) == 0
     table = capsys.readouterr().out
     rows = [re.split(" {2,}", line) for line in table.splitlines()]
     for op in OPS:
         assert [op, info.backend(op, "CPU"), info.backend(op, "CUDA")] in rows
+
+
+def told(*arguments: str, **environment: str) -> str:
+    """What the command prints in a process of its own."""
+    command = [sys.executable, "-m", "efe_kernels.info", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return done.stdout
+
+
+def test_a_program_reads_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert info.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == info.facts()
+    for name in ("efe-kernels", "torch", "CPU", "threads", "extension"):
+        assert re.search(rf"^{name} +{re.escape(str(facts[name]))}$", text, re.MULTILINE)
+    assert facts["ops"]["efe_loss_forward"]["CPU"] == info.backend("efe_loss_forward", "CPU")
+
+
+def test_the_cpu_is_told_as_the_kernels_take_it() -> None:
+    facts = json.loads(told("--json", ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1"))
+    assert (facts["CPU"], facts["threads"]) == ("default", 1)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    try:
+        installed = importlib.metadata.version("efe-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is not installed")
+    assert efe_kernels.__version__ == installed == info.facts()["efe-kernels"]
+
+
+def test_the_library_is_imported_without_what_only_kernels_and_training_need() -> None:
+    """Each of these takes longer to import than the library."""
+    program = "import sys, torch; known = set(sys.modules); import efe_kernels; print(*set(sys.modules) - known)"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    imported = {name.split(".")[0] for name in done.stdout.split()}
+    assert "efe_kernels" in imported
+    assert not imported & {"triton", "numpy", "transformers", "efe_train"}
