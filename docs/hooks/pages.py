@@ -133,7 +133,9 @@ def examples() -> str:
 
 
 def example_page(path: Path) -> str:
-    return f"# {path.name}\n\n{docstring(path)}\n\n```python\n{path.read_text()}```\n"
+    """The docstring as text and the rest as code."""
+    code = path.read_text().split('"""', 2)[2].lstrip()
+    return f"# {path.name}\n\n{docstring(path)}\n\n```python\n{code}```\n"
 
 
 def docstring(path: Path) -> str:
