@@ -1,7 +1,7 @@
 """GRPO on a toy: a policy writes four symbols for each of six prompts and is rewarded for those of a hidden answer.
 
-For each prompt a group of answers is sampled. The advantage of an answer is its reward, whitened within its group, so no
-critic is needed; every symbol of it counts with that advantage.
+For each prompt a group of answers is sampled. The advantage of an answer is its reward, whitened within its group, so
+that no critic is needed; every symbol of it counts with that advantage.
 
     python examples/grpo_toy.py                   # 100 updates, a few seconds
     python examples/grpo_toy.py --plain           # the same in plain PyTorch
@@ -98,9 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         if settings.plain:
             advantage = plain_advantage(reward)
         else:
-            advantage = rl_advantage(
-                reward, zero, reward_scale=1.0, normalize=None, whiten=True, group_size=GROUP
-            )  # fmt: skip
+            advantage = rl_advantage(reward, zero, reward_scale=1.0, normalize=None, whiten=True, group_size=GROUP)
         advantage = advantage[:, None].expand_as(symbols)
         for _ in range(EPOCHS):
             log_prob, entropy = policy.log_prob(prompt, symbols)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from efe_kernels import gae, policy_gradient_loss
 
 ENVIRONMENTS, HORIZON, EPOCHS, MINIBATCH = 8, 128, 4, 256
-LEARNING_RATE, GAMMA, LAM, CLIP, VALUE_COEF, ENTROPY_COEF = 1e-3, 0.99, 0.95, 0.2, 0.5, 0.01
+LEARNING_RATE, GAMMA, LAM, CLIP, VALUE_COEF, ENTROPY_COEF = 2e-3, 0.99, 0.95, 0.2, 0.5, 0.01
 
 
 class Rollout(NamedTuple):
@@ -42,7 +42,8 @@ class Rollout(NamedTuple):
 class Result(NamedTuple):
     curve: list[float]  # mean return of the episodes that ended since the update before; NaN where none did
     returns: list[float]  # of every episode, in the order in which they ended
-    weights: list[Tensor]  # after each update, flat
+    start: Tensor  # the weights as they begin, flat
+    weights: list[Tensor]  # after each update
 
 
 class Agent(nn.Module):
@@ -56,6 +57,10 @@ class Agent(nn.Module):
 
     def value(self, observation: Tensor) -> Tensor:
         return self.critic(observation)[..., 0]
+
+
+def weights_of(agent: Agent) -> Tensor:
+    return nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
 
 
 def plain_gae(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor) -> list[Tensor]:
@@ -127,11 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     settings = parser.parse_args(arguments)
     torch.manual_seed(settings.seed)
     mode = gymnasium.vector.AutoresetMode.SAME_STEP
-    envs = gymnasium.make_vec("CartPole-v1", ENVIRONMENTS, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode})
+    envs = gymnasium.make_vec(
+        "CartPole-v1", ENVIRONMENTS, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode}
+    )
     agent = Agent()
     optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, eps=1e-5)
     observation, _ = envs.reset(seed=settings.seed)
-    result, running = Result([], [], []), np.zeros(ENVIRONMENTS)
+    result, running = Result([], [], weights_of(agent), []), np.zeros(ENVIRONMENTS)
     for step in range(settings.steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / settings.steps)
         rollout, observation = collect(agent, envs, observation)
@@ -143,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         result.returns.extend(latest)
         result.curve.append(float(np.mean(latest)) if latest else float("nan"))
         update(agent, optimizer, rollout, settings.plain)
-        result.weights.append(nn.utils.parameters_to_vector(agent.parameters()).detach().clone())
+        result.weights.append(weights_of(agent))
         if step % 5 == 0 or step == settings.steps - 1:
             print(f"update {step:3} mean return of {len(latest):3} episodes {result.curve[-1]:6.1f}")
     print(f"mean return of the last 20 episodes {np.mean(result.returns[-20:]):.1f}")

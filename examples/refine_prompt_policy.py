@@ -5,7 +5,7 @@ policy sees the prompt, samples a refinement, and is told the gain of the score 
 gains 0. The policy is updated apart from the sampling: the stored actions are scored by `squashed_log_prob` under the
 policy as it is by then, and the gain is whitened within the refinements of each prompt.
 
-    python examples/refine_prompt_policy.py       # 200 updates, a few seconds
+    python examples/refine_prompt_policy.py       # 100 updates, a few seconds
     python examples/refine_prompt_policy.py --steps 20
 
 It prints the mean gain as training goes on, then on new prompts, without noise, the squared distance to the goal of the
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from efe_kernels import policy_gradient_loss, refine_prompt, rl_advantage, squashed_log_prob
 
-DIM, PROMPTS, GROUP, EPOCHS = 8, 32, 16, 4
+DIM, PROMPTS, GROUP, EPOCHS = 8, 32, 16, 2
 
 
 class Result(NamedTuple):
@@ -58,7 +58,7 @@ def without_noise(policy: Policy, prompt: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
     torch.manual_seed(settings.seed)
@@ -89,11 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> Result:
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()
-        if step % 40 == 0 or step == settings.steps - 1:
+        if step % 20 == 0 or step == settings.steps - 1:
             print(f"update {step:3} mean gain {float(gain.mean()):+.4f} clipped {float(loss.clip_fraction):.2f}")
     after = distance(without_noise(policy, new), goal_of(new))
     result = Result(*(float(value.mean()) for value in (before, untrained, after)))
-    print(f"squared distance: prompt {result.prompt:.4f}, untrained {result.untrained:.4f}, trained {result.trained:.4f}")
+    print(
+        f"squared distance: prompt {result.prompt:.4f}, untrained {result.untrained:.4f}, trained {result.trained:.4f}"
+    )
     return result
 
 
