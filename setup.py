@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
@@ -34,15 +35,16 @@ if COMPILES:
         from torch.utils import cpp_extension
     except ImportError as error:
         sys.exit(
-            "efe-kernels compiles against the PyTorch that it will run with, and torch cannot be imported here "
+            "efe-kernels compiles against an installed PyTorch, and torch cannot be imported here "
             f"({error}; build isolation, which is pip's default, hides an installed one): run these two commands "
             "instead, pip install torch 'setuptools>=77' ninja 'pybind11>=2.13' and then pip install "
             "--no-build-isolation ."
         )
 
 ROOT = Path(__file__).resolve().parent
-# at::parallel_for is a template whose threads exist only where the including file is compiled with OpenMP.
-OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+# The extension keeps to torch's stable interface as it is in this release: built once, it loads with every later torch.
+OLDEST_TORCH = (2, 10)
+TARGET = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;8.6;8.9;9.0+PTX"
 
@@ -94,12 +96,12 @@ def choose_cuda() -> tuple[bool, str]:
     return True, f"torch was built with CUDA {torch.version.cuda} and nvcc is in {cpp_extension.CUDA_HOME}"
 
 
-def sources(with_cuda: bool) -> list[str]:
-    """The sources of the extension, relative to the root. An object is named after its source without the ending, so no
-    two sources of a folder differ in the ending alone."""
+def sources(of_cuda: bool) -> list[str]:
+    """The sources of `_C` or of `_C_cuda`, relative to the root. An object is named after its source without the ending,
+    so no two sources of a folder differ in the ending alone."""
     found = {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp"), *ROOT.glob("csrc/*/*.cu")}
-    cuda_only = {*ROOT.glob("csrc/*/cuda_ops.cpp"), *ROOT.glob("csrc/*/*.cu")}
-    return sorted(str(source.relative_to(ROOT)) for source in (found if with_cuda else found - cuda_only))
+    cuda = {*ROOT.glob("csrc/*/cuda_ops.cpp"), *ROOT.glob("csrc/*/*.cu")}
+    return sorted(str(source.relative_to(ROOT)) for source in (cuda if of_cuda else found - cuda))
 
 
 def compiler() -> str:
@@ -108,6 +110,8 @@ def compiler() -> str:
 
 def missing() -> str | None:
     """What stands in the way of compiling any C++, None where nothing does."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     if shutil.which(compiler().split()[0]) is None:
         return f"no C++ compiler ({compiler()}) was found"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -127,26 +131,26 @@ def extensions() -> list[cpp_extension.CppExtension]:
     with_cuda, reason = choose_cuda()
     print(f"efe-kernels: CUDA sources {'on' if with_cuda else 'off'}: {reason}.")
     # PyTorch is built with the same two -fno flags: without them loops over sqrt or a comparison do not vectorise.
-    ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *OPENMP]
-    flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", ""))}
-    kind = cpp_extension.CppExtension
+    ours = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", TARGET]
+    flags = {"cxx": ours + shlex.split(os.environ.get("CFLAGS", "")), "nvcc": ["-O3"]}
+    found = [extension(cpp_extension.CppExtension, "efe_kernels._C", sources(False), flags)]
     if with_cuda:
         cpp_extension.CUDA_HOME = toolkit()
         known = ARCHITECTURES if (nvcc_version() or (0, 0)) >= (12, 8) else ARCHITECTURES_BEFORE_12_8
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known)
-        flags["cxx"].append("-DEFE_WITH_CUDA")
-        flags["nvcc"] = ["-O3"]
-        kind = cpp_extension.CUDAExtension
-    return [
-        kind(
-            "efe_kernels._C",
-            sources(with_cuda),
-            depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/*/*.h")),
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args=flags,
-            extra_link_args=OPENMP,
-        )
-    ]
+        flags["cxx"].append("-DUSE_CUDA")  # shim.h then declares what is asked of CUDA
+        found.append(extension(cpp_extension.CUDAExtension, "efe_kernels._C_cuda", sources(True), flags))
+    return found
+
+
+def extension(kind: Any, name: str, sources: list[str], flags: dict[str, list[str]]) -> Any:
+    return kind(
+        name,
+        sources,
+        depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/*/*.h")),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={compiler: list(given) for compiler, given in flags.items()},
+    )
 
 
 class BuildExtension(cpp_extension.BuildExtension if COMPILES else build_ext):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -37,9 +36,8 @@ def gpu() -> str:
 def compiled_extension() -> str:
     if extension.PROBLEM is not None:
         return extension.PROBLEM
-    module = importlib.import_module("efe_kernels._C")
-    release = extension.built_with(str(module.__file__))
-    return f"built with torch {release}, CUDA sources {'on' if extension.has_cuda_sources() else 'off'}"
+    release = extension.built_with(str(extension.file_of(extension.CPU)))
+    return f"built with torch {release}, CUDA sources {'off' if extension.file_of(extension.CUDA) is None else 'on'}"
 
 
 def registered_at(op: str, key: str) -> str | None:

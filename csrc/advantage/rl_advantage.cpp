@@ -1,15 +1,12 @@
 // rl_advantage on the CPU. The derivation of the gradient stands in efe_kernels/advantage/kernels.py.
 // Arithmetic is A: double for double tensors, else float.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
-#include <string_view>
+#include <optional>
+#include <string>
 #include <tuple>
-#include <vector>
 
+#include "common/library.h"
 #include "common/math.h"
 #include "common/moments.h"
 #include "common/parallel.h"
@@ -21,7 +18,7 @@ namespace {
 enum class Normalize { none, tanh, clamp };
 constexpr double kWhitenEps = 1e-4;
 
-Normalize normalize_of(const std::optional<c10::string_view>& name) {
+Normalize normalize_of(const std::optional<std::string>& name) {
     return !name.has_value() ? Normalize::none : *name == "tanh" ? Normalize::tanh : Normalize::clamp;
 }
 
@@ -78,33 +75,33 @@ EFE_INLINE void whiten(const Statistics<A>& statistics, const uint8_t* mask, int
 
 // What both directions read: tensors that stay alive, and pointers into them.
 struct Tensors {
-    at::Tensor reward, value, mask;
+    Tensor reward, value, mask;
 
-    Tensors(const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask, at::ScalarType type)
+    Tensors(const Tensor& reward, const Tensor& value, const OptionalTensor& mask, ScalarType type)
         : reward(contiguous_as(reward, type)),
           value(contiguous_as(value, type)),
-          mask(contiguous_as(mask, at::kBool)) {}
+          mask(contiguous_as(mask, ScalarType::Bool)) {}
 
     template <class A>
-    Inputs<A> inputs(double reward_scale, const std::optional<c10::string_view>& normalize) const {
-        return {data_of<A>(reward), data_of<A>(value), bytes_of(mask), static_cast<A>(reward_scale),
+    Inputs<A> inputs(double reward_scale, const std::optional<std::string>& normalize) const {
+        return {reward.data<A>(), value.data<A>(), bytes_of(mask), static_cast<A>(reward_scale),
                 normalize_of(normalize)};
     }
 };
 
-std::tuple<at::Tensor, at::Tensor> rl_advantage_forward(
-    const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask, double reward_scale,
-    std::optional<c10::string_view> normalize, int64_t group_size) {
-    const at::ScalarType type = arithmetic_type(reward) == at::kDouble ? at::kDouble : arithmetic_type(value);
+std::tuple<Tensor, Tensor> rl_advantage_forward(const Tensor& reward, const Tensor& value, const OptionalTensor& mask,
+                                                double reward_scale, const std::optional<std::string>& normalize,
+                                                int64_t group_size) {
+    const ScalarType type = arithmetic_type(promoted(reward.scalar_type(), value.scalar_type()));
     const Spans spans(reward.numel(), group_size);
-    const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
-    const at::Tensor statistics = at::empty({group_size > 0 ? spans.count() : 0, 3}, out.options());
+    Tensor out = empty(reward, type);
+    Tensor statistics = empty({group_size > 0 ? spans.count() : 0, 3}, type, reward);
     const Tensors tensors(reward, value, mask, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
         const Inputs<A> inputs = tensors.inputs<A>(reward_scale, normalize);
-        A* const advantage = out.mutable_data_ptr<A>();
-        auto* const found = reinterpret_cast<Statistics<A>*>(statistics.mutable_data_ptr<A>());
+        A* const advantage = out.mutable_data<A>();
+        auto* const found = reinterpret_cast<Statistics<A>*>(statistics.mutable_data<A>());
         spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
             inputs.subtract_value(begin, size, advantage + begin);
             if (group_size == 0) return;
@@ -113,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor> rl_advantage_forward(
             whiten(found[span], members, size, advantage + begin);
         });
     });
-    return {out.to(c10::promoteTypes(reward.scalar_type(), value.scalar_type())), statistics};
+    return {result_as(std::move(out), promoted(reward.scalar_type(), value.scalar_type())), std::move(statistics)};
 }
 
 // The gradient [size] of the values of a group; grad is [N].
@@ -138,32 +135,32 @@ EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Sta
     clear_others(mask, size, out);
 }
 
-at::Tensor rl_advantage_backward(
-    const at::Tensor& grad, const at::Tensor& reward, const at::Tensor& value, const OptionalTensor& mask,
-    const at::Tensor& statistics, double reward_scale, std::optional<c10::string_view> normalize, int64_t group_size) {
-    const at::ScalarType type = statistics.scalar_type();
+Tensor rl_advantage_backward(const Tensor& grad, const Tensor& reward, const Tensor& value, const OptionalTensor& mask,
+                             const Tensor& statistics, double reward_scale, const std::optional<std::string>& normalize,
+                             int64_t group_size) {
+    const ScalarType type = statistics.scalar_type();
     const Spans spans(reward.numel(), group_size);
-    const at::Tensor out = at::empty(reward.sizes(), reward.options().dtype(type));
-    const at::Tensor upstream = contiguous_as(grad, type), found = contiguous_as(statistics, type);
+    Tensor out = empty(reward, type);
+    const Tensor upstream = contiguous_as(grad, type), found = contiguous_as(statistics, type);
     const Tensors tensors(reward, value, mask, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
         const Inputs<A> inputs = tensors.inputs<A>(reward_scale, normalize);
-        const A* const grads = data_of<A>(upstream);
-        A* const gradient = out.mutable_data_ptr<A>();
-        const auto* const groups = reinterpret_cast<const Statistics<A>*>(data_of<A>(found));
+        const A* const grads = upstream.data<A>();
+        A* const gradient = out.mutable_data<A>();
+        const auto* const groups = reinterpret_cast<const Statistics<A>*>(found.data<A>());
         spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
             if (group_size > 0) return group_gradient(inputs, grads, groups[span], begin, size, gradient + begin);
             for (int64_t i = begin; i < begin + size; ++i) gradient[i] = -grads[i];
             clear_others(mask_from(inputs.mask, begin), size, gradient + begin);
         });
     });
-    return out.to(value.scalar_type());
+    return result_as(std::move(out), value.scalar_type());
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) {
-    library.impl("rl_advantage_forward", rl_advantage_forward);
-    library.impl("rl_advantage_backward", rl_advantage_backward);
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) {
+    implement<rl_advantage_forward>(library, "rl_advantage_forward");
+    implement<rl_advantage_backward>(library, "rl_advantage_backward");
 }
 
 }  // namespace

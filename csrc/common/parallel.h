@@ -1,7 +1,7 @@
 // How work is shared out to threads.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -10,13 +10,15 @@
 
 namespace efe {
 
+inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+
 constexpr int64_t kGrain = 16384;  // elements for which a further thread pays
 
 // body(begin, end) under `vectorized` over ranges of [0, count), each item being `cost` elements of work.
 template <class Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
-    at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         vectorized([&]() EFE_SIMD_BODY { body(begin, end); });
     });
 }
@@ -40,5 +42,20 @@ struct Spans {
         });
     }
 };
+
+// out [size] = the sum over parts [count, size], in double.
+template <class A>
+void add_up(const A* parts, int64_t count, int64_t size, A* out) {
+    constexpr int64_t kSize = 64;  // of one task
+    parallel((size + kSize - 1) / kSize, count * kSize, [&](int64_t begin, int64_t end) EFE_SIMD_BODY {
+        for (int64_t first = begin * kSize; first < std::min(size, end * kSize); first += kSize) {
+            const int64_t width = std::min(kSize, size - first);
+            double sums[kSize] = {};
+            for (int64_t k = 0; k < count; ++k)
+                for (int64_t i = 0; i < width; ++i) sums[i] += parts[k * size + first + i];
+            for (int64_t i = 0; i < width; ++i) out[first + i] = static_cast<A>(sums[i]);
+        }
+    });
+}
 
 }  // namespace efe

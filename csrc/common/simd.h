@@ -1,9 +1,9 @@
 // Compiles a loop once per instruction set and runs the widest that this CPU has, so that one wheel serves every CPU.
 #pragma once
 
-#include <ATen/Version.h>
-
-#include <string>
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "common/inline.h"
 
@@ -11,16 +11,23 @@ namespace efe {
 
 enum class Capability { baseline, avx2, avx512 };
 
-// torch's own choice, which ATEN_CPU_CAPABILITY=default|avx2|avx512 overrides.
+#if defined(__x86_64__) && defined(__GNUC__)
+// The best that this CPU has, or less where ATEN_CPU_CAPABILITY=default|avx2|avx512 asks torch for it.
 inline Capability cpu_capability() {
     static const Capability capability = [] {
-        const std::string name = at::get_cpu_capability();
-        return name == "AVX512" ? Capability::avx512 : name == "AVX2" ? Capability::avx2 : Capability::baseline;
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const Capability found = has_avx512 ? Capability::avx512 : has_avx2 ? Capability::avx2 : Capability::baseline;
+        const char* const wish = std::getenv("ATEN_CPU_CAPABILITY");
+        if (wish == nullptr) return found;
+        const std::string_view name(wish);
+        const Capability most = name == "default" ? Capability::baseline : name == "avx2" ? Capability::avx2 : found;
+        return std::min(found, most);
     }();
     return capability;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
 template <class Body>
 __attribute__((target("avx2,fma,f16c"))) void run_avx2(const Body& body) {
     body();

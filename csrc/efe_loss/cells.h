@@ -2,8 +2,6 @@
 // [c * kCells + i], so that every loop over cells vectorises whatever the memory order of the tensor.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 
 #include "common/simd.h"
@@ -20,7 +18,7 @@ struct Block {
     A counted[kCells];
 };
 
-// [B, T, H, W, C] of any dtype and strides; data is null for an absent tensor.
+// [B, T, H, W, C] of any dtype and strides, of which T or B and T may be left out; data is null for an absent tensor.
 struct CellView {
     void* data = nullptr;
     Dtype dtype = Dtype::float32;
@@ -30,10 +28,16 @@ struct CellView {
     explicit operator bool() const { return data != nullptr; }
 };
 
-inline CellView view_of(const at::Tensor& tensor) {
-    return {tensor.data_ptr(),  dtype_of(tensor.scalar_type()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-            tensor.stride(3),   tensor.stride(4),               tensor.size(3),   tensor.size(4)};
+inline CellView view_of(const Tensor& tensor) {
+    const int64_t row = tensor.dim() - 3, cell = row + 1, outcome = row + 2;
+    return {tensor.mutable_data(),      dtype_of(tensor.scalar_type()),
+            row > 0 ? tensor.stride(0) : 0, row > 1 ? tensor.stride(1) : 0,
+            tensor.stride(row),         tensor.stride(cell),
+            tensor.stride(outcome),     tensor.size(cell),
+            tensor.size(outcome)};
 }
+
+inline CellView view_of(const OptionalTensor& tensor) { return tensor.has_value() ? view_of(*tensor) : CellView{}; }
 
 template <class Body>
 EFE_INLINE void for_each_cell(const CellView& view, int64_t first, int64_t count, const Body& body) {

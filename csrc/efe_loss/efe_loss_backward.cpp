@@ -1,15 +1,11 @@
 // efe_loss_backward on the CPU.
-#include <ATen/TensorOperators.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <limits>
+#include <memory>
+#include <utility>
 #include <vector>
 
+#include "common/library.h"
 #include "common/simd.h"
 #include "common/sums.h"
 #include "common/tensor.h"
@@ -114,7 +110,7 @@ void preference_gradient(const Problem<A>& p, int64_t episode, const Block<A>& b
     const int64_t outcomes = p.outcomes;
     A divergence[kCells], is_set[kCells];
     if (p.has_target_preference()) anchor_divergence(p, block, preference, divergence, is_set);
-    const A* logs = p.has_target_preference() ? data_of<A>(p.log_target_preference) + block.first : nullptr;
+    const A* logs = p.has_target_preference() ? p.log_target_preference.get() + block.first : nullptr;
     const A* scales = p.scales_of(episode);
     vectorized([&]() EFE_SIMD_BODY {
         for (int64_t k = 0; k < outcomes; ++k) {
@@ -194,21 +190,27 @@ void backward_block(const Problem<A>& p, int64_t episode, const Block<A>& block,
 }
 
 // d loss / d term [B, kTerms]: through the total and directly. A weight of 0 removes a term, whatever it is.
-at::Tensor upstream_of_terms(const OptionalTensor& grad_total, const OptionalTensor& grad_terms,
-                             at::ArrayRef<double> weights, const at::Tensor& hard_cell_scale) {
-    at::Tensor upstream = at::zeros({hard_cell_scale.size(0), kTerms}, hard_cell_scale.options());
-    if (grad_total.has_value())
-        for (int64_t term = 0; term < kTerms; ++term)
-            if (weights[term] != 0) upstream.select(1, term).copy_(*grad_total * hard_cell_scale * weights[term]);
-    if (grad_terms.has_value()) upstream.add_(*grad_terms);
+template <class A>
+std::vector<A> upstream_of_terms(const OptionalTensor& grad_total, const OptionalTensor& grad_terms,
+                                 const std::vector<double>& weights, const Tensor& hard_cell_scale) {
+    constexpr ScalarType type = CppTypeToScalarType<A>::value;
+    const int64_t batch = hard_cell_scale.size(0);
+    const Tensor total = contiguous_as(grad_total, type), terms = contiguous_as(grad_terms, type);
+    const Tensor scale = contiguous_as(hard_cell_scale, type);
+    std::vector<A> upstream(batch * kTerms);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t term = 0; term < kTerms; ++term) {
+            A& found = upstream[b * kTerms + term];
+            if (total.defined() && weights[term] != 0)
+                found = total.data<A>()[b] * scale.data<A>()[b] * static_cast<A>(weights[term]);
+            if (terms.defined()) found += terms.data<A>()[b * kTerms + term];
+        }
     return upstream;
 }
 
+// terms [kTerms], kept: the episode's row of what forward saved.
 template <class A>
-Upstream<A> upstream_of_episode(const Problem<A>& p, const at::Tensor& upstream_of_terms, const at::Tensor& saved,
-                                bool has_direction, int64_t episode) {
-    const A* terms = upstream_of_terms.const_data_ptr<A>() + episode * kTerms;
-    const A* kept = saved.const_data_ptr<A>() + episode * saved.size(1);
+Upstream<A> upstream_of_episode(const Problem<A>& p, const A* terms, const A* kept, bool has_direction) {
     const A per_cell = A(1) / std::max(kept[0], A(1)), per_step = per_cell / static_cast<A>(p.steps);
     const A entropy = terms[ambiguity] * per_step;
     return {terms[risk] * per_step,
@@ -242,69 +244,98 @@ void backward_blocks(const Problem<A>& p, const UpstreamOf& upstream_of, const G
 // upstream [B, kTerms]. Gradients come in the dtype and the memory order of what they are the gradient of, as the fake
 // kernel promises.
 template <class A>
-std::vector<at::Tensor> backward(const Inputs& inputs, const Settings& settings, const at::Tensor& upstream,
-                                 const at::Tensor& saved, const c10::List<bool>& needs) {
+std::vector<Tensor> backward(const Inputs& inputs, const Settings& settings, const std::vector<A>& upstream,
+                             const Tensor& saved, const std::vector<bool>& needs) {
+    constexpr ScalarType type = CppTypeToScalarType<A>::value;
     const Problem<A> p(inputs, settings.ignore_index);
-    const at::TensorOptions options = saved.options();
     const bool has_direction = inputs.has_direction();
-    std::vector<at::Tensor> found;
+    const Tensor all_kept = contiguous_as(saved, type);
+    const auto kept = [&](int64_t b) { return all_kept.data<A>() + b * saved.size(1); };
+    std::vector<Tensor> found;
     Gradients<A> out;
-    const auto add_cells = [&](bool need, const OptionalTensor& like, int64_t step_dim, CellView& view) {
-        if (!need || !like.has_value()) return;
-        found.push_back(at::empty_like(*like));
-        view = view_of(step_dim < 0 ? found.back() : found.back().unsqueeze(step_dim));
+    const auto add_cells = [&](bool need, const Tensor& like, CellView& view) {
+        if (!need) return;
+        found.push_back(empty_like(like, like.scalar_type()));
+        view = view_of(found.back());
     };
-    add_cells(needs[0], inputs.logits, -1, out.logits);
-    add_cells(needs[1], inputs.backward_logits, -1, out.backward_logits);
-    add_cells(needs[2], inputs.final_logits, 1, out.final_logits);
-    add_cells(needs[3], inputs.observation_probs, -1, out.observation_probs);
-    add_cells(needs[4] && p.preference_per_episode, inputs.preference_logits, 1, out.preference_per_episode);
-    at::Tensor shared, scales;
+    add_cells(needs[0], inputs.logits, out.logits);
+    if (inputs.backward_logits.has_value()) add_cells(needs[1], *inputs.backward_logits, out.backward_logits);
+    if (inputs.final_logits.has_value()) add_cells(needs[2], *inputs.final_logits, out.final_logits);
+    if (inputs.observation_probs.has_value()) add_cells(needs[3], *inputs.observation_probs, out.observation_probs);
+    add_cells(needs[4] && p.preference_per_episode, inputs.preference_logits, out.preference_per_episode);
+    std::unique_ptr<A[]> shared, scales;
     if (needs[4] && !p.preference_per_episode) {
-        shared = at::empty({p.chunks, p.num_cells, p.outcomes}, options);
-        out.preference = shared.data_ptr<A>();
+        shared.reset(new A[p.chunks * p.num_cells * p.outcomes]);
+        out.preference = shared.get();
     }
     if (needs[5]) {
-        scales = at::empty({p.batch, p.blocks, p.outcomes}, options);
-        out.scales = scales.data_ptr<A>();
+        scales.reset(new A[p.batch * p.blocks * p.outcomes]);
+        out.scales = scales.get();
     }
-    backward_blocks(
-        p, [&](int64_t b) { return upstream_of_episode(p, upstream, saved, has_direction, b); }, out);
-
-    const auto add = [&](const at::Tensor& grad, const at::Tensor& like) {
-        found.push_back(at::empty_like(like).copy_(grad));
+    const auto upstream_of = [&](int64_t b) {
+        return upstream_of_episode(p, upstream.data() + b * kTerms, kept(b), has_direction);
     };
-    if (shared.defined()) add(shared.sum(0).view(inputs.preference_logits.sizes()), inputs.preference_logits);
-    at::Tensor grad_u;
-    if (has_direction)
-        grad_u = upstream.narrow(1, prompt_term, 1) * saved.narrow(1, 1 + p.steps * p.outcomes, p.outcomes);
-    if (needs[5]) {
-        at::Tensor grad = has_direction ? product(grad_u, *inputs.projection).to(options.dtype())
-                                        : at::zeros(inputs.prompt->sizes(), options);
-        grad.narrow(1, 0, p.outcomes).add_(scales.sum(1) * p.scales * (1 - p.scales));
-        add(grad, *inputs.prompt);
+    backward_blocks(p, upstream_of, out);
+
+    // The gradient with respect to `like`, from a row-major one that write(data) writes.
+    const auto add = [&](const Tensor& like, const auto& write) {
+        Tensor grad = empty(like, type);
+        write(grad.mutable_data<A>());
+        found.push_back(result_like(std::move(grad), like));
+    };
+    if (shared != nullptr)
+        add(inputs.preference_logits,
+            [&](A* grad) { add_up(shared.get(), p.chunks, p.num_cells * p.outcomes, grad); });
+    std::vector<A> grad_u(has_direction ? p.batch * p.outcomes : 0);
+    for (size_t i = 0; i < grad_u.size(); ++i) {
+        const int64_t b = i / p.outcomes, k = i % p.outcomes;
+        grad_u[i] = upstream[b * kTerms + prompt_term] * kept(b)[1 + p.steps * p.outcomes + k];
     }
+    const Table u{grad_u.data(), dtype_of(type), p.batch, p.outcomes, p.outcomes, 1};
+    if (needs[5])
+        add(*inputs.prompt, [&](A* grad) {
+            const int64_t width = inputs.prompt->size(1);
+            if (has_direction)
+                product(u, table_of(*inputs.projection), grad);
+            else
+                std::fill_n(grad, p.batch * width, A(0));
+            std::vector<A> sums(p.outcomes);
+            for (int64_t b = 0; b < p.batch; ++b) {
+                const A* s = p.scales_of(b);
+                add_up(out.scales + b * p.blocks * p.outcomes, p.blocks, p.outcomes, sums.data());
+                for (int64_t k = 0; k < p.outcomes; ++k) grad[b * width + k] += sums[k] * s[k] * (A(1) - s[k]);
+            }
+        });
     if (needs[6])
-        add(has_direction ? product(grad_u.t(), *inputs.prompt) : at::zeros_like(*inputs.projection), *inputs.projection);
+        add(*inputs.projection, [&](A* grad) {
+            if (has_direction)
+                product(u.transposed(), table_of(*inputs.prompt), grad);
+            else
+                std::fill_n(grad, inputs.projection->numel(), A(0));
+        });
     return found;
 }
 
-std::vector<at::Tensor> efe_loss_backward(
-    const OptionalTensor& grad_total, const OptionalTensor& grad_terms, const at::Tensor& logits,
+std::vector<Tensor> efe_loss_backward(
+    const OptionalTensor& grad_total, const OptionalTensor& grad_terms, const Tensor& logits,
     const OptionalTensor& backward_logits, const OptionalTensor& final_logits, const OptionalTensor& observation_probs,
-    const at::Tensor& preference_logits, const OptionalTensor& prompt, const OptionalTensor& projection,
-    const at::Tensor& target, const OptionalTensor& target_preference, const OptionalTensor& valid,
-    at::ArrayRef<double> weights, bool hard_cell, double hard_cell_min_ratio, int64_t max_cells, int64_t ignore_index,
-    const at::Tensor& hard_cell_scale, const at::Tensor& saved, const c10::List<bool>& needs) {
+    const Tensor& preference_logits, const OptionalTensor& prompt, const OptionalTensor& projection,
+    const Tensor& target, const OptionalTensor& target_preference, const OptionalTensor& valid,
+    const std::vector<double>& weights, bool hard_cell, double hard_cell_min_ratio, int64_t max_cells, int64_t ignore_index,
+    const Tensor& hard_cell_scale, const Tensor& saved, const std::vector<bool>& needs) {
     const Inputs inputs{logits, backward_logits, final_logits, observation_probs, preference_logits,
                         prompt, projection,      target,       target_preference, valid};
     const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index};
-    const at::Tensor upstream = upstream_of_terms(grad_total, grad_terms, weights, hard_cell_scale);
-    return logits.scalar_type() == at::kDouble ? backward<double>(inputs, settings, upstream, saved, needs)
-                                               : backward<float>(inputs, settings, upstream, saved, needs);
+    std::vector<Tensor> gradients;
+    for_arithmetic(arithmetic_type(logits), [&](auto zero) {
+        using A = decltype(zero);
+        const std::vector<A> upstream = upstream_of_terms<A>(grad_total, grad_terms, weights, hard_cell_scale);
+        gradients = backward<A>(inputs, settings, upstream, saved, needs);
+    });
+    return gradients;
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) { library.impl("efe_loss_backward", efe_loss_backward); }
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) { implement<efe_loss_backward>(library, "efe_loss_backward"); }
 
 }  // namespace
 }  // namespace efe::efe_loss

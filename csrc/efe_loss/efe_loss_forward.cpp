@@ -1,14 +1,12 @@
 // efe_loss_forward on the CPU.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "common/library.h"
 #include "common/math.h"
 #include "common/simd.h"
 #include "common/sums.h"
@@ -198,25 +196,25 @@ struct Partials {
 };
 
 struct Outputs {
-    at::Tensor total, mask_ratio, hard_cell_scale;  // [B]
-    at::Tensor terms;                               // [B, kTerms]
+    Tensor total, mask_ratio, hard_cell_scale;  // [B]
+    Tensor terms;                               // [B, kTerms]
     // [B, ...]: the number of counted cells, then, with the prompt term, its gradients [T, C] and [C] (see Direction).
-    at::Tensor saved;
+    Tensor saved;
 
-    Outputs(int64_t batch, int64_t saved_width, const at::TensorOptions& options)
-        : total(at::empty({batch}, options)),
-          mask_ratio(at::empty({batch}, options)),
-          hard_cell_scale(at::empty({batch}, options)),
-          terms(at::empty({batch, kTerms}, options)),
-          saved(at::empty({batch, saved_width}, options)) {}
+    Outputs(int64_t batch, int64_t saved_width, ScalarType type, const Tensor& like)
+        : total(empty({batch}, type, like)),
+          mask_ratio(empty({batch}, type, like)),
+          hard_cell_scale(empty({batch}, type, like)),
+          terms(empty({batch, kTerms}, type, like)),
+          saved(empty({batch, saved_width}, type, like)) {}
 };
 
 // From the sums over all blocks of an episode to its results; u [C] is W e, null without the prompt term.
 template <class A>
 void finish_episode(const Problem<A>& p, const Settings& settings, const std::vector<double>& sums, const double* u,
                     int64_t episode, Outputs& out) {
-    A* const terms = out.terms.data_ptr<A>() + episode * kTerms;
-    A* const saved = out.saved.data_ptr<A>() + episode * out.saved.size(1);
+    A* const terms = out.terms.mutable_data<A>() + episode * kTerms;
+    A* const saved = out.saved.mutable_data<A>() + episode * out.saved.size(1);
     const double n = std::max(sums[counted_cells], 1.0);
     double values[kTerms] = {sums[risk] / n / p.steps,
                              sums[ambiguity] / n / p.steps,
@@ -240,9 +238,9 @@ void finish_episode(const Problem<A>& p, const Settings& settings, const std::ve
         terms[term] = static_cast<A>(values[term]);
         if (settings.weights[term] != 0) sum += settings.weights[term] * values[term];
     }
-    out.total.data_ptr<A>()[episode] = static_cast<A>(factor * sum);
-    out.mask_ratio.data_ptr<A>()[episode] = static_cast<A>(ratio);
-    out.hard_cell_scale.data_ptr<A>()[episode] = static_cast<A>(factor);
+    out.total.mutable_data<A>()[episode] = static_cast<A>(factor * sum);
+    out.mask_ratio.mutable_data<A>()[episode] = static_cast<A>(ratio);
+    out.hard_cell_scale.mutable_data<A>()[episode] = static_cast<A>(factor);
 }
 
 template <class A>
@@ -257,30 +255,31 @@ Outputs forward(const Inputs& inputs, const Settings& settings) {
             forward_block(p, episode, block, scratch, sums, has_direction ? sums + kSums : nullptr);
         },
         [](const Block<A>&, int64_t, Scratch<A>&) {});
-    const at::Tensor u = has_direction ? product(*inputs.prompt, inputs.projection->t()) : at::Tensor();
-    Outputs out(p.batch, has_direction ? 1 + (p.steps + 1) * p.outcomes : 1,
-                inputs.logits.options().dtype(c10::CppTypeToScalarType<A>::value));
+    std::vector<double> u(has_direction ? p.batch * p.outcomes : 0);  // [B, C]
+    if (has_direction) product(table_of(*inputs.prompt), table_of(*inputs.projection).transposed(), u.data());
+    Outputs out(p.batch, has_direction ? 1 + (p.steps + 1) * p.outcomes : 1, CppTypeToScalarType<A>::value,
+                inputs.logits);
     for (int64_t b = 0; b < p.batch; ++b)
-        finish_episode(p, settings, partials.total(b), has_direction ? data_of<double>(u) + b * p.outcomes : nullptr, b,
-                       out);
+        finish_episode(p, settings, partials.total(b), has_direction ? u.data() + b * p.outcomes : nullptr, b, out);
     return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> efe_loss_forward(
-    const at::Tensor& logits, const OptionalTensor& backward_logits, const OptionalTensor& final_logits,
-    const OptionalTensor& observation_probs, const at::Tensor& preference_logits, const OptionalTensor& prompt,
-    const OptionalTensor& projection, const at::Tensor& target, const OptionalTensor& target_preference,
-    const OptionalTensor& valid, at::ArrayRef<double> weights, bool hard_cell, double hard_cell_min_ratio,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> efe_loss_forward(
+    const Tensor& logits, const OptionalTensor& backward_logits, const OptionalTensor& final_logits,
+    const OptionalTensor& observation_probs, const Tensor& preference_logits, const OptionalTensor& prompt,
+    const OptionalTensor& projection, const Tensor& target, const OptionalTensor& target_preference,
+    const OptionalTensor& valid, const std::vector<double>& weights, bool hard_cell, double hard_cell_min_ratio,
     int64_t max_cells, int64_t ignore_index) {
     const Inputs inputs{logits, backward_logits, final_logits, observation_probs, preference_logits,
                         prompt, projection,      target,       target_preference, valid};
     const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index};
-    const Outputs out =
-        logits.scalar_type() == at::kDouble ? forward<double>(inputs, settings) : forward<float>(inputs, settings);
-    return {out.total, out.terms, out.mask_ratio, out.hard_cell_scale, out.saved};
+    Outputs out = logits.scalar_type() == ScalarType::Double ? forward<double>(inputs, settings)
+                                                             : forward<float>(inputs, settings);
+    return {std::move(out.total), std::move(out.terms), std::move(out.mask_ratio), std::move(out.hard_cell_scale),
+            std::move(out.saved)};
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) { library.impl("efe_loss_forward", efe_loss_forward); }
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) { implement<efe_loss_forward>(library, "efe_loss_forward"); }
 
 }  // namespace
 }  // namespace efe::efe_loss

@@ -5,14 +5,14 @@
 // sums of its own, which are added up in a fixed order: the same bits with any number of threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
+#include <cmath>
 #include <iterator>
+#include <memory>
 #include <vector>
 
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "common/tensor.h"
 #include "efe_loss/cells.h"
@@ -29,14 +29,14 @@ constexpr double kTargetPreferenceFloor = 1e-8;
 
 // The tensors and the settings of the ops, as in efe_kernels/efe_loss/reference.py.
 struct Inputs {
-    const at::Tensor& logits;                 // [B, T, H, W, C]
+    const Tensor& logits;                     // [B, T, H, W, C]
     const OptionalTensor& backward_logits;    // [B, T, H, W, C]
     const OptionalTensor& final_logits;       // [B, H, W, C]
     const OptionalTensor& observation_probs;  // [B, T, H, W, C]
-    const at::Tensor& preference_logits;      // [H, W, C] or [B, H, W, C]
+    const Tensor& preference_logits;          // [H, W, C] or [B, H, W, C]
     const OptionalTensor& prompt;             // [B, E]
     const OptionalTensor& projection;         // [C, E]
-    const at::Tensor& target;                 // [B, H, W]
+    const Tensor& target;                     // [B, H, W]
     const OptionalTensor& target_preference;  // [H, W, C]
     const OptionalTensor& valid;              // [B, H, W]
 
@@ -44,7 +44,7 @@ struct Inputs {
 };
 
 struct Settings {
-    at::ArrayRef<double> weights;  // [kTerms]
+    const std::vector<double>& weights;  // [kTerms]
     bool hard_cell;
     double hard_cell_min_ratio;
     int64_t max_cells, ignore_index;
@@ -57,29 +57,39 @@ struct Problem {
 
     int64_t batch, steps, num_cells, outcomes, blocks, chunks, pairs;
     CellView logits, backward_logits, final_logits, observation_probs, preference_logits;
-    at::Tensor target, counted;                           // [B, H * W]
-    at::Tensor scales;                                    // [B, C] of the preference logits; undefined without a prompt
-    at::Tensor target_preference, log_target_preference;  // [C, H * W], or undefined
+    Tensor target;                                                    // [B, H * W]
+    std::unique_ptr<bool[]> counted;                                  // [B, H * W]
+    std::unique_ptr<A[]> scales;                                      // [B, C] of the preference logits; null without a prompt
+    std::unique_ptr<A[]> target_preference, log_target_preference;    // [C, H * W], or null
     bool preference_per_episode;
 
     Problem(const Inputs& inputs, int64_t ignore_index);
 
     int64_t chunk_size() const { return (batch + chunks - 1) / chunks; }
-    bool has_target_preference() const { return target_preference.defined(); }
+    bool has_target_preference() const { return target_preference != nullptr; }
     const A* scales_of(int64_t episode) const {  // [C], or null
-        return scales.defined() ? scales.template const_data_ptr<A>() + episode * outcomes : nullptr;
+        return scales != nullptr ? scales.get() + episode * outcomes : nullptr;
     }
     const int64_t* targets_of(int64_t episode, const Block<A>& block) const {  // [block.count]
-        return target.template const_data_ptr<int64_t>() + episode * num_cells + block.first;
+        return target.template data<int64_t>() + episode * num_cells + block.first;
     }
 };
 
-inline void check_range(const at::Tensor& target, const at::Tensor& counted, int64_t outcomes) {
-    const int64_t* targets = target.const_data_ptr<int64_t>();
-    const bool* counts = counted.const_data_ptr<bool>();
-    for (int64_t i = 0; i < target.numel(); ++i)
-        TORCH_CHECK_VALUE(!counts[i] || (targets[i] >= 0 && targets[i] < outcomes), "target must be in [0, ", outcomes,
-                          ") or ignore_index where a cell counts, it was ", targets[i], ".");
+// Which cells count; those must hold one of the outcomes.
+inline std::unique_ptr<bool[]> counted_cells_of(const Tensor& target, const OptionalTensor& valid, int64_t outcomes,
+                                                int64_t ignore_index) {
+    const int64_t* const targets = target.data<int64_t>();
+    const int64_t count = target.numel();
+    const Tensor marks = contiguous_as(valid, ScalarType::Bool);
+    const bool* const marked = marks.data<bool>();
+    std::unique_ptr<bool[]> counted(new bool[count]);
+    for (int64_t i = 0; i < count; ++i) {
+        counted[i] = targets[i] != ignore_index && (marked == nullptr || marked[i]);
+        if (counted[i] && (targets[i] < 0 || targets[i] >= outcomes))
+            refuse_value("target must be in [0, ", outcomes, ") or ignore_index where a cell counts, it was ",
+                         targets[i], ".");
+    }
+    return counted;
 }
 
 template <class A>
@@ -92,22 +102,27 @@ Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
       chunks(std::min(batch, kMaxChunks)),
       pairs(inputs.backward_logits.has_value() ? steps : (steps + 1) / 2),
       logits(view_of(inputs.logits)),
+      backward_logits(view_of(inputs.backward_logits)),
+      final_logits(view_of(inputs.final_logits)),
+      observation_probs(view_of(inputs.observation_probs)),
+      preference_logits(view_of(inputs.preference_logits)),
+      target(contiguous_as(inputs.target, ScalarType::Long)),
+      counted(counted_cells_of(target, inputs.valid, outcomes, ignore_index)),
       preference_per_episode(inputs.preference_logits.dim() == 4) {
-    constexpr at::ScalarType type = c10::CppTypeToScalarType<A>::value;
-    if (inputs.backward_logits.has_value()) backward_logits = view_of(*inputs.backward_logits);
-    if (inputs.final_logits.has_value()) final_logits = view_of(inputs.final_logits->unsqueeze(1));
-    if (inputs.observation_probs.has_value()) observation_probs = view_of(*inputs.observation_probs);
-    const at::Tensor& preference = inputs.preference_logits;
-    preference_logits = view_of((preference_per_episode ? preference : preference.unsqueeze(0)).unsqueeze(1));
-    if (!preference_per_episode) preference_logits.stride_episode = 0;
-    target = contiguous_as(inputs.target, at::kLong);
-    counted = target.ne(ignore_index);
-    if (inputs.valid.has_value()) counted.logical_and_(*inputs.valid);
-    check_range(target, counted, outcomes);
-    if (inputs.prompt.has_value()) scales = inputs.prompt->narrow(1, 0, outcomes).to(type).sigmoid().contiguous();
+    if (inputs.prompt.has_value()) {
+        Table prompt = table_of(*inputs.prompt);
+        prompt.columns = outcomes;
+        scales = values_of<A>(prompt);
+        for (int64_t i = 0; i < batch * outcomes; ++i) scales[i] = A(1) / (A(1) + std::exp(-scales[i]));
+    }
     if (inputs.target_preference.has_value()) {
-        target_preference = inputs.target_preference->to(type).flatten(0, 1).t().contiguous();
-        log_target_preference = target_preference.clamp_min(kTargetPreferenceFloor).log();
+        const Tensor given = contiguous_as(*inputs.target_preference, CppTypeToScalarType<A>::value);
+        const Table table{given.data(), dtype_of(given.scalar_type()), outcomes, num_cells, 1, outcomes};
+        target_preference = values_of<A>(table);
+        log_target_preference.reset(new A[outcomes * num_cells]);
+        std::transform(target_preference.get(), target_preference.get() + outcomes * num_cells,
+                       log_target_preference.get(),
+                       [](A x) { return std::log(x < A(kTargetPreferenceFloor) ? A(kTargetPreferenceFloor) : x); });
     }
 }
 
@@ -160,7 +175,7 @@ void load_step(const CellView& view, int64_t episode, int64_t step, const Block<
 
 template <class A>
 void mark_counted(const Problem<A>& p, int64_t episode, Block<A>& block) {
-    const bool* counted = p.counted.template const_data_ptr<bool>() + episode * p.num_cells + block.first;
+    const bool* counted = p.counted.get() + episode * p.num_cells + block.first;
     for (int64_t i = 0; i < kCells; ++i) block.counted[i] = i < block.count && counted[i] ? A(1) : A(0);
 }
 
@@ -192,8 +207,8 @@ template <class A>
 void anchor_divergence(const Problem<A>& p, const Block<A>& block, const Preference<A>& preference, A* divergence,
                        A* is_set) {
     const A *c = preference.c, *log_c = preference.log_c;
-    const A* anchors = p.target_preference.template const_data_ptr<A>() + block.first;
-    const A* logs = p.log_target_preference.template const_data_ptr<A>() + block.first;
+    const A* anchors = p.target_preference.get() + block.first;
+    const A* logs = p.log_target_preference.get() + block.first;
     vectorized([&]() EFE_SIMD_BODY {
         for (int64_t i = 0; i < kCells; ++i) divergence[i] = is_set[i] = 0;
         for (int64_t first = 0; first < p.outcomes; first += kOutcomesInRun) {
@@ -216,7 +231,7 @@ void anchor_divergence(const Problem<A>& p, const Block<A>& block, const Prefere
 // chunk, and between(block, chunk, scratch) after the episodes of a chunk.
 template <class A, class Body, class Between>
 void for_each_block(const Problem<A>& p, const Body& body, const Between& between) {
-    at::parallel_for(0, p.blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
         Scratch<A> scratch(p.outcomes);
         for (int64_t task = begin; task < end; ++task) {
             Block<A> block{task / p.chunks * kCells, 0, {}};

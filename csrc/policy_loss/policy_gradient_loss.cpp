@@ -1,15 +1,11 @@
 // policy_gradient_loss on the CPU. The derivation of the gradients stands in
 // efe_kernels/policy_loss/kernels.py. Arithmetic is A: double for double tensors, else float.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "common/library.h"
 #include "common/math.h"
 #include "common/moments.h"
 #include "common/parallel.h"
@@ -94,32 +90,32 @@ EFE_INLINE Partial sum_span(const Inputs<A>& p, int64_t begin, int64_t count) {
 
 // What both directions read: tensors that stay alive, and pointers into them.
 struct Tensors {
-    at::Tensor log_prob, value, advantage, value_target, entropy, old_log_prob, mask;
+    Tensor log_prob, value, advantage, value_target, entropy, old_log_prob, mask;
 
-    Tensors(const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
-            const at::Tensor& value_target, const OptionalTensor& entropy, const OptionalTensor& old_log_prob,
-            const OptionalTensor& mask, at::ScalarType type)
+    Tensors(const Tensor& log_prob, const Tensor& value, const Tensor& advantage, const Tensor& value_target,
+            Tensor entropy, const OptionalTensor& old_log_prob, const OptionalTensor& mask, ScalarType type)
         : log_prob(contiguous_as(log_prob, type)),
           value(contiguous_as(value, type)),
           advantage(contiguous_as(advantage, type)),
           value_target(contiguous_as(value_target, type)),
-          entropy(contiguous_as(entropy, type)),
+          entropy(std::move(entropy)),
           old_log_prob(contiguous_as(old_log_prob, type)),
-          mask(contiguous_as(mask, at::kBool)) {}
+          mask(contiguous_as(mask, ScalarType::Bool)) {}
 
     template <class A>
     Inputs<A> inputs(double clip) const {
-        return {data_of<A>(log_prob), data_of<A>(value),        data_of<A>(advantage), data_of<A>(value_target),
-                data_of<A>(entropy),  data_of<A>(old_log_prob), bytes_of(mask),        static_cast<A>(clip)};
+        return {log_prob.data<A>(), value.data<A>(),        advantage.data<A>(), value_target.data<A>(),
+                entropy.data<A>(),  old_log_prob.data<A>(), bytes_of(mask),      static_cast<A>(clip)};
     }
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gradient_loss_forward(
-    const at::Tensor& entropy, const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage,
-    const at::Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss_forward(
+    const Tensor& entropy, const Tensor& log_prob, const Tensor& value, const Tensor& advantage,
+    const Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip,
     double value_coef, double entropy_coef) {
-    const at::ScalarType type = arithmetic_type(log_prob);
-    const Tensors tensors(log_prob, value, advantage, value_target, entropy, old_log_prob, mask, type);
+    const ScalarType type = arithmetic_type(log_prob);
+    const Tensors tensors(log_prob, value, advantage, value_target, contiguous_as(entropy, type), old_log_prob, mask,
+                          type);
     const Spans spans(log_prob.numel(), 0);
     std::vector<Partial> partials(spans.count());
     for_arithmetic(type, [&](auto zero) {
@@ -133,16 +129,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> policy_gr
     const double count = all.error.count, some = std::max(count, 1.0);
     const double policy = all.policy / some, value_loss = all.squared_error / some, mean_entropy = all.entropy / some;
     const double explained = all.target.squares == 0 ? 0 : 1 - all.error.squares / all.target.squares;
-    // at::full refuses a number that the dtype rounds to infinity; a loss may be one.
-    const auto scalar = [&](double x) { return at::full({}, x, log_prob.options().dtype(at::kDouble)).to(type); };
-    const at::Tensor diagnostics = at::empty({4}, log_prob.options().dtype(type));
-    for_arithmetic(type, [&](auto zero) {
-        using A = decltype(zero);
-        const double found[4] = {all.outside / some, all.divergence / some, explained, count};
-        std::transform(found, found + 4, diagnostics.mutable_data_ptr<A>(), [](double x) { return static_cast<A>(x); });
-    });
+    const auto tensor = [&](std::initializer_list<int64_t> sizes, std::initializer_list<double> numbers) {
+        Tensor out = empty(sizes, type, log_prob);
+        for_arithmetic(type, [&](auto zero) {
+            std::copy(numbers.begin(), numbers.end(), out.mutable_data<decltype(zero)>());
+        });
+        return out;
+    };
     const double total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef);
-    return {scalar(total), scalar(policy), scalar(value_loss), scalar(mean_entropy), diagnostics};
+    return {tensor({}, {total}), tensor({}, {policy}), tensor({}, {value_loss}), tensor({}, {mean_entropy}),
+            tensor({4}, {all.outside / some, all.divergence / some, explained, count})};
 }
 
 template <class A>
@@ -190,25 +186,25 @@ EFE_INLINE void differentiate_span(const Inputs<A>& p, const Upstream<A>& upstre
     }
 }
 
-std::vector<at::Tensor> policy_gradient_loss_backward(
+std::vector<Tensor> policy_gradient_loss_backward(
     const OptionalTensor& grad_total, const OptionalTensor& grad_policy, const OptionalTensor& grad_value,
-    const OptionalTensor& grad_entropy, const c10::List<bool>& needs, const at::Tensor& diagnostics,
-    const at::Tensor& log_prob, const at::Tensor& value, const at::Tensor& advantage, const at::Tensor& value_target,
+    const OptionalTensor& grad_entropy, const std::vector<bool>& needs, const Tensor& diagnostics,
+    const Tensor& log_prob, const Tensor& value, const Tensor& advantage, const Tensor& value_target,
     const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip, double value_coef,
     double entropy_coef) {
-    const at::ScalarType type = diagnostics.scalar_type();
+    const ScalarType type = diagnostics.scalar_type();
     const Tensors tensors(log_prob, value, advantage, value_target, {}, old_log_prob, mask, type);
-    const double share = 1 / std::max(diagnostics[3].item<double>(), 1.0);
-    const auto number = [](const OptionalTensor& grad) { return grad.has_value() ? grad->item<double>() : 0.0; };
+    const double share = 1 / std::max(number_in(diagnostics, 3), 1.0);
+    const auto number = [](const OptionalTensor& grad) { return grad.has_value() ? number_in(*grad) : 0.0; };
     const double total = number(grad_total);
-    at::Tensor found[3];
+    Tensor found[3];
     for (int i = 0; i < 3; ++i)
-        if (needs.get(i)) found[i] = at::empty(log_prob.sizes(), tensors.log_prob.options());
+        if (needs[i]) found[i] = empty(log_prob, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
-        const auto out = [&](int i) { return found[i].defined() ? found[i].mutable_data_ptr<A>() : nullptr; };
         const Inputs<A> inputs = tensors.inputs<A>(clip);
-        const Gradients<A> gradients{out(0), out(1), out(2)};
+        const Gradients<A> gradients{found[0].mutable_data<A>(), found[1].mutable_data<A>(),
+                                     found[2].mutable_data<A>()};
         const Upstream<A> upstream{static_cast<A>((total + number(grad_policy)) * share),
                                    static_cast<A>((total * value_coef + number(grad_value)) * share),
                                    static_cast<A>((number(grad_entropy) - total * entropy_coef) * share)};
@@ -216,15 +212,15 @@ std::vector<at::Tensor> policy_gradient_loss_backward(
             differentiate_span(inputs, upstream, gradients, begin, size);
         });
     });
-    std::vector<at::Tensor> wanted;
-    for (const at::Tensor& gradient : found)
-        if (gradient.defined()) wanted.push_back(gradient.to(log_prob.scalar_type()));
+    std::vector<Tensor> wanted;
+    for (Tensor& gradient : found)
+        if (gradient.defined()) wanted.push_back(result_as(std::move(gradient), log_prob.scalar_type()));
     return wanted;
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) {
-    library.impl("policy_gradient_loss_forward", policy_gradient_loss_forward);
-    library.impl("policy_gradient_loss_backward", policy_gradient_loss_backward);
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) {
+    implement<policy_gradient_loss_forward>(library, "policy_gradient_loss_forward");
+    implement<policy_gradient_loss_backward>(library, "policy_gradient_loss_backward");
 }
 
 }  // namespace

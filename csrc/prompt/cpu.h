@@ -1,11 +1,16 @@
 // The CPU kernels, as a Backend (ops.h).
 #pragma once
 
+#include "common/tensor.h"
 #include "prompt/kernels.h"
 
 namespace efe::prompt {
 
 struct Cpu {
+    struct Device {
+        explicit Device(const Tensor&) {}
+    };
+    static Tensor sum_rows(const Tensor& rows);
     static int64_t masked_mean_pool_chunks(const MaskedMeanPoolForward&) { return 1; }
     static void masked_mean_pool_forward(const MaskedMeanPoolForward& args);
     static void masked_mean_pool_backward(const MaskedMeanPoolBackward& args);

@@ -1,9 +1,11 @@
-// Hands the CUDA kernels of prompt refinement to torch's dispatcher. Compiled only where nvcc is there (setup.py).
+// The pybind11 module efe_kernels._C_cuda, which hands the CUDA kernels of prompt refinement to torch's dispatcher.
+// Compiled only where nvcc is there (setup.py).
 #include "prompt/cuda.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/stable/ops.h>
 
+#include "common/cuda.h"
+#include "common/module.h"
 #include "prompt/ops.h"
 
 namespace efe::prompt {
@@ -12,11 +14,21 @@ namespace {
 // Calls a launcher with the current stream; Ops has made the tensors' device the current one.
 template <class Args, void (*launcher)(const Args&, cudaStream_t)>
 void on_current_stream(const Args& args) {
-    launcher(args, c10::cuda::getCurrentCUDAStream().stream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launcher(args, current_stream());
+    check_launch();
 }
 
 struct Cuda {
+    using Device = CudaDevice;
+
+    static Tensor sum_rows(const Tensor& rows) {
+        const int64_t dim = 0;
+        const auto sum = torch::stable::sum(torch::stable::Tensor(rows.share().release()), {{&dim, 1}});
+        AtenTensorHandle handle;
+        check(aoti_torch_new_tensor_handle(sum.get(), &handle));
+        return Tensor(handle);
+    }
+
     static constexpr auto masked_mean_pool_chunks = cuda::masked_mean_pool_chunks;
     static constexpr auto masked_mean_pool_forward =
         on_current_stream<MaskedMeanPoolForward, cuda::masked_mean_pool_forward>;
@@ -34,8 +46,10 @@ struct Cuda {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(efe, CUDA, library) {
-    register_ops<Cuda>(library);
-}
+STABLE_TORCH_LIBRARY_IMPL(efe, CUDA, library) { implement_ops<Cuda>(library); }
 
 }  // namespace efe::prompt
+
+PYBIND11_MODULE(_C_cuda, module) {
+    efe::describe(module, "CUDA kernels of efe_kernels, registered with torch's dispatcher on import.");
+}

@@ -1,13 +1,10 @@
 // masked_mean_pool on the CPU.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cstring>
 
-#include "common/dtype.h"
 #include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "prompt/cpu.h"
 #include "prompt/kernels.h"
 #include "prompt/tile.h"
@@ -85,11 +82,11 @@ void backward(const MaskedMeanPoolBackward& args) {
 }  // namespace
 
 void Cpu::masked_mean_pool_forward(const MaskedMeanPoolForward& args) {
-    for_dtype<c10::Half, c10::BFloat16>(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
+    for_dtype(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
 }
 
 void Cpu::masked_mean_pool_backward(const MaskedMeanPoolBackward& args) {
-    for_dtype<c10::Half, c10::BFloat16>(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
+    for_dtype(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
 }
 
 }  // namespace efe::prompt

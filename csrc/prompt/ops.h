@@ -1,105 +1,102 @@
 // The ops over torch tensors, the same for every backend: allocate the results, describe the tensors, call the kernel.
-// A Backend has one static function per kernel, which takes the structs of kernels.h. functional.py has checked shapes.
+// A Backend has one static function per kernel, which takes the structs of kernels.h, `sum_rows`, which adds up the rows
+// of a contiguous matrix, and a Device, which makes that of a tensor the current one while it lives. functional.py has
+// checked shapes.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "common/library.h"
 #include "common/tensor.h"
 #include "prompt/kernels.h"
 
 namespace efe::prompt {
 
 // tensor [rows, columns]; a vector is one row for every index (log_std [W]).
-inline Matrix matrix(const at::Tensor& tensor, at::ScalarType type) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == type, "efe: expected ", type, ", got ", tensor.scalar_type());
+inline Matrix matrix(const Tensor& tensor, ScalarType type) {
+    STD_TORCH_CHECK(tensor.scalar_type() == type, "efe: expected ", type, ", got ", tensor.scalar_type(), ".");
     const bool shared = tensor.dim() == 1;
-    return {tensor.const_data_ptr(), shared ? 0 : tensor.stride(0), shared ? tensor.stride(0) : tensor.stride(1)};
+    return {tensor.data(), shared ? 0 : tensor.stride(0), shared ? tensor.stride(0) : tensor.stride(1)};
 }
 
-inline Matrix matrix(const OptionalTensor& tensor, at::ScalarType type) {
+inline Matrix matrix(const OptionalTensor& tensor, ScalarType type) {
     return tensor.has_value() ? matrix(*tensor, type) : Matrix{};
 }
 
 // A vector [rows] as a column.
-inline Matrix column(const OptionalTensor& tensor, at::ScalarType type) {
-    return tensor.has_value() ? matrix(tensor->unsqueeze(1), type) : Matrix{};
+inline Matrix column(const OptionalTensor& tensor, ScalarType type) {
+    const Matrix row = matrix(tensor, type);
+    return {row.data, row.stride_column, 0};
 }
 
 inline uint64_t seed_of(const OptionalTensor& seed) {
-    return seed.has_value() ? static_cast<uint64_t>(seed->item<int64_t>()) : 0;
-}
-
-// One gradient per row, in the shape of the tensor that it belongs to: rows are summed for a shared log_std [W].
-inline at::Tensor fold_rows(const at::Tensor& rows, const at::Tensor& like) {
-    return like.dim() == 1 ? rows.sum(0) : rows;
+    int64_t number = 0;
+    if (seed.has_value()) check(aoti_torch_item_int64(seed->handle(), &number));
+    return static_cast<uint64_t>(number);
 }
 
 template <class Backend>
 struct Ops {
-    static std::tuple<at::Tensor, at::Tensor> masked_mean_pool_forward(
-        const at::Tensor& hidden, const at::Tensor& mask) {
-        const c10::DeviceGuard guard(hidden.device());
+    using Device = typename Backend::Device;
+
+    static std::tuple<Tensor, Tensor> masked_mean_pool_forward(const Tensor& hidden, const Tensor& mask) {
+        const Device device(hidden);
         const int64_t rows = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
-        at::Tensor pooled = at::empty({rows, width}, hidden.options());
-        at::Tensor scale = at::empty({rows}, hidden.options().dtype(arithmetic_type(hidden)));
+        Tensor pooled = empty({rows, width}, hidden.scalar_type(), hidden);
+        Tensor scale = empty({rows}, arithmetic_type(hidden), hidden);
         MaskedMeanPoolForward args{
-            dtype_of(hidden.scalar_type()), rows, length, width, hidden.const_data_ptr(), hidden.stride(0),
-            hidden.stride(1), hidden.stride(2), matrix(mask, at::kBool), pooled.mutable_data_ptr(),
-            scale.mutable_data_ptr(), 1, nullptr, nullptr};
+            dtype_of(hidden.scalar_type()), rows, length, width, hidden.data(), hidden.stride(0), hidden.stride(1),
+            hidden.stride(2), matrix(mask, ScalarType::Bool), pooled.mutable_data(), scale.mutable_data(), 1, nullptr,
+            nullptr};
         args.chunks = Backend::masked_mean_pool_chunks(args);
-        at::Tensor sums, counts;
+        Tensor sums, counts;
         if (args.chunks > 1) {
-            sums = at::empty({rows, args.chunks, width}, scale.options());
-            counts = at::empty({rows, args.chunks}, scale.options().dtype(at::kInt));
-            args.partial_sums = sums.mutable_data_ptr();
-            args.partial_counts = counts.mutable_data_ptr<int32_t>();
+            sums = empty({rows, args.chunks, width}, scale.scalar_type(), hidden);
+            counts = empty({rows, args.chunks}, ScalarType::Int, hidden);
+            args.partial_sums = sums.mutable_data();
+            args.partial_counts = counts.mutable_data<int32_t>();
         }
         Backend::masked_mean_pool_forward(args);
-        return {pooled, scale};
+        return {std::move(pooled), std::move(scale)};
     }
 
-    static at::Tensor masked_mean_pool_backward(
-        const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& scale) {
-        const c10::DeviceGuard guard(grad.device());
+    static Tensor masked_mean_pool_backward(const Tensor& grad, const Tensor& mask, const Tensor& scale) {
+        const Device device(grad);
         const int64_t rows = mask.size(0), length = mask.size(1), width = grad.size(1);
-        at::Tensor grad_hidden = at::empty({rows, length, width}, grad.options());
+        Tensor grad_hidden = empty({rows, length, width}, grad.scalar_type(), grad);
         Backend::masked_mean_pool_backward(
             {dtype_of(grad.scalar_type()), rows, length, width, matrix(grad, grad.scalar_type()),
-             matrix(mask, at::kBool), scale.contiguous().const_data_ptr(), grad_hidden.mutable_data_ptr()});
+             matrix(mask, ScalarType::Bool), contiguous_as(scale, scale.scalar_type()).data(),
+             grad_hidden.mutable_data()});
         return grad_hidden;
     }
 
-    static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> refine_prompt_forward(
-        const at::Tensor& prompt, const at::Tensor& mean, const at::Tensor& log_std, const OptionalTensor& noise,
+    static std::tuple<Tensor, Tensor, Tensor, Tensor> refine_prompt_forward(
+        const Tensor& prompt, const Tensor& mean, const Tensor& log_std, const OptionalTensor& noise,
         const OptionalTensor& seed, double delta_scale) {
-        const c10::DeviceGuard guard(prompt.device());
-        const at::ScalarType type = arithmetic_type(prompt);
+        const Device device(prompt);
+        const ScalarType type = arithmetic_type(prompt);
         const int64_t batch = prompt.size(0), dimension = prompt.size(1);
-        at::Tensor refined = at::empty({batch, dimension}, prompt.options());
-        at::Tensor action = at::empty({batch, dimension + 1}, mean.options());
-        at::Tensor log_prob = at::empty({batch}, mean.options()), entropy = at::empty({batch}, mean.options());
+        Tensor refined = empty({batch, dimension}, prompt.scalar_type(), prompt);
+        Tensor action = empty({batch, dimension + 1}, type, prompt);
+        Tensor log_prob = empty({batch}, type, prompt), entropy = empty({batch}, type, prompt);
         Backend::refine_prompt_forward(
             {dtype_of(prompt.scalar_type()), batch, dimension, delta_scale, std::log(delta_scale), seed_of(seed),
              matrix(prompt, prompt.scalar_type()), matrix(mean, type), matrix(log_std, type), matrix(noise, type),
-             refined.mutable_data_ptr(), action.mutable_data_ptr(), log_prob.mutable_data_ptr(),
-             entropy.mutable_data_ptr()});
-        return {refined, action, log_prob, entropy};
+             refined.mutable_data(), action.mutable_data(), log_prob.mutable_data(), entropy.mutable_data()});
+        return {std::move(refined), std::move(action), std::move(log_prob), std::move(entropy)};
     }
 
-    static std::vector<at::Tensor> refine_prompt_backward(
+    static std::vector<Tensor> refine_prompt_backward(
         const OptionalTensor& grad_refined, const OptionalTensor& grad_action, const OptionalTensor& grad_log_prob,
-        const OptionalTensor& grad_entropy, const at::Tensor& action, const at::Tensor& log_std,
-        const OptionalTensor& noise, const OptionalTensor& seed, double delta_scale, const c10::List<bool>& needs) {
-        const c10::DeviceGuard guard(action.device());
-        const at::ScalarType type = action.scalar_type();
-        const at::ScalarType refined_type = grad_refined.has_value() ? grad_refined->scalar_type() : type;
+        const OptionalTensor& grad_entropy, const Tensor& action, const Tensor& log_std,
+        const OptionalTensor& noise, const OptionalTensor& seed, double delta_scale, const std::vector<bool>& needs) {
+        const Device device(action);
+        const ScalarType type = action.scalar_type();
+        const ScalarType refined_type = grad_refined.has_value() ? grad_refined->scalar_type() : type;
         const int64_t batch = action.size(0), dimension = action.size(1) - 1;
         RowGradients gradients(batch, dimension + 1, action, needs);
         Backend::refine_prompt_backward(
@@ -110,23 +107,23 @@ struct Ops {
         return gradients.take(log_std);
     }
 
-    static std::tuple<at::Tensor, at::Tensor> squashed_log_prob_forward(
-        const at::Tensor& action, const at::Tensor& mean, const at::Tensor& log_std, double delta_scale) {
-        const c10::DeviceGuard guard(action.device());
-        const at::ScalarType type = action.scalar_type();
+    static std::tuple<Tensor, Tensor> squashed_log_prob_forward(
+        const Tensor& action, const Tensor& mean, const Tensor& log_std, double delta_scale) {
+        const Device device(action);
+        const ScalarType type = action.scalar_type();
         const int64_t batch = action.size(0);
-        at::Tensor log_prob = at::empty({batch}, action.options()), entropy = at::empty({batch}, action.options());
+        Tensor log_prob = empty({batch}, type, action), entropy = empty({batch}, type, action);
         Backend::squashed_log_prob_forward(
             {dtype_of(action.scalar_type()), batch, action.size(1) - 1, std::log(delta_scale), matrix(action, type),
-             matrix(mean, type), matrix(log_std, type), log_prob.mutable_data_ptr(), entropy.mutable_data_ptr()});
-        return {log_prob, entropy};
+             matrix(mean, type), matrix(log_std, type), log_prob.mutable_data(), entropy.mutable_data()});
+        return {std::move(log_prob), std::move(entropy)};
     }
 
-    static std::vector<at::Tensor> squashed_log_prob_backward(
-        const OptionalTensor& grad_log_prob, const OptionalTensor& grad_entropy, const at::Tensor& action,
-        const at::Tensor& mean, const at::Tensor& log_std, const c10::List<bool>& needs) {
-        const c10::DeviceGuard guard(action.device());
-        const at::ScalarType type = action.scalar_type();
+    static std::vector<Tensor> squashed_log_prob_backward(
+        const OptionalTensor& grad_log_prob, const OptionalTensor& grad_entropy, const Tensor& action,
+        const Tensor& mean, const Tensor& log_std, const std::vector<bool>& needs) {
+        const Device device(action);
+        const ScalarType type = action.scalar_type();
         const int64_t batch = action.size(0), dimension = action.size(1) - 1;
         RowGradients gradients(batch, dimension + 1, action, needs);
         Backend::squashed_log_prob_backward(
@@ -139,21 +136,20 @@ struct Ops {
 private:
     // Gradients [B, W], only those that are needed; the last belongs to log_std.
     struct RowGradients {
-        std::vector<at::Tensor> tensors;
+        std::vector<Tensor> tensors;
 
-        RowGradients(int64_t batch, int64_t width, const at::Tensor& like, const c10::List<bool>& needs) {
+        RowGradients(int64_t batch, int64_t width, const Tensor& like, const std::vector<bool>& needs) {
             for (const bool need : needs)
-                tensors.push_back(need ? at::empty({batch, width}, like.options()) : at::Tensor());
+                tensors.push_back(need ? empty({batch, width}, like.scalar_type(), like) : Tensor());
         }
 
-        void* data(size_t index) const {
-            return tensors[index].defined() ? tensors[index].mutable_data_ptr() : nullptr;
-        }
+        void* data(size_t index) const { return tensors[index].mutable_data(); }
 
-        std::vector<at::Tensor> take(const at::Tensor& log_std) {
-            if (tensors.back().defined()) tensors.back() = fold_rows(tensors.back(), log_std);
-            std::vector<at::Tensor> wanted;
-            for (at::Tensor& tensor : tensors)
+        // The rows are added up for a shared log_std [W].
+        std::vector<Tensor> take(const Tensor& log_std) {
+            if (tensors.back().defined() && log_std.dim() == 1) tensors.back() = Backend::sum_rows(tensors.back());
+            std::vector<Tensor> wanted;
+            for (Tensor& tensor : tensors)
                 if (tensor.defined()) wanted.push_back(std::move(tensor));
             return wanted;
         }
@@ -161,13 +157,13 @@ private:
 };
 
 template <class Backend>
-void register_ops(torch::Library& library) {
-    library.impl("masked_mean_pool_forward", Ops<Backend>::masked_mean_pool_forward);
-    library.impl("masked_mean_pool_backward", Ops<Backend>::masked_mean_pool_backward);
-    library.impl("refine_prompt_forward", Ops<Backend>::refine_prompt_forward);
-    library.impl("refine_prompt_backward", Ops<Backend>::refine_prompt_backward);
-    library.impl("squashed_log_prob_forward", Ops<Backend>::squashed_log_prob_forward);
-    library.impl("squashed_log_prob_backward", Ops<Backend>::squashed_log_prob_backward);
+void implement_ops(Library& library) {
+    implement<&Ops<Backend>::masked_mean_pool_forward>(library, "masked_mean_pool_forward");
+    implement<&Ops<Backend>::masked_mean_pool_backward>(library, "masked_mean_pool_backward");
+    implement<&Ops<Backend>::refine_prompt_forward>(library, "refine_prompt_forward");
+    implement<&Ops<Backend>::refine_prompt_backward>(library, "refine_prompt_backward");
+    implement<&Ops<Backend>::squashed_log_prob_forward>(library, "squashed_log_prob_forward");
+    implement<&Ops<Backend>::squashed_log_prob_backward>(library, "squashed_log_prob_backward");
 }
 
 }  // namespace efe::prompt

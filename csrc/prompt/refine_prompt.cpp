@@ -1,12 +1,9 @@
 // refine_prompt on the CPU. The derivation of the gradient stands in gaussian.h.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 
-#include "common/dtype.h"
 #include "common/math.h"
 #include "common/parallel.h"
+#include "common/tensor.h"
 #include "prompt/cpu.h"
 #include "prompt/gaussian.h"
 #include "prompt/kernels.h"
@@ -113,11 +110,11 @@ void backward(const RefinePromptBackward& args) {
 }  // namespace
 
 void Cpu::refine_prompt_forward(const RefinePromptForward& args) {
-    for_dtype<c10::Half, c10::BFloat16>(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
+    for_dtype(args.dtype, [&](auto zero) { forward<decltype(zero)>(args); });
 }
 
 void Cpu::refine_prompt_backward(const RefinePromptBackward& args) {
-    for_dtype<c10::Half, c10::BFloat16>(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
+    for_dtype(args.dtype, [&](auto zero) { backward<decltype(zero)>(args); });
 }
 
 }  // namespace efe::prompt

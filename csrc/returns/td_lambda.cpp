@@ -1,9 +1,6 @@
 // td_lambda on the CPU: G_t = delta_t + coefficient_t G_{t+1}. The derivation of the gradient stands in
 // efe_kernels/returns/td_lambda_kernels.py. Arithmetic is A: double for double tensors, else float.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
+#include "common/library.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "returns/walk.h"
@@ -77,7 +74,7 @@ EFE_INLINE void backward_tile(const TDLambda<A>& p, const Tile<TimeInner>& tile,
 }
 
 template <class A>
-TDLambda<A> problem_of(const ResultLayout& layout, const at::Tensor& terminated, const OptionalTensor& truncated,
+TDLambda<A> problem_of(const ResultLayout& layout, const Tensor& terminated, const OptionalTensor& truncated,
                        double gamma, double lam, double reward_scale) {
     TDLambda<A> p{};
     p.steps = layout.steps;
@@ -89,9 +86,9 @@ TDLambda<A> problem_of(const ResultLayout& layout, const at::Tensor& terminated,
     return p;
 }
 
-at::Tensor td_lambda_forward(const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
+Tensor td_lambda_forward(const Tensor& next_value, const Tensor& reward, const Tensor& terminated,
                              const OptionalTensor& truncated, double gamma, double lam, double reward_scale) {
-    const at::Tensor returns = at::empty_like(reward);
+    Tensor returns = empty_like(reward, reward.scalar_type());
     const ResultLayout layout(returns);
     for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
@@ -104,9 +101,9 @@ at::Tensor td_lambda_forward(const at::Tensor& next_value, const at::Tensor& rew
     return returns;
 }
 
-at::Tensor td_lambda_backward(const at::Tensor& grad_returns, const at::Tensor& terminated,
+Tensor td_lambda_backward(const Tensor& grad_returns, const Tensor& terminated,
                               const OptionalTensor& truncated, double gamma, double lam, double reward_scale) {
-    const at::Tensor gradient = at::empty_like(terminated, grad_returns.options());
+    Tensor gradient = empty_like(terminated, grad_returns.scalar_type());
     const ResultLayout layout(gradient);
     for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
@@ -118,9 +115,9 @@ at::Tensor td_lambda_backward(const at::Tensor& grad_returns, const at::Tensor& 
     return gradient;
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) {
-    library.impl("td_lambda_forward", td_lambda_forward);
-    library.impl("td_lambda_backward", td_lambda_backward);
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) {
+    implement<td_lambda_forward>(library, "td_lambda_forward");
+    implement<td_lambda_backward>(library, "td_lambda_backward");
 }
 
 }  // namespace

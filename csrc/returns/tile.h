@@ -2,11 +2,10 @@
 // arithmetic are converted tile by tile.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 
+#include "common/parallel.h"
 #include "common/simd.h"
 #include "common/tensor.h"
 
@@ -15,7 +14,7 @@ namespace efe::returns {
 // A tensor [N, T] as it lies in memory; no data where there is none.
 struct Series {
     void* data = nullptr;
-    at::ScalarType type = at::kFloat;
+    ScalarType type = ScalarType::Float;
     int64_t stride_row = 0, stride_time = 0;
     // The dtype is that of the arithmetic, or bool, and the strides are those of the results, or at least the inner one.
     bool dense = false, inner_contiguous = false;
@@ -41,7 +40,7 @@ struct Tile {
     static int64_t block_rows(int64_t rows, int64_t steps) {
         if (!TimeInner) return kInner;
         if (steps <= kInner) return std::min<int64_t>(kMaxRows, kSize / steps);
-        const int64_t threads = at::get_num_threads();
+        const int64_t threads = num_threads();
         return std::clamp<int64_t>((rows + threads - 1) / threads, 1, kOuter);
     }
 
@@ -69,7 +68,7 @@ struct Tile {
 // body(typed pointer to the first element).
 template <class Body>
 void with_pointer(const Series& series, const Body& body) {
-    if (series.type == at::kBool) return body(static_cast<uint8_t*>(series.data));
+    if (series.type == ScalarType::Bool) return body(static_cast<uint8_t*>(series.data));
     for_dtype(dtype_of(series.type), [&](auto zero) { body(static_cast<decltype(zero)*>(series.data)); });
 }
 

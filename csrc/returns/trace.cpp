@@ -1,13 +1,11 @@
 // gae (without log_ratio) and vtrace on the CPU: x_t = delta_t + coefficient_t x_{t+1}. The derivation of the gradients
 // stands in efe_kernels/returns/kernels.py. Arithmetic is A: double for double tensors, else float.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "common/library.h"
 #include "common/math.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
@@ -149,7 +147,7 @@ void run_trace(const Trace<A>& p, const ResultLayout& layout) {
 }
 
 template <class A>
-Trace<A> trace_of(const ResultLayout& layout, const Discounts<double>& d, const at::Tensor& terminated,
+Trace<A> trace_of(const ResultLayout& layout, const Discounts<double>& d, const Tensor& terminated,
                   const OptionalTensor& truncated, const OptionalTensor& log_ratio) {
     Trace<A> p{};
     p.discounts = {static_cast<A>(d.gamma), static_cast<A>(d.lam), static_cast<A>(d.rho_clip), static_cast<A>(d.c_clip),
@@ -160,11 +158,12 @@ Trace<A> trace_of(const ResultLayout& layout, const Discounts<double>& d, const 
     return p;
 }
 
-std::tuple<at::Tensor, at::Tensor> trace_forward(
-    const at::Tensor& value, const at::Tensor& next_value, const at::Tensor& reward, const at::Tensor& terminated,
+std::tuple<Tensor, Tensor> trace_forward(
+    const Tensor& value, const Tensor& next_value, const Tensor& reward, const Tensor& terminated,
     const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma, double lam, double rho_clip,
     double c_clip, double reward_scale) {
-    const at::Tensor advantage = at::empty_like(reward), target = at::empty_like(reward);
+    Tensor advantage = empty_like(reward, reward.scalar_type());
+    Tensor target = empty_like(reward, reward.scalar_type());
     const ResultLayout layout(advantage);
     for_arithmetic(layout.type, [&](auto zero) {
         using A = decltype(zero);
@@ -177,17 +176,17 @@ std::tuple<at::Tensor, at::Tensor> trace_forward(
         p.target = layout.series(target);
         run_trace<false>(p, layout);
     });
-    return {advantage, target};
+    return {std::move(advantage), std::move(target)};
 }
 
-std::vector<at::Tensor> trace_backward(
-    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const c10::List<bool>& needs,
-    const at::Tensor& terminated, const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma,
+std::vector<Tensor> trace_backward(
+    const OptionalTensor& grad_advantage, const OptionalTensor& grad_target, const std::vector<bool>& needs,
+    const Tensor& terminated, const OptionalTensor& truncated, const OptionalTensor& log_ratio, double gamma,
     double lam, double rho_clip, double c_clip, double reward_scale) {
-    const at::Tensor& given = grad_advantage.has_value() ? *grad_advantage : *grad_target;
-    std::vector<at::Tensor> wanted;
+    const Tensor& given = grad_advantage.has_value() ? *grad_advantage : *grad_target;
+    std::vector<Tensor> wanted;
     for (int64_t i = 0; i < 2; ++i)
-        if (needs.get(i)) wanted.push_back(at::empty_like(terminated, given.options()));
+        if (needs[i]) wanted.push_back(empty_like(terminated, given.scalar_type()));
     if (wanted.empty()) return wanted;
     const ResultLayout layout(wanted[0]);
     for_arithmetic(layout.type, [&](auto zero) {
@@ -196,16 +195,16 @@ std::vector<at::Tensor> trace_backward(
         Trace<A> p = trace_of<A>(layout, discounts, terminated, truncated, log_ratio);
         p.grad_advantage = layout.series(grad_advantage);
         p.grad_target = layout.series(grad_target);
-        if (needs.get(0)) p.grad_value = layout.series(wanted.front());
-        if (needs.get(1)) p.grad_next_value = layout.series(wanted.back());
+        if (needs[0]) p.grad_value = layout.series(wanted.front());
+        if (needs[1]) p.grad_next_value = layout.series(wanted.back());
         run_trace<true>(p, layout);
     });
     return wanted;
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) {
-    library.impl("trace_forward", trace_forward);
-    library.impl("trace_backward", trace_backward);
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) {
+    implement<trace_forward>(library, "trace_forward");
+    implement<trace_backward>(library, "trace_backward");
 }
 
 }  // namespace

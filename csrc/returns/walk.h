@@ -1,8 +1,6 @@
 // Recurrences along time over tensors [N, T]: what a walk over their tiles and steps needs.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 
@@ -71,20 +69,22 @@ EFE_INLINE void walk(const Tile<TimeInner>& tile, A* __restrict__ state, const U
 // How the results lie, which is dense, and the dtype of the arithmetic on them.
 struct ResultLayout {
     int64_t rows, steps, stride_row, stride_time;
-    at::ScalarType type;
+    ScalarType type;
 
-    explicit ResultLayout(const at::Tensor& result)
+    explicit ResultLayout(const Tensor& result)
         : rows(result.size(0)), steps(result.size(1)), stride_row(result.stride(0)), stride_time(result.stride(1)),
           type(arithmetic_type(result)) {}
 
-    Series series(const OptionalTensor& tensor) const {
-        if (!tensor.has_value() || !tensor->defined()) return {};
-        const int64_t row = rows == 1 ? stride_row : tensor->stride(0);
-        const int64_t time = steps == 1 ? stride_time : tensor->stride(1);
-        const bool as_it_is = tensor->scalar_type() == type || tensor->scalar_type() == at::kBool;
+    Series series(const OptionalTensor& tensor) const { return tensor.has_value() ? series(*tensor) : Series{}; }
+
+    Series series(const Tensor& tensor) const {
+        const int64_t row = rows == 1 ? stride_row : tensor.stride(0);
+        const int64_t time = steps == 1 ? stride_time : tensor.stride(1);
+        const bool as_it_is = tensor.scalar_type() == type || tensor.scalar_type() == ScalarType::Bool;
         const bool inner_contiguous = as_it_is && (time_inner() ? time == 1 : row == 1);
         const bool dense = inner_contiguous && row == stride_row && time == stride_time;
-        return {const_cast<void*>(tensor->const_data_ptr()), tensor->scalar_type(), row, time, dense, inner_contiguous};
+        if (!as_it_is) dtype_of(tensor.scalar_type());  // refuses what there is no kernel for
+        return {tensor.mutable_data(), tensor.scalar_type(), row, time, dense, inner_contiguous};
     }
 
     bool time_inner() const { return stride_time == 1; }

@@ -1,9 +1,5 @@
 // grid_reward on the CPU. The definition stands in efe_kernels/reward/reference.py. All counts are
 // integers, so they are exact; the few operations on them are float32, as they are there.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -11,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/library.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 
@@ -23,12 +20,12 @@ constexpr int32_t kOutside = -1;  // the colour of an integer that is none
 // Integers [B, H, W], or logits [B, H, W, C] that stand for their argmax.
 struct Grid {
     const char* name;
-    at::Tensor tensor;
+    const Tensor& tensor;
     bool logits;
     int64_t height, width, stride_b, stride_h, stride_w, stride_c;
 
-    Grid(const char* name, const at::Tensor& tensor)
-        : name(name), tensor(tensor), logits(tensor.is_floating_point()), height(tensor.size(1)), width(tensor.size(2)),
+    Grid(const char* name, const Tensor& tensor)
+        : name(name), tensor(tensor), logits(is_floating(tensor.scalar_type())), height(tensor.size(1)), width(tensor.size(2)),
           stride_b(tensor.stride(0)), stride_h(tensor.stride(1)), stride_w(tensor.stride(2)),
           stride_c(logits ? tensor.stride(3) : 0) {}
 
@@ -38,28 +35,28 @@ struct Grid {
 // body(T{}) with the type T of a grid's elements.
 template <class Body>
 EFE_INLINE void for_element_type(const Grid& grid, const Body& body) {
-    const at::ScalarType type = grid.tensor.scalar_type();
+    const ScalarType type = grid.tensor.scalar_type();
     if (grid.logits) return for_dtype(dtype_of(type), body);
     switch (type) {
-        case at::kByte:
+        case ScalarType::Byte:
             return body(uint8_t{});
-        case at::kChar:
+        case ScalarType::Char:
             return body(int8_t{});
-        case at::kShort:
+        case ScalarType::Short:
             return body(int16_t{});
-        case at::kInt:
+        case ScalarType::Int:
             return body(int32_t{});
-        case at::kLong:
+        case ScalarType::Long:
             return body(int64_t{});
         default:
-            TORCH_CHECK_TYPE(false, grid.name, " must hold logits or integers, it was ", type, ".");
+            STD_TORCH_CHECK(false, grid.name, " must hold logits or integers, it was ", type, ".");
     }
 }
 
 // body(typed pointer to the first row of an episode).
 template <class Body>
 EFE_INLINE void with_episode(const Grid& grid, int64_t b, const Body& body) {
-    const void* const data = grid.tensor.const_data_ptr();
+    const void* const data = grid.tensor.data();
     for_element_type(grid, [&](auto zero) EFE_SIMD_BODY {
         body(static_cast<const decltype(zero)*>(data) + b * grid.stride_b);
     });
@@ -112,7 +109,8 @@ EFE_INLINE void read_prediction(const Grid& grid, int64_t b, int64_t num_colors,
 }
 
 // The colours of the target of an episode, and which of its cells count.
-EFE_INLINE void read_target(const Grid& grid, const at::Tensor& valid, int64_t b, int64_t num_colors, Workspace& w) {
+EFE_INLINE void read_target(const Grid& grid, const OptionalTensor& valid, int64_t b, int64_t num_colors,
+                            Workspace& w) {
     w.target.resize(grid.cells());
     w.counted.resize(grid.cells());
     with_episode(grid, b, [&](const auto* episode) EFE_SIMD_BODY {
@@ -126,11 +124,11 @@ EFE_INLINE void read_target(const Grid& grid, const at::Tensor& valid, int64_t b
             }
         }
     });
-    if (!valid.defined()) return;
-    const bool* episode = valid.const_data_ptr<bool>() + b * valid.stride(0);
+    if (!valid.has_value()) return;
+    const bool* episode = valid->data<bool>() + b * valid->stride(0);
     for (int64_t h = 0; h < grid.height; ++h)
         for (int64_t i = 0; i < grid.width; ++i)
-            w.counted[h * grid.width + i] &= episode[h * valid.stride(1) + i * valid.stride(2)];
+            w.counted[h * grid.width + i] &= episode[h * valid->stride(1) + i * valid->stride(2)];
 }
 
 // The source index of each of new_size cells: nearest neighbour in the float32 arithmetic of `interpolate`.
@@ -197,9 +195,11 @@ int64_t first_outside(const std::vector<int32_t>& colours, const uint8_t* marked
 void check_colours(const Grid& grid, const std::vector<int64_t>& outside, int64_t num_colors) {
     for (size_t b = 0; b < outside.size(); ++b) {
         if (outside[b] < 0) continue;
-        const at::Tensor found = grid.tensor[static_cast<int64_t>(b)][outside[b] / grid.width][outside[b] % grid.width];
-        TORCH_CHECK_VALUE(false, grid.name, " must hold colours from 0 to ", num_colors - 1, ", it held ",
-                          found.item<int64_t>(), ".");
+        const int64_t row = outside[b] / grid.width, column = outside[b] % grid.width;
+        with_episode(grid, static_cast<int64_t>(b), [&](const auto* episode) {
+            refuse_value(grid.name, " must hold colours from 0 to ", num_colors - 1, ", it held ",
+                         static_cast<int64_t>(episode[row * grid.stride_h + column * grid.stride_w]), ".");
+        });
     }
 }
 
@@ -207,7 +207,7 @@ void check_colours(const Grid& grid, const std::vector<int64_t>& outside, int64_
 using Scores = std::array<float, 4>;
 
 // Column b of the table [14, B]: see reward_table of the reference.
-void store_scores(const Scores& before, const Scores& after, float mask_ratio, at::ArrayRef<double> weights,
+void store_scores(const Scores& before, const Scores& after, float mask_ratio, const std::vector<double>& weights,
                   float* column, int64_t batch) {
     float reward = 0;
     for (int term = 0; term < 4; ++term) {
@@ -221,24 +221,24 @@ void store_scores(const Scores& before, const Scores& after, float mask_ratio, a
     column[13 * batch] = mask_ratio;
 }
 
-at::Tensor grid_reward(const at::Tensor& before, const at::Tensor& after, const at::Tensor& target,
-                       const OptionalTensor& valid, const OptionalTensor& reversibility, at::ArrayRef<double> weights,
-                       int64_t num_colors) {
+Tensor grid_reward(const Tensor& before, const Tensor& after, const Tensor& target, const OptionalTensor& valid,
+                   const OptionalTensor& reversibility, const std::vector<double>& weights, int64_t num_colors) {
     const Grid goal("target", target);
     const Grid predictions[2] = {{"before", before}, {"after", after}};
+    for (const Grid* grid : {&goal, &predictions[0], &predictions[1]})
+        for_element_type(*grid, [](auto) {});  // refuses other dtypes here: threads lose what an exception says
     const Resize resizes[2] = {{predictions[0], goal}, {predictions[1], goal}};
     const int64_t batch = target.size(0);
-    const at::Tensor out = at::empty({14, batch}, target.options().dtype(at::kFloat));
-    const at::Tensor valid_cells = valid.value_or(at::Tensor());
-    const at::Tensor back = contiguous_as(reversibility, at::kFloat);
-    float* const table = out.mutable_data_ptr<float>();
+    Tensor out = empty({14, batch}, ScalarType::Float, target);
+    const Tensor back = contiguous_as(reversibility, ScalarType::Float);
+    float* const table = out.mutable_data<float>();
     std::vector<int64_t> outside[3];
     for (auto& first : outside) first.assign(batch, -1);
     const int64_t cost = (predictions[0].cells() + predictions[1].cells()) * num_colors;
     parallel(batch, cost, [&](int64_t first, int64_t last) EFE_SIMD_BODY {
         Workspace w;
         for (int64_t b = first; b < last; ++b) {
-            read_target(goal, valid_cells, b, num_colors, w);
+            read_target(goal, valid, b, num_colors, w);
             outside[0][b] = first_outside(w.target, w.counted.data());
             const auto counted = static_cast<int64_t>(std::count(w.counted.begin(), w.counted.end(), 1));
             const auto count = static_cast<float>(std::max<int64_t>(counted, 1));
@@ -253,7 +253,7 @@ at::Tensor grid_reward(const at::Tensor& before, const at::Tensor& after, const 
                 counts = compare(resizes[i], grid.width, num_colors, w);
                 const float difference = static_cast<float>(counts.difference) / count / static_cast<float>(num_colors);
                 scores[i] = {static_cast<float>(counts.equal) / count, resizes[i].size_score, 1 - difference,
-                             back.defined() ? data_of<float>(back)[i * batch + b] : 0.5f};
+                             back.defined() ? back.data<float>()[i * batch + b] : 0.5f};
             }
             const float mask_ratio = static_cast<float>(counted - counts.equal) / count;
             store_scores(scores[0], scores[1], mask_ratio, weights, table + b, batch);
@@ -264,7 +264,7 @@ at::Tensor grid_reward(const at::Tensor& before, const at::Tensor& after, const 
     return out;
 }
 
-TORCH_LIBRARY_IMPL(efe, CPU, library) { library.impl("grid_reward", grid_reward); }
+STABLE_TORCH_LIBRARY_IMPL(efe, CPU, library) { implement<grid_reward>(library, "grid_reward"); }
 
 }  // namespace
 }  // namespace efe::reward

@@ -9,42 +9,83 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 
+OLDEST_TORCH = "2.10"
+"""Whose stable interface the extension is built on: it loads with this torch and every later one (setup.py)."""
+CPU, CUDA = "efe_kernels._C", "efe_kernels._C_cuda"
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def load() -> str | None:
     """Import `efe_kernels._C`. Returns None where it serves the CPU, else a sentence on why not and what to do."""
-    spec = importlib.util.find_spec("efe_kernels._C")
-    if spec is None or spec.origin is None:
+    if release(torch.__version__) < release(OLDEST_TORCH):
+        return (
+            f"the C++ extension needs torch {OLDEST_TORCH} or newer, so with torch {torch.__version__} CPU tensors and the "
+            f"prompt ops are served by plain PyTorch. Install a newer torch, then run in the source folder: {REBUILD}"
+        )
+    file = file_of(CPU)
+    if file is None:
         return (
             "the C++ extension was not built, so CPU tensors and the prompt ops are served by plain PyTorch. Install a "
             f"C++ compiler, then run in the source folder: {REBUILD}"
         )
-    release = built_with(spec.origin)
-    if minor_release(release) != minor_release(torch.__version__):
+    if built_with(file) is None:
         return (
-            f"the C++ extension was built with torch {release} and is not loaded with torch {torch.__version__}, whose "
-            f"C++ interface is another one; plain PyTorch serves. Rebuild it with this torch: {REBUILD} in the source "
-            "folder"
+            "the C++ extension was built from other sources than these and is not loaded, so CPU tensors and the prompt "
+            f"ops are served by plain PyTorch. Rebuild it: {REBUILD} in the source folder"
         )
+    error = error_of(CPU)
+    if error is None:
+        return None
+    return (
+        f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors and the prompt ops are "
+        f"served by plain PyTorch. It must be rebuilt with this torch: {REBUILD} in the source folder"
+    )
+
+
+def load_cuda() -> str | None:
+    """The same of `efe_kernels._C_cuda`, which needs the CUDA that torch was built with: None too where that is none."""
+    if torch.version.cuda is None:
+        return None
+    if file_of(CUDA) is None:
+        return (
+            "the extension was built without its CUDA sources, so plain PyTorch serves the prompt ops on CUDA. Install "
+            f"the CUDA toolkit of torch {torch.version.cuda} (set CUDA_HOME), then run in the source folder: "
+            f"EFE_KERNELS_CUDA=1 {REBUILD}"
+        )
+    error = error_of(CUDA)
+    if error is None:
+        return None
+    return (
+        f"the CUDA kernels of the extension do not load with torch {torch.__version__} and CUDA {torch.version.cuda} "
+        f"({error}), so plain PyTorch serves the prompt ops on CUDA. They must be rebuilt with this torch: "
+        f"EFE_KERNELS_CUDA=1 {REBUILD} in the source folder"
+    )
+
+
+def file_of(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.origin
+
+
+def error_of(name: str) -> ImportError | None:
+    """Why a module does not load, None where it does."""
     try:
-        importlib.import_module("efe_kernels._C")
+        importlib.import_module(name)
     except ImportError as error:
-        return (
-            f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors and the prompt "
-            f"ops are served by plain PyTorch. It must be rebuilt with this torch: {REBUILD} in the source folder"
-        )
+        return error
     return None
 
 
-def has_cuda_sources() -> bool:
-    """Whether the extension, which is loaded, was built with them."""
-    return bool(importlib.import_module("efe_kernels._C").with_cuda)
+def schemas_of(op: str) -> list[str]:
+    """The schema of an op, without names, as each loaded module has it that holds a kernel for it."""
+    modules = [sys.modules[name] for name in (CPU, CUDA) if sys.modules.get(name) is not None]
+    return [module.schemas[op] for module in modules if op in module.schemas]
 
 
 def has_triton() -> bool:
@@ -64,12 +105,8 @@ def missing_on_cuda() -> list[str]:
             "the CUDA sources of the extension are not built for ROCm, so plain PyTorch serves the prompt ops on the "
             "GPU; there is nothing to install"
         )
-    elif PROBLEM is None and not has_cuda_sources():
-        found.append(
-            "the extension was built without its CUDA sources, so plain PyTorch serves the prompt ops on CUDA. Install "
-            f"the CUDA toolkit of torch {torch.version.cuda} (set CUDA_HOME), then run in the source folder: "
-            f"EFE_KERNELS_CUDA=1 {REBUILD}"
-        )
+    elif PROBLEM is None and CUDA_PROBLEM is not None:
+        found.append(CUDA_PROBLEM)
     return found
 
 
@@ -80,18 +117,21 @@ def warn_of_missing_on_cuda() -> None:
         warnings.warn(f"efe_kernels: {problem}", stacklevel=2)
 
 
-def built_with(path: str) -> str:
-    """The torch that the extension in this file was built with. Importing it to ask would register its kernels, and
-    crash where torch's C++ interface is another one."""
-    found = re.search(rb"efe_kernels was built with torch ([\w.+]+)", Path(path).read_bytes())
-    return found[1].decode() if found else "of an unknown version"
+def built_with(path: str) -> str | None:
+    """The torch that the extension in this file was built with; None of one that does not keep to the stable interface,
+    whose import could crash."""
+    text = rb"efe_kernels was built with torch ([\w.+]+) for torch %s and newer" % re.escape(OLDEST_TORCH).encode()
+    found = re.search(text, Path(path).read_bytes())
+    return found[1].decode() if found else None
 
 
-def minor_release(version: str) -> list[str]:
-    """Up to which torch keeps its C++ interface: ["2", "9"] of 2.9.1+cu128."""
-    return version.split(".")[:2]
+def release(version: str) -> tuple[int, ...]:
+    """(2, 10) of 2.10.0+cu128."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 PROBLEM = load()
+CUDA_PROBLEM = load_cuda() if PROBLEM is None else None
 if PROBLEM is not None:
     warnings.warn(f"efe_kernels: {PROBLEM}", stacklevel=2)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from efe_kernels.common.extension import REBUILD, has_triton, warn_of_missing_on_cuda
+from efe_kernels.common.extension import REBUILD, has_triton, schemas_of, warn_of_missing_on_cuda
 
 LIBRARY = torch.library.Library("efe", "DEF")
 
@@ -93,6 +94,11 @@ def schema_of(name: str, function: Callable[..., Any]) -> str:
     return f"{name}({arguments}) -> {results}"
 
 
+def without_names(schema: str) -> str:
+    """(Tensor, float) -> Tensor of `name(Tensor x, float y) -> Tensor`."""
+    return re.sub(r"([\w?\[\]]+) \w+(?=[,)])", r"\1", schema[schema.index("(") :])
+
+
 def with_groups(function: Callable[..., Any], reference: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """function, called with the arguments of its op: the fields of its groups, which are those of `reference` or its
     own, come one by one."""
@@ -154,13 +160,12 @@ def define_op(
     The C++ kernels register themselves for CPU and CUDA when `efe_kernels._C` is imported.
     """
     schema, plain = schema_of(name, reference), with_groups(reference)
-    try:
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    except RuntimeError as error:
+    if any(held != without_names(schema) for held in schemas_of(name)):
         raise ImportError(
             f"the C++ extension was built from other sources than these: its op {name} takes other arguments. "
             f"Rebuild it: {REBUILD} in the source folder"
-        ) from error
+        )
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, in_place_of_kernels(plain), "CompositeExplicitAutograd")
     torch.library.register_fake(f"efe::{name}", with_groups(fake), lib=LIBRARY)
     serve = None
