@@ -8,7 +8,7 @@ EMULATED := build/emulated
 OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST := build/triton-$(OLDEST_TRITON)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-SOURCES := $(shell find csrc -type f) setup.py
+SOURCES := $(shell find csrc -type f) setup.py efe_kernels/__init__.py
 # A CUDA build of torch, of another minor release than the one in constraints.txt: so two releases are tested.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda

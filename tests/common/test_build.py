@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from setuptools import Distribution
+
+import efe_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +103,60 @@ def test_a_failure_of_the_cpp_sources_is_not_blamed_on_cuda(setup: ModuleType, m
     build = failing_build(setup, monkeypatch, ["csrc/bindings.cpp"])
     with pytest.raises(RuntimeError, match="compiling objects"):
         build.build_extensions()
+
+
+def without_torch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """setup.py with these arguments, where `import torch` fails."""
+    (folder / "torch.py").write_text("raise ImportError('hidden')")
+    command = [sys.executable, str(ROOT / "setup.py"), "--quiet", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_metadata_need_no_torch(tmp_path: Path) -> None:
+    told = without_torch(tmp_path, "--version")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split()[-1] == efe_kernels.__version__
+    made = without_torch(tmp_path, "egg_info", "--egg-base", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "efe_kernels.egg-info" / "PKG-INFO").exists()
+
+
+@pytest.mark.parametrize("command", ["dist_info", "build_ext"])
+def test_without_torch_the_last_line_says_what_to_do(tmp_path: Path, command: str) -> None:
+    """dist_info is where pip begins: what it would download for nothing comes after."""
+    failed = without_torch(tmp_path, command)
+    assert failed.returncode == 1
+    last = failed.stderr.splitlines()[-1]
+    assert "isolation" in last and "hidden" in last
+    assert re.search(r"pip install torch .* and then pip install --no-build-isolation \.$", last)
+
+
+def no_headers(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda _: str(folder))
+
+
+def no_compiler(_: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("CXX", f"{folder}/no-compiler -O2")
+
+
+@pytest.mark.parametrize(
+    ("lack", "named"), [(no_compiler, "no-compiler"), (no_headers, "Python.h")], ids=["compiler", "headers"]
+)
+def test_where_no_cpp_compiles_the_build_says_what_it_leaves_out_or_refuses(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    lack: Any, named: str,
+) -> None:  # fmt: skip
+    lack(setup, monkeypatch, tmp_path)
+    monkeypatch.delenv("EFE_KERNELS_REQUIRE_EXT", raising=False)
+    assert setup.extensions() == []
+    told = capsys.readouterr().err
+    assert named in told and "without the C++ extension" in told
+    monkeypatch.setenv("EFE_KERNELS_REQUIRE_EXT", "1")
+    with pytest.raises(SystemExit) as caught:
+        setup.extensions()
+    assert named in str(caught.value.code) and "EFE_KERNELS_REQUIRE_EXT=1" in str(caught.value.code)
 
 
 def failing_build(setup: ModuleType, monkeypatch: pytest.MonkeyPatch, sources: list[str]) -> Any:
