@@ -62,14 +62,16 @@ EFE_INLINE float log1p_unit(float x) {
     return s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * tail)));
 }
 
-// log(x) for positive normal x: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m - 1) / (m + 1)).
+// log(x) for positive normal x: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m - 1) / (m + 1)). Infinity
+// and NaN stay what they are.
 EFE_INLINE float log_normal_range(float x) {
     const int32_t bits = __builtin_bit_cast(int32_t, x);
     const int32_t exponent = (bits - 0x3f3504f3) >> 23;
     const float m = __builtin_bit_cast(float, bits - (exponent << 23));
     const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
     const float log_m = s * (2.0f + z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9)))));
-    return static_cast<float>(exponent) * static_cast<float>(kLn2) + log_m;
+    const float log_x = static_cast<float>(exponent) * static_cast<float>(kLn2) + log_m;
+    return x < HUGE_VALF ? log_x : x;
 }
 
 // sin(pi t) and cos(pi t) for |t| <= 1: t = q / 2 + r with |r| <= 1/4, then the quadrant q swaps and negates.
