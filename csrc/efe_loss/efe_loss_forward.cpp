@@ -127,6 +127,9 @@ void forward_block(const Problem<A>& p, int64_t episode, const Block<A>& block, 
             add_agreement(one.p, other.p, one.information, other.information, outcomes,
                           p.backward_logits ? A(0.5) : A(1), by_cell[agreement]);
             if (!p.backward_logits) add_step(other, partner);
+        } else {
+            // The middle step is its own partner: their divergence is 0, or NaN where the step holds one.
+            for (int64_t i = 0; i < kCells; ++i) by_cell[agreement][i] += A(0) * one.information[i];
         }
         if (pair == 0) {
             if (p.final_logits) load_step(p.final_logits, episode, 0, block, one);
