@@ -82,13 +82,13 @@ void store_as(T* target, const CellView& view, const Block<A>& block, const A* v
                 T* to = target + c * view.stride_outcome + block.first;
                 const A* from = values + c * kCells;
                 EFE_INDEPENDENT
-                for (int64_t i = 0; i < block.count; ++i) to[i] = static_cast<T>(from[i] * block.counted[i]);
+                for (int64_t i = 0; i < block.count; ++i) to[i] = static_cast<T>(block.counted[i] != 0 ? from[i] : A(0));
             }
         } else {
             for_each_cell(view, block.first, block.count, [&](int64_t i, int64_t offset) EFE_SIMD_BODY {
                 T* const to = target + offset;
                 for (int64_t c = 0; c < view.outcomes; ++c)
-                    to[c * view.stride_outcome] = static_cast<T>(values[c * kCells + i] * block.counted[i]);
+                    to[c * view.stride_outcome] = static_cast<T>(block.counted[i] != 0 ? values[c * kCells + i] : A(0));
             });
         }
     });
