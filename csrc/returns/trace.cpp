@@ -42,7 +42,8 @@ EFE_INLINE Step<A> step_of(const Discounts<A>& d, A log_ratio, int flags) {
     const A ratio = math::exp(log_ratio);
     const A rho = ratio > d.rho_clip ? d.rho_clip : ratio;
     const A c = ratio > d.c_clip ? d.c_clip : ratio;
-    return {rho, c * trace, rho * trace, bootstrap};
+    // Not their product where the trace stops: a weight of NaN or infinity must not reach another episode.
+    return {rho, trace == 0 ? A(0) : c * trace, trace == 0 ? A(0) : rho * trace, bootstrap};
 }
 
 template <bool VTrace, bool TimeInner, class A>

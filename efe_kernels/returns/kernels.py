@@ -100,6 +100,12 @@ def discount(transitions, offset, ok, gamma):
 
 
 @triton.jit
+def weighted(trace_discount, weight):
+    """Their product, but 0 where the trace stops: a weight of NaN or infinity must not reach another episode."""
+    return tl.where(trace_discount == 0.0, 0.0, weight * trace_discount)
+
+
+@triton.jit
 def load_step(values, transitions, offset, ok, settings):
     """delta, the coefficient of x_{t+1} in x_t, that in the advantage of vtrace, and the value; 0 where not ok."""
     bootstrap_discount, trace_discount = discount(transitions, offset, ok, settings.gamma)
@@ -108,7 +114,7 @@ def load_step(values, transitions, offset, ok, settings):
     next_value = load(values.next_value, offset, ok)
     reward = load(values.reward, offset, ok) * settings.reward_scale
     delta = rho * (advance(bootstrap_discount, reward, next_value) - value)
-    return delta, c * trace_discount, rho * trace_discount, value
+    return delta, weighted(trace_discount, c), weighted(trace_discount, rho), value
 
 
 @triton.jit
@@ -190,8 +196,10 @@ def load_arrival(upstream, transitions, offset, ok, previous_offset, previous_ok
     if transitions.log_ratio is None:
         arrival += load(upstream.advantage, offset, ok)
     else:
-        arrival = advance(rho * trace_discount, arrival, load(upstream.advantage, previous_offset, previous_ok))
-    return c * trace_discount, arrival
+        arrival = advance(
+            weighted(trace_discount, rho), arrival, load(upstream.advantage, previous_offset, previous_ok)
+        )
+    return weighted(trace_discount, c), arrival
 
 
 @triton.jit

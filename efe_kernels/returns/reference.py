@@ -40,8 +40,8 @@ def trace_forward(
 ) -> Trace:
     """Advantage and value target, from the errors reward + gamma · next_value · (1 - terminated) - value."""
     dtype = accumulate_dtype(reward)
-    bootstrap = torch.where(transitions.terminated, 0, next_value.to(dtype))
-    error = reward.to(dtype) * settings.reward_scale + settings.gamma * bootstrap - value.to(dtype)
+    bootstrap = passed_on(settings.gamma, transitions.terminated, next_value.to(dtype))
+    error = reward.to(dtype) * settings.reward_scale + bootstrap - value.to(dtype)
     loop = gae if transitions.log_ratio is None else vtrace
     advantage, excess = loop(error, transitions, settings)
     return Trace(advantage.to(reward.dtype), (excess + value).to(reward.dtype))
@@ -66,7 +66,7 @@ def trace_backward(
     if needs[0]:
         found.append((to_target - grad_error).to(upstream.dtype))
     if needs[1]:
-        found.append(torch.where(terminated, 0, settings.gamma * grad_error).to(upstream.dtype))
+        found.append(passed_on(settings.gamma, terminated, grad_error).to(upstream.dtype))
     return found
 
 
@@ -107,7 +107,7 @@ def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple
     advantage_t = rho_t (reward_t + gamma · v_target_{t+1} - value_t), where v_target_{t+1} is next_value_t + x_{t+1}.
     """
     rho, c = importance(transitions, settings, error.dtype)
-    stop = boundaries(transitions)
+    stop = boundaries(transitions) | (settings.gamma == 0)
     delta = rho * error
     advantages: list[Tensor] = []
     excesses: list[Tensor] = []
@@ -122,7 +122,7 @@ def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple
 def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
     """Gradient of the error."""
     rho, c = importance(transitions, settings, to_advantage.dtype)
-    stop = boundaries(transitions)
+    stop = boundaries(transitions) | (settings.gamma == 0)
     grad_error: list[Tensor] = []
     carried = to_advantage.new_zeros(to_advantage.shape[0])
     for t in range(to_advantage.shape[1]):
@@ -154,7 +154,7 @@ def td_lambda_forward(next_value: Tensor, reward: Tensor, ends: Ends, settings: 
     dtype = accumulate_dtype(reward)
     stop = boundaries(ends)
     steps = reward.shape[1]
-    bootstrap = own_factor(stop, settings).to(dtype) * torch.where(ends.terminated, 0, next_value.to(dtype))
+    bootstrap = passed_on(own_factor(stop, settings).to(dtype), ends.terminated, next_value.to(dtype))
     delta = reward.to(dtype) * settings.reward_scale + bootstrap
     returns: list[Tensor] = []
     following = delta.new_zeros(delta.shape[0])
@@ -174,8 +174,8 @@ def td_lambda_backward(grad_result: Tensor, ends: Ends, settings: TDLambdaSettin
         carried = grad_result[:, t].to(dtype) + carried
         arriving.append(carried)
         carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
-    gradient = own_factor(stop, settings).to(dtype) * along_time(arriving, grad_result.to(dtype))
-    return torch.where(ends.terminated, 0, gradient).to(grad_result.dtype)
+    gradient = along_time(arriving, grad_result.to(dtype))
+    return passed_on(own_factor(stop, settings).to(dtype), ends.terminated, gradient).to(grad_result.dtype)
 
 
 def own_factor(stop: Tensor, settings: TDLambdaSettings) -> Tensor:

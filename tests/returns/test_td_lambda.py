@@ -145,3 +145,14 @@ def test_time_major_buffers_are_taken_as_they_lie(device: str) -> None:
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         td_lambda(**{**trajectories(3, 9, device="cpu"), **change})
+
+
+@pytest.mark.usefixtures("served_by")
+def test_a_monte_carlo_return_reads_only_the_values_at_which_it_is_cut(device: str) -> None:
+    reward, terminated = torch.randn(2, 6, device=device), torch.zeros(2, 6, dtype=torch.bool, device=device)
+    next_value = torch.full((2, 6), torch.nan, device=device)
+    next_value[:, -1] = 1.0
+    assert torch.equal(
+        td_lambda(reward, next_value, terminated, lam=1.0),
+        td_lambda(reward, next_value.nan_to_num(0.0), terminated, lam=1.0),
+    )

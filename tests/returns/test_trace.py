@@ -440,3 +440,36 @@ def test_forward_mode_outside_a_transform_is_refused(device: str) -> None:
     ):
         with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
             function(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("ratio", [math.nan, math.inf])
+@pytest.mark.parametrize("steps", [6, 40])
+def test_a_weight_without_a_value_stays_in_its_episode(ratio: float, steps: int, device: str) -> None:
+    """Neither way in time, whatever limits there are."""
+    t = trajectories(2, steps, device=device)
+    t["terminated"][:, 3] = True
+    clean = {name: tensor.clone() for name, tensor in t.items()}
+    t["log_ratio"][:, 3] = ratio
+    settings = {"rho_clip": math.inf, "c_clip": math.inf}
+    found, gradients = [], []
+    for one in (t, clean):
+        leaves = [one[name].requires_grad_() for name in ("value", "next_value")]
+        results = call_vtrace(one, **settings)
+        found.append(results)
+        gradients.append(torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results]))
+    for one, other in zip((*found[0], *gradients[0]), (*found[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(one[:, 4:], other[:, 4:], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("served_by")
+@BOTH
+def test_without_a_discount_the_next_value_is_not_read(call: Any, device: str) -> None:
+    t = trajectories(2, 6, device=device)
+    expected = call(t, gamma=0.0)
+    t["next_value"] = torch.full_like(t["next_value"], math.nan).requires_grad_()
+    found = call(t, gamma=0.0)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    (gradient,) = torch.autograd.grad(found, t["next_value"], [torch.ones_like(result) for result in found])
+    assert (gradient == 0).all()
