@@ -155,10 +155,12 @@ def prompt_term(
         defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)
         z_inverse = tl.where(defined, 1.0 / tl.where(defined, z_norm, 1.0), 0.0)
         u_inverse = tl.where(defined, 1.0 / tl.where(defined, u_norm, 1.0), 0.0)
-        cosine = tl.sum(z * u) * z_inverse * u_inverse
+        # A vector too short for a direction has a cosine of 0 with whatever the other one holds.
+        short = (z_norm <= SHORTEST_DIRECTION) | (u_norm <= SHORTEST_DIRECTION)
+        cosine = tl.where(short, 0.0, tl.sum(z * u) * z_inverse * u_inverse)
         total -= cosine / T
-        grad_u -= (z * z_inverse - cosine * u * u_inverse) * u_inverse / T
-        grad_z = -(u * u_inverse - cosine * z * z_inverse) * z_inverse / T
+        grad_u -= tl.where(short, 0.0, (z * z_inverse - cosine * u * u_inverse) * u_inverse / T)
+        grad_z = tl.where(short, 0.0, -(u * u_inverse - cosine * z * z_inverse) * z_inverse / T)
         grad_z = (grad_z - tl.sum(tl.where(real, grad_z, 0.0)) / C) * share
         tl.store(saved_ptr + 1 + t * C + outcome, grad_z, mask=real)
     tl.store(saved_ptr + 1 + T * C + outcome, grad_u, mask=real)

@@ -157,6 +157,12 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * inverse, inverse
 
 
+def without_direction(z: Tensor, u: Tensor) -> Tensor:
+    """Where one of the two is too short to have a direction: the cosine is 0, whatever the other one holds."""
+    short = [(x * x).sum(-1, keepdim=True) <= SHORTEST_DIRECTION**2 for x in (z, u)]
+    return short[0] | short[1]
+
+
 def project(vectors: Tensor, matrix: Tensor) -> Tensor:
     """vectors [B, D] times matrix [C, D] transposed, without the half precision that autocast gives to a matmul."""
     return (vectors[:, None] * matrix).sum(-1)
@@ -197,9 +203,9 @@ def efe_loss(inputs: Inputs, settings: Settings) -> Outputs:
         divergence = anchor_divergence(log_c, target_preference.to(dtype))
         anchor = mean_over_cells(divergence.expand(counted.shape), counted)
     if prompt is not None and projection is not None:
-        z, _ = unit(plan_direction(forward, counted))
-        u, _ = unit(project(prompt.to(dtype), projection.to(dtype)))
-        prompt_term = -(z * u[:, None]).sum(-1).mean(1)
+        z, u = plan_direction(forward, counted), project(prompt.to(dtype), projection.to(dtype))[:, None]
+        product = (unit(z)[0] * unit(u)[0]).sum(-1, keepdim=True)
+        prompt_term = -torch.where(without_direction(z, u), 0, product)[..., 0].mean(1)
     cells = counted.flatten(1).sum(1)
     terms = torch.stack(
         [
@@ -214,7 +220,8 @@ def efe_loss(inputs: Inputs, settings: Settings) -> Outputs:
         ],
         1,
     )
-    wrong = counted & (final.argmax(-1) != cell_target)
+    # NaN is never the largest, as in the kernels.
+    wrong = counted & (torch.where(final.isnan(), -torch.inf, final).argmax(-1) != cell_target)
     mask_ratio = wrong.flatten(1).sum(1).to(dtype) / cells.clamp_min(1)
     scale = torch.ones_like(mask_ratio)
     if settings.hard_cell:
@@ -234,10 +241,10 @@ def direction_gradients(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     z_unit, z_inverse = unit(z)
     u_unit, u_inverse = unit(u[:, None])
     cosine = (z_unit * u_unit).sum(-1, keepdim=True)
-    steps = z.shape[1]
-    grad_z = -(u_unit - cosine * z_unit) * z_inverse / steps
-    grad_u = -((z_unit - cosine * u_unit) * u_inverse).sum(1) / steps
-    return torch.where(u_inverse > 0, grad_z, 0), grad_u
+    none = without_direction(z, u[:, None])
+    grad_z = -(u_unit - cosine * z_unit) * z_inverse / z.shape[1]
+    grad_u = -(z_unit - cosine * u_unit) * u_inverse / z.shape[1]
+    return torch.where(none, 0, grad_z), torch.where(none, 0, grad_u).sum(1)
 
 
 def efe_loss_backward(

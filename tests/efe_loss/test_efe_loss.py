@@ -613,3 +613,50 @@ def test_target_out_of_range(value: int, device: str) -> None:
     else:
         total = efe_loss(**inputs, reduction="none").total
         assert total[1].isnan() and total[0].isfinite()
+
+
+@pytest.mark.usefixtures("served_by")
+def test_nan_beside_the_target_is_not_hidden(device: str) -> None:
+    """Where the consistency alone reads it, and the target's own logit is finite."""
+    inputs = Case(valid=False, final=True).inputs(device=device)
+    with torch.no_grad():
+        inputs["target"][0, 1, 1] = 4
+        inputs["final_logits"][0, 1, 1, 3] = float("nan")
+    output, _ = run(inputs)
+    assert output.total[0].isnan() and output.terms["consistency"][0].isnan()
+    assert output.total[1].isfinite()
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nan_in_the_middle_step_is_not_hidden(steps: int, device: str) -> None:
+    """Which a plan that is read backwards compares with itself."""
+    inputs = Case(valid=False, steps=steps, prompt=False, anchor=False).inputs(device=device)
+    with torch.no_grad():
+        inputs["logits"][0, steps // 2, 1, 1, 3] = float("nan")
+    output, _ = run(inputs, weights=EFEWeights(risk=0, consistency=0, anchor=0, prompt=0, step=0))
+    assert output.total[0].isnan() and output.total[1].isfinite()
+
+
+@pytest.mark.usefixtures("served_by")
+def test_an_episode_without_a_counted_cell_reads_no_prompt(device: str) -> None:
+    inputs = Case(steps=3, backward=True).inputs(device=device)
+    inputs["valid"][1] = False
+    with torch.no_grad():
+        inputs["prompt"][1, -1] = float("nan")
+        inputs["prompt"][1, 0] = float("inf")
+    output, gradients = run(inputs)
+    assert output.total[1] == 0 and all(term[1] == 0 for term in output.terms.values())
+    for name in ("logits", "backward_logits", "prompt"):
+        assert (gradients[name][1] == 0).all(), name
+
+
+@pytest.mark.usefixtures("served_by")
+def test_nan_is_never_the_most_probable_outcome(device: str) -> None:
+    inputs = Case(valid=False, final=True).inputs(device=device)
+    with torch.no_grad():
+        inputs["final_logits"].copy_(torch.nn.functional.one_hot(inputs["target"].clamp_min(0), 10))
+        other = (inputs["target"][0, 1, 1] + 1) % 10
+        inputs["final_logits"][0, 1, 1, other] = float("nan")
+    output, _ = run(inputs)
+    assert (output.mask_ratio == 0).all()
