@@ -80,7 +80,7 @@ def policy_gradient_loss_forward(entropy: Tensor, inputs: Inputs, settings: Sett
 
     def variance_of(x: Tensor) -> Tensor:
         # Relative to the largest, so that a constant has a variance of exactly 0. The padding stands in for no element.
-        largest = F.pad(torch.where(members, x, -torch.inf), (0, 1), value=-torch.inf).amax()
+        largest = F.pad(torch.where(members, x, -torch.inf).flatten(), (0, 1), value=-torch.inf).amax()
         offset = torch.where(x == largest, 0, x - torch.where(count > 0, largest, 0))
         return mean((offset - mean(offset)).square())
 

@@ -359,3 +359,11 @@ def test_a_critic_that_diverges_costs_infinity(value: float, device: str) -> Non
     values = torch.tensor([1.0, value, 1.0, 1.0], device=device)
     output = policy_gradient_loss(zeros, zeros, values, zeros, zeros)
     assert output.value == float("inf") and output.total == float("inf")
+
+
+@pytest.mark.usefixtures("served_by")
+def test_a_single_action_without_a_dimension(device: str) -> None:
+    tensors = batch(1, device=device)
+    expected = policy_gradient_loss(**tensors)
+    found = policy_gradient_loss(**{name: tensor[0] for name, tensor in tensors.items()})
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
