@@ -49,7 +49,7 @@ def entropy(probs: Tensor) -> Tensor:
 def cross_entropy(final: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     cells = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
     if not cells.any():
-        return final.sum() * 0
+        return final[cells].sum()
     return F.cross_entropy(final[cells], target[cells])
 
 

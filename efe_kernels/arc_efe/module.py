@@ -342,7 +342,7 @@ class EFELoss(nn.Module):
                     f"it was {list(prompt_embedding.shape)}."
                 )
         sizes.check_optional("prompt_embedding", prompt_embedding, "D", floating)
-        sizes.check_optional("grid_mask", grid_mask, "H W")
+        sizes.check_optional("grid_mask", grid_mask, "H W", checks.check_real)
         weight = self.prompt_projector.weight
         checks.check_device("the parameters of EFELoss", weight, "forward_predictions", forward_predictions.device)
         steps, height, width = forward_predictions.shape[:3]

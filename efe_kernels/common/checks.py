@@ -23,6 +23,8 @@ Kind = Callable[[str, torch.Tensor], None]
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, it was {type(value).__name__}.")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, its layout was {value.layout}; .to_dense() gives one.")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -47,6 +49,12 @@ def check_bool(name: str, tensor: torch.Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, it was {tensor.dtype}.")
+
+
+def check_real(name: str, tensor: torch.Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating, it was {tensor.dtype}.")
 
 
 class Sizes:

@@ -32,10 +32,8 @@ def masked_mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """
     checks.check_floating("hidden", hidden)
     sizes = checks.Sizes("hidden", hidden, "N? L E")
-    sizes.check("mask", mask, "N? L")
+    sizes.check("mask", mask, "N? L", checks.check_real)
     batched = hidden.dim() == 3
-    if mask.is_complex():
-        raise TypeError(f"mask must be bool, integer or floating, it was {mask.dtype}.")
     if not batched:
         hidden, mask = one_episode(hidden, mask)
     if mask.dtype != torch.bool:

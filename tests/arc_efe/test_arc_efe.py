@@ -629,6 +629,12 @@ WRONG: dict[str, tuple[int, Any, type[Exception], str]] = {
         r"prompt_embedding must have the shape \[6\] or \[10\], it was \[7\]",
     ),
     "other mask": (8, torch.ones(5, 5), ValueError, "grid_mask must have the shape"),
+    "complex mask": (
+        8,
+        torch.ones(5, 4, dtype=torch.complex64),
+        TypeError,
+        "grid_mask must be bool, integer or floating",
+    ),
     "other device": (
         1,
         torch.zeros(3, 5, 4, 10, device="meta"),

@@ -226,3 +226,13 @@ def test_no_episode_gives_empty_results_and_a_mean_of_0(function: str) -> None:
 
 def test_a_policy_loss_of_no_element_is_0() -> None:
     assert all(value == 0 for value in efe_kernels.policy_gradient_loss(*[X[:0]] * 5))
+
+
+@pytest.mark.parametrize(("function", "name", "batched"), positions())
+def test_a_sparse_tensor_is_named(function: str, name: str, batched: int) -> None:
+    call, arguments = CALLS[function]
+    given = arguments if batched else one_of(arguments)
+    sparse = torch.sparse_coo_tensor(size=given[name].shape, dtype=given[name].dtype)
+    extra = {"inverse": lambda grid: grid} if name == "source" else {}
+    with pytest.raises(TypeError, match=rf"^{name} must be a strided tensor, its layout was torch\.sparse_coo; .*\.$"):
+        call(**{**given, name: sparse}, **extra)
