@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from efe_kernels.common import checks
+from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.efe_loss.reference import TERMS, check_target_range, counted_cells
 from efe_kernels.functional import EFELossOutput, EFEWeights, efe_loss
 
@@ -155,7 +156,7 @@ class EFELoss(nn.Module):
         if target.device.type == "cpu":
             check_target_range(target, counted, self.num_colors)
         palette = torch.arange(self.num_colors, device=target.device)
-        found = torch.zeros_like(running, dtype=torch.float32)
+        found = torch.zeros_like(running, dtype=accumulate_dtype(running))
         found[:height, :width] = ((target[..., None] == palette) & counted[..., None]).sum(0)
         refused = ~((rate >= 0) & (rate <= 1))
         rate = torch.stack([rate * target.shape[0], torch.full_like(rate, target.shape[0]), refused.to(rate)])
@@ -168,13 +169,14 @@ class EFELoss(nn.Module):
         running.copy_(torch.where((episodes > 0) & (rate[2] == 0), moved, running))
 
     def _rate(self, success_rate: Tensor | float) -> Tensor:
-        """The success rate as 0-d float32 beside the parameters, checked where that costs no synchronisation."""
-        device = self.target_preference.device
+        """The success rate, 0-d beside the parameters in the dtype of the arithmetic, checked where that costs no
+        synchronisation."""
+        device, dtype = self.target_preference.device, accumulate_dtype(self.target_preference)
         if not isinstance(success_rate, Tensor):
-            return torch.full((), checks.number("success_rate", success_rate, 0, 1), device=device)
+            return torch.full((), checks.number("success_rate", success_rate, 0, 1), dtype=dtype, device=device)
         if success_rate.dim() != 0:
             shape = list(success_rate.shape)
             raise ValueError(f"success_rate must be a number or a 0-d tensor, its shape was {shape}.")
         if success_rate.device.type == "cpu":
             checks.number("success_rate", success_rate.item(), 0, 1)
-        return success_rate.to(device, torch.float32)
+        return success_rate.to(device, dtype)

@@ -122,3 +122,9 @@ def test_ranks_agree_on_the_running_preference_and_train_without_a_prompt() -> N
         alone = small()
         alone.update_target_preference(target, valid, rate)
         assert torch.equal(found[rank][1], alone.target_preference)
+
+
+def test_a_module_in_double_moves_in_double() -> None:
+    module = EFELoss(max_grid_size=2, num_colors=2, prompt_dim=2).double()
+    module.update_target_preference(torch.zeros(1, 2, 2, dtype=torch.int64), None, 0.1)
+    assert (module.target_preference[..., 0] == 0.05 + 0.15 * 0.1).all()
