@@ -18,13 +18,17 @@ TRAIN_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
 INSTALL_ARGS ?=
+# Random calls of each public function, and what chooses them.
+FUZZ_CASES ?= 2000
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
 
-.PHONY: help train test sanitize emulate install-matrix audit cuda-build aot aot-pinned aot-oldest projection bench \
+.PHONY: help train test fuzz sanitize emulate install-matrix audit cuda-build aot aot-pinned aot-oldest projection bench \
     gpu docs lint clean
 
 help:
 	@echo "make train     set up .venv, build, train on the ARC-AGI-1 tasks (TRAIN_ARGS=... are handed to efe-train)"
 	@echo "make test      set up .venv, build, run every test that this machine can run"
+	@echo "make fuzz      FUZZ_CASES random calls of every public function against its definition (FUZZ_SEED repeats a run)"
 	@echo "make sanitize  the tests of the C++ kernels under AddressSanitizer and UBSan (needs GCC)"
 	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
 	@echo "make install-matrix  every way to install the package, each in an environment of its own (INSTALL_ARGS=...)"
@@ -46,8 +50,14 @@ train: $(VENV)/.built
 # so with the CUDA C++ kernels.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest --ignore tests/emulated
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/test_peers.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/fuzz tests/test_peers.py
 	$(MAKE) emulate
+
+# In parts, which several processes share; a process that dies is named with the part that it was at.
+fuzz: $(VENV)/.built
+	@echo "FUZZ_SEED=$(FUZZ_SEED)"
+	OMP_NUM_THREADS=1 EFE_FUZZ_CASES=$(FUZZ_CASES) EFE_FUZZ_PARTS=8 EFE_FUZZ_SEED=$(FUZZ_SEED) \
+	$(BIN)/python -m pytest --numprocesses auto tests/fuzz
 
 # The tests run beside the instrumented package: what stands next to `tests` is what they import. Capturing only Python's
 # own output lets the report of a sanitizer through; an extension that does not load is an error, not a warning.
@@ -55,11 +65,11 @@ sanitize: $(VENV)/.built
 	CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	LDFLAGS="-fsanitize=address,undefined" EFE_KERNELS_CUDA=0 \
 	$(BIN)/python setup.py --quiet build --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
-	rm -rf $(SANITIZED)/tests $(SANITIZED)/csrc
-	cp -r tests csrc $(SANITIZED)
+	rm -rf $(SANITIZED)/tests $(SANITIZED)/bench $(SANITIZED)/csrc
+	cp -r tests bench csrc $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/prompt
+	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/prompt tests/fuzz
 
 # The CUDA C++ sources without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
 # tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.

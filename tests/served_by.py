@@ -26,13 +26,20 @@ def recorded_calls(op: str, device: str) -> Iterator[list[tuple[Any, ...]]]:
         yield calls
 
 
+@contextmanager
+def references() -> Iterator[None]:
+    """All ops are served by their references inside."""
+    with torch.library._scoped_library("efe", "IMPL") as library:
+        for name, served in OPS.items():
+            for key in ("CPU", "CUDA"):
+                library.impl(name, served.reference, key, allow_override=True)
+        yield
+
+
 @pytest.fixture(params=["kernel", "reference"])
 def served_by(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "kernel":
         yield "kernel"
         return
-    with torch.library._scoped_library("efe", "IMPL") as library:
-        for name, served in OPS.items():
-            for key in ("CPU", "CUDA"):
-                library.impl(name, served.reference, key, allow_override=True)
+    with references():
         yield "reference"

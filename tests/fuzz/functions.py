@@ -1,0 +1,349 @@
+"""How a call of each public function is drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+import efe_kernels
+from bench.ops.arc_efe_definition import definition as arc_efe_definition
+from efe_kernels import EFELoss, EFEWeights, RewardWeights, arc_efe
+from tests.fuzz.draw import Draw
+from tests.fuzz.oracle import Function
+
+SCALES = (1.0, 0.0, -2.5, 1, 1e-30, 1e30)
+IGNORED = -100
+
+
+def leading(draw: Draw) -> str:
+    """The letters of a shape of any rank. The definition loops over time."""
+    draw.size("T", most=draw.choice((*[40] * 15, 600)))
+    return draw.choice(("T", "B T", "A B T"))
+
+
+def gae(draw: Draw) -> None:
+    dims = leading(draw)
+    for name in ("reward", "value", "next_value"):
+        draw.floating(name, dims)
+    draw.mask("terminated", dims)
+    draw.mask("truncated", dims, optional=True)
+    draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
+    draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
+    draw.number("reward_scale", SCALES)
+
+
+def vtrace(draw: Draw) -> None:
+    dims = leading(draw)
+    for name in ("log_ratio", "reward", "value", "next_value"):
+        draw.floating(name, dims)
+    draw.mask("terminated", dims)
+    draw.mask("truncated", dims, optional=True)
+    draw.number("gamma", (0.9, 0.0, 1.0, 1), 0, 1)
+    for name in ("rho_clip", "c_clip"):
+        draw.number(name, (2.0, 0.0, math.inf, 1e-30, 1e30), 0, finite=False)
+    draw.number("reward_scale", SCALES)
+
+
+def td_lambda(draw: Draw) -> None:
+    dims = leading(draw)
+    for name in ("reward", "next_value"):
+        draw.floating(name, dims)
+    draw.mask("terminated", dims)
+    draw.mask("truncated", dims, optional=True)
+    draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
+    draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
+    draw.number("reward_scale", SCALES)
+
+
+def rl_advantage(draw: Draw) -> None:
+    dims = draw.choice(("", "B", "B G", "A B G"))
+    for name in ("reward", "value"):
+        draw.floating(name, dims)
+    draw.mask("mask", dims, optional=True)
+    draw.number("reward_scale", SCALES)
+    draw.other("normalize", ("tanh", "clamp", None))
+    draw.arguments["whiten"] = draw.choice((False, True))
+    if draw.arguments["whiten"]:
+        numel = draw.arguments["reward"].numel()
+        divisors = [size for size in (1, 2, 3, 7, 16, 64, *([numel] if numel else [])) if numel % size == 0]
+        draw.count("group_size", divisors, low=1, optional=True)
+
+
+def policy_gradient_loss(draw: Draw) -> None:
+    dims = draw.choice(("B", "", "B T", "A B T"))
+    for name in ("log_prob", "advantage", "value", "value_target", "entropy"):
+        draw.floating(name, dims)
+    draw.floating("old_log_prob", dims, optional=True)
+    draw.mask("mask", dims, optional=True)
+    draw.number("clip", (0.2, 1.0, 1e-6, 3.5, math.inf), 0, above=True, finite=False)
+    draw.number("value_coef", SCALES)
+    draw.number("entropy_coef", SCALES)
+
+
+def masked_mean_pool(draw: Draw) -> None:
+    draw.batched = draw.often()
+    draw.floating("hidden", "N? L E")
+    draw.mask("mask", "N? L", any_dtype=True)
+
+
+def policy(draw: Draw, anchor: str) -> None:
+    """mean and log_std beside what is named."""
+    draw.batched = draw.often()
+    draw.size("B")
+    draw.size("D", least=1)
+    draw.sizes["D+1"] = draw.sizes["D"] + 1
+    draw.floating(anchor, "B? D" if anchor == "prompt" else "B? D+1")
+    draw.floating("mean", "B? D+1")
+    draw.floating("log_std", draw.choice(("D+1", "B? D+1")), change=lambda values: values.clamp(-1e30, 1e30))
+
+
+def refine_prompt(draw: Draw) -> None:
+    policy(draw, "prompt")
+    draw.floating("noise", "B? D+1", optional=True)
+    if draw.arguments["noise"] is None:
+        draw.count("seed", (0, 1, 2**63 - 1), low=0, optional=True)
+    draw.number("delta_scale", (0.5, 1e-30, 1e30, 1), 0, above=True)
+
+
+def squashed_log_prob(draw: Draw) -> None:
+    policy(draw, "action")
+    draw.number("delta_scale", (0.5, 1e-30, 1e30, 1), 0, above=True)
+
+
+def plan(draw: Draw, most: int = 37) -> tuple[int, int, int]:
+    """The sizes of a plan; H, W and C."""
+    draw.size("T", least=1, most=9)
+    outcomes = draw.size("C", least=2, most=70)
+    return draw.size("H", least=1, most=most), draw.size("W", least=1, most=most), outcomes
+
+
+def logits(values: Tensor) -> Tensor:
+    """No further apart than 1e30, from where on efe_loss takes a logit for that much below the largest."""
+    return torch.where(values.isfinite(), values.clamp(-4e29, 4e29), values)
+
+
+def softmaxed(values: Tensor) -> Tensor:
+    return values.softmax(-1)
+
+
+def one_hots(values: Tensor) -> Tensor:
+    """A running mean of targets: as random values are not negative, with cells that have not been set."""
+    return torch.where(values.sum(-1, keepdim=True) < -1, 0, values.abs())
+
+
+def efe_inputs(draw: Draw, learned: bool = True) -> tuple[int, int, int]:
+    """What efe_loss and its module take alike. learned: with what the module owns."""
+    draw.batched = draw.often()
+    height, width, outcomes = plan(draw)
+    draw.size("B", most=9)
+    draw.floating("logits", "B? T H W C", change=logits)
+    draw.integers("target", "B? H W", 0, outcomes, ignored=IGNORED)
+    draw.floating("backward_logits", "B? T H W C", optional=True, change=logits)
+    draw.floating("final_logits", "B? H W C", optional=True, change=logits)
+    draw.floating("observation_probs", "B? T H W C", optional=True, change=softmaxed)
+    draw.mask("valid", "B? H W", optional=True)
+    draw.flag("hard_cell")
+    draw.number("hard_cell_min_ratio", (0.5, 0.0, 1.0, -1.0, 2.0))
+    draw.other("reduction", ("mean", "sum", "none"))
+    draw.other(
+        "weights", (EFEWeights(ambiguity=0.7), EFEWeights(0, 0, 0, 0, 0, 0, 0), EFEWeights(risk=-1.0, prompt=30))
+    )
+    return height, width, outcomes
+
+
+def efe_loss(draw: Draw) -> None:
+    height, width, outcomes = efe_inputs(draw)
+    draw.sizes["D"] = outcomes + draw.choice((0, 1, 6, 90))
+    covered = (height + draw.choice((0, 0, 1)), width + draw.choice((0, 0, 3)), outcomes)
+    each = draw.batched and draw.rarely()
+    draw.floating("preference_logits", "C", shape=(draw.sizes["B"], *covered) if each else covered, change=logits)
+    draw.floating("prompt", "B? D", optional=True)
+    draw.floating("projection", "C D", optional=True)
+    draw.floating("target_preference", "C", shape=covered, optional=True, grad=False, change=one_hots)
+    draw.count("max_cells", (900, 1, 2**40), low=1)
+    if draw.rarely():
+        draw.floating("grad_scale", "", optional=True)
+
+
+MODULE_SETTINGS = ("hard_cell", "hard_cell_min_ratio", "reduction", "weights")
+
+
+def efe_module(draw: Draw) -> None:
+    height, width, outcomes = efe_inputs(draw)
+    draw.sizes["D"] = outcomes + draw.choice((0, 1, 6, 90))
+    draw.sizes["max"] = max(height, width) + draw.choice((0, 0, 1))
+    draw.floating("preference_logits", "max max C", change=logits)
+    draw.floating("projection", "C D")
+    draw.floating("target_preference", "max max C", grad=False, change=one_hots)
+    for name in ("preference_logits", "projection", "target_preference"):
+        del draw.parameters[name]
+    draw.floating("prompt", "B? D", optional=True)
+
+
+def call_efe_module(**arguments: Any) -> Any:
+    state = {name: arguments.pop(name) for name in ("preference_logits", "projection", "target_preference")}
+    settings = {name: arguments.pop(name) for name in MODULE_SETTINGS if name in arguments}
+    size, _, outcomes = state["preference_logits"].shape
+    module = EFELoss(size, outcomes, state["projection"].shape[1], **settings)
+    plan = (arguments.pop("logits"), arguments.pop("target"))
+    return functional_call(module, state, plan, arguments)
+
+
+LAMBDAS = ("lambda_risk", "lambda_amb", "lambda_step", "lambda_cons", "lambda_bi", "lambda_z", "lambda_prompt",
+           "lambda_grid_norm")  # fmt: skip
+
+
+def arc_efe_loss(draw: Draw) -> None:
+    plan(draw, most=17)
+    draw.sizes["D"] = draw.choice((draw.sizes["C"], 7, 256))
+    draw.sizes["max"] = draw.choice((30, 1, 5))
+    for name in ("forward_predictions", "backward_predictions", "state_predictions"):
+        draw.floating(name, "T H W C")
+    draw.floating("observation_probs", "T H W C", change=softmaxed)
+    draw.floating("final_prediction", "H W C")
+    draw.integers("target_outcome", "H W", 0, draw.sizes["C"])
+    draw.arguments["episode_length"] = draw.choice((5, 0, 1))
+    draw.floating("prompt_embedding", draw.choice(("D", "C")), optional=True)
+    draw.mask("grid_mask", "H W", optional=True, any_dtype=True)
+    for name in LAMBDAS:
+        draw.number(name, SCALES[:4])
+    draw.arguments |= {
+        "state": draw.seed(),
+        "anchored": draw.often(),
+        "prompt_dim": draw.sizes["D"],
+        "max_grid_size": draw.sizes["max"],
+    }
+
+
+def arc_efe_module(arguments: dict[str, Any]) -> Any:
+    """The module in the dtype of the arithmetic, and what it is called with."""
+    given = dict(arguments)
+    forward = given["forward_predictions"]
+    settings = {name: given.pop(name) for name in (*LAMBDAS, "prompt_dim", "max_grid_size") if name in given}
+    torch.default_generator.manual_seed(given.pop("state"))
+    anchored = given.pop("anchored")
+    outcomes = forward.shape[-1] if isinstance(forward, Tensor) and forward.dim() == 4 else 3
+    module = arc_efe.EFELoss(num_colors=outcomes, **settings)
+    if isinstance(forward, Tensor) and forward.dim() == 4:
+        _, height, width, _ = forward.shape
+        module.ensure_preference(height, width)
+        if anchored:
+            module.update_target_preference([torch.randint(outcomes, (height, width))], [(height, width)])
+        if forward.dtype == torch.float64:
+            module.double()
+        module.to(forward.device)
+    return module, given
+
+
+def call_arc_efe(**arguments: Any) -> Any:
+    module, given = arc_efe_module(arguments)
+    return module(**given)
+
+
+def define_arc_efe(**arguments: Any) -> Any:
+    module, given = arc_efe_module(arguments)
+    forward = given["forward_predictions"]
+    dtype = torch.float64 if forward.dtype == torch.float64 else torch.float32
+    floating = {
+        name: value.to(dtype)
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    plan = [floating[f"{name}_predictions"] for name in ("forward", "backward")]
+    mask = given.get("grid_mask")
+    return arc_efe_definition(
+        module, *plan, floating["observation_probs"], floating["final_prediction"], given["target_outcome"].long(),
+        given["episode_length"], floating.get("prompt_embedding"), None if mask is None else mask.to(dtype),
+    )  # fmt: skip
+
+
+def grid_reward(draw: Draw) -> None:
+    draw.batched = draw.often()
+    colours = draw.arguments["num_colors"] = draw.choice((10, 1, 2, 33, 300))
+    draw.size("B", most=9)
+    draw.size("H", least=1, most=37)
+    draw.size("W", least=1, most=37)
+    draw.integers("target", "B? H W", 0, colours, ignored=IGNORED)
+    for name in ("before", "after"):
+        height, width = (draw.sizes[letter] if draw.often() else draw.choice((1, 2, 5, 13, 31)) for letter in "HW")
+        shape = (*draw.shape("B?"), height, width)
+        if draw.often() and math.prod(shape) * colours <= 40000:
+            draw.floating(name, "", shape=(*shape, colours))
+        else:
+            draw.integers(name, "", 0, colours, shape=shape)
+    draw.mask("valid", "B? H W", optional=True)
+    if draw.rarely():
+        draw.integers("source", "", 0, colours, shape=(*draw.shape("B?"), *draw.choice(((1, 1), (3, 5), (17, 2)))))
+        draw.arguments["inverse"] = draw.choice((torch.t, torch.zero_, torch.Tensor.short, lambda grid: grid[:1]))
+    draw.other("weights", (RewardWeights(0, 0, 0, 0), RewardWeights(1, -2, 0.5, 1e30)))
+
+
+def update_target_preference(draw: Draw) -> None:
+    """Of EFELoss."""
+    draw.batched = draw.often()
+    height, width, outcomes = plan(draw)
+    draw.size("B", most=9)
+    draw.sizes["max"] = max(height, width) + draw.choice((0, 0, 1))
+    draw.integers("target", "B? H W", 0, outcomes, ignored=IGNORED)
+    draw.mask("valid", "B? H W", optional=True)
+    draw.arguments["success_rate"] = draw.choice((0.5, 0.0, 1, torch.tensor(0.25)))
+    draw.floating("running", "max max C", grad=False, change=one_hots)
+    del draw.parameters["running"]
+
+
+def call_update(running: Tensor, target: Any, valid: Any, success_rate: Any) -> Tensor:
+    size, _, outcomes = running.shape
+    module = EFELoss(size, outcomes, outcomes).to(running)
+    module.target_preference.copy_(running)
+    module.update_target_preference(target, valid, success_rate)
+    return module.target_preference
+
+
+def define_update(running: Tensor, target: Tensor, valid: Tensor | None, success_rate: Any) -> Tensor:
+    """Cell by cell."""
+    moved = running.clone()
+    target = target.long() if target.dim() == 3 else target.long()[None]
+    for h in range(target.shape[1]):
+        for w in range(target.shape[2]):
+            colours = [
+                int(grid[h, w]) for b, grid in enumerate(target)
+                if int(grid[h, w]) != IGNORED and (valid is None or bool(valid.view(target.shape)[b, h, w]))
+            ]  # fmt: skip
+            if colours:
+                mean = torch.eye(running.shape[-1], dtype=torch.float64)[colours].mean(0)
+                old = running[h, w].double()
+                moved[h, w] = (old + (0.05 + 0.15 * float(success_rate)) * (mean - old)).to(running.dtype)
+    return moved
+
+
+PUBLIC: dict[str, Any] = {name: getattr(efe_kernels, name) for name in efe_kernels.__all__}
+# Each with the strategy that draws its arguments.
+FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
+    function.name: (function, arguments)
+    for function, arguments in (
+        (Function("efe_loss", efe_kernels.efe_loss, constants=("grad_scale",), addends=16, loss=True, governs="logits"), efe_loss),
+        (Function("EFELoss", call_efe_module, addends=16, loss=True, governs="logits"), efe_module),
+        (Function("EFELoss.update_target_preference", call_update, define_update), update_target_preference),
+        (Function("arc_efe.EFELoss", call_arc_efe, define_arc_efe, addends=16, loss=True, governs="forward_predictions"), arc_efe_loss),
+        (Function("grid_reward", efe_kernels.grid_reward), grid_reward),
+        (Function("rl_advantage", efe_kernels.rl_advantage, constants=("reward",), addends=1), rl_advantage),
+        (Function("gae", efe_kernels.gae, constants=("reward",)), gae),
+        (Function("vtrace", efe_kernels.vtrace, constants=("reward", "log_ratio")), vtrace),
+        (Function("td_lambda", efe_kernels.td_lambda, constants=("reward",)), td_lambda),
+        (
+            Function(
+                "policy_gradient_loss", efe_kernels.policy_gradient_loss,
+                constants=("advantage", "value_target", "old_log_prob"), addends=1, loss=True,
+            ),
+            policy_gradient_loss,
+        ),
+        (Function("masked_mean_pool", efe_kernels.masked_mean_pool), masked_mean_pool),
+        (Function("refine_prompt", efe_kernels.refine_prompt, constants=("noise",), addends=16), refine_prompt),
+        (Function("squashed_log_prob", efe_kernels.squashed_log_prob, addends=16), squashed_log_prob),
+    )
+}  # fmt: skip
