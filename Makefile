@@ -91,8 +91,6 @@ audit: $(VENV)/.built
 # Nothing of the source tree must serve the tests in place of what was installed: pytest appends it to the path.
 ifeq ($(shell command -v nvcc),)
 cuda-build:
-	@echo "make install-matrix  every way to install the package, each in an environment of its own (INSTALL_ARGS=...)"
-	@echo "make audit     known vulnerabilities of what .venv holds (asks a service on the network)"
 	@echo "make cuda-build is left out: nvcc is not on the PATH."
 else
 cuda-build: $(CUDA_VENV)/.torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,3 +24,9 @@ def promoted(*tensors: Any) -> list[Any]:
 def constant(tensor: Tensor) -> Tensor:
     """tensor, of which no gradient is asked."""
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """What plain PyTorch computes on the tensor's device is left in the dtypes of its arguments."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

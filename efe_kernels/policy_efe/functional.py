@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from efe_kernels.common import checks
-from efe_kernels.common.arguments import promoted
+from efe_kernels.common.arguments import promoted, without_autocast
 
 
 class PolicyEFE(NamedTuple):
@@ -173,9 +172,3 @@ def expected(observed: Tensor, preference_logits: Tensor) -> Tensor:
     """Expected log-probability of what is observed [..., T, O] under softmax(preference_logits), summed over T."""
     wish = preference_logits.log_softmax(-1)
     return (observed * wish.where((observed > 0) | wish.isfinite(), 0.0)).sum((-2, -1))
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Matrix products are computed in the dtype of their factors."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efe_kernels.common import checks
-from efe_kernels.common.arguments import constant, promoted
+from efe_kernels.common.arguments import constant, promoted, without_autocast
 from efe_kernels.returns import ops
 
 
@@ -215,7 +215,8 @@ def next_values(
         )
     checks.check_device("last_value", last_value, "value", value.device)
     value, last_value, final_value = promoted(value, last_value, final_value)
-    following = torch.cat([value, last_value.unsqueeze(axis)], axis).narrow(axis, 1, value.shape[axis])
+    with without_autocast(value):  # which refuses to cat float16 on the CPU
+        following = torch.cat([value, last_value.unsqueeze(axis)], axis).narrow(axis, 1, value.shape[axis])
     if truncated is not None:
         following = torch.where(nonzero(truncated), 0 if final_value is None else final_value, following)
     return torch.where(nonzero(terminated), 0, following)
@@ -231,17 +232,11 @@ def check_trajectories(time_dim: int, terminated: Tensor, truncated: Tensor | No
     time_dim = checks.integer("time_dim", time_dim)
     if not -dims <= time_dim < dims:
         raise ValueError(f"time_dim must be in [{-dims}, {dims}) for {name} = {list(first.shape)}, it was {time_dim}.")
-    check_flag("terminated", terminated, name, first)
-    if truncated is not None:
-        check_flag("truncated", truncated, name, first)
+    flags = {"terminated": terminated} | ({} if truncated is None else {"truncated": truncated})
+    for flag_name, flag in flags.items():
+        checks.check_real(flag_name, flag)
+        checks.check_beside(flag_name, flag, name, first)
     return time_dim if time_dim < 0 else time_dim - dims
-
-
-def check_flag(name: str, flag: Tensor, like_name: str, like: Tensor) -> None:
-    checks.check_tensor(name, flag)
-    if flag.is_complex():
-        raise TypeError(f"{name} must be bool, integer or floating, it was {flag.dtype}.")
-    checks.check_beside(name, flag, like_name, like)
 
 
 def nonzero(flag: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch.func import functional_call
 import efe_kernels
 from bench.ops.arc_efe_definition import definition as arc_efe_definition
 from efe_kernels import EFELoss, EFEWeights, RewardWeights, arc_efe
-from tests.fuzz.draw import Draw
+from tests.fuzz.draw import Draw, Parameter
 from tests.fuzz.oracle import Function
 
 SCALES = (1.0, 0.0, -2.5, 1, 1e-30, 1e30)
@@ -21,17 +22,23 @@ IGNORED = -100
 
 
 def leading(draw: Draw) -> str:
-    """The letters of a shape of any rank. The definition loops over time."""
-    draw.size("T", most=draw.choice((*[40] * 15, 600)))
-    return draw.choice(("T", "B T", "A B T"))
+    """The letters of a shape of any rank, time at any place. The definition loops over time."""
+    draw.size("T", most=draw.choice((70, 70, 70, 70, 70, 70, 70, 600)))
+    letters = draw.choice(("", "B", "A B")).split()
+    rank = len(letters) + 1
+    place = draw.choice(range(rank)) if draw.rarely() else rank - 1
+    draw.parameters["time_dim"] = Parameter("count", low=-rank, high=rank - 1)
+    if place < rank - 1 or draw.rarely():
+        draw.arguments["time_dim"] = draw.choice((place, place - rank))
+    return " ".join([*letters[:place], "T", *letters[place:]])
 
 
 def gae(draw: Draw) -> None:
     dims = leading(draw)
     for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims)
-    draw.mask("truncated", dims, optional=True)
+    draw.mask("terminated", dims, any_dtype=True)
+    draw.mask("truncated", dims, optional=True, any_dtype=True)
     draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
     draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
     draw.number("reward_scale", SCALES)
@@ -41,8 +48,8 @@ def vtrace(draw: Draw) -> None:
     dims = leading(draw)
     for name in ("log_ratio", "reward", "value", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims)
-    draw.mask("truncated", dims, optional=True)
+    draw.mask("terminated", dims, any_dtype=True)
+    draw.mask("truncated", dims, optional=True, any_dtype=True)
     draw.number("gamma", (0.9, 0.0, 1.0, 1), 0, 1)
     for name in ("rho_clip", "c_clip"):
         draw.number(name, (2.0, 0.0, math.inf, 1e-30, 1e30), 0, finite=False)
@@ -53,11 +60,110 @@ def td_lambda(draw: Draw) -> None:
     dims = leading(draw)
     for name in ("reward", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims)
-    draw.mask("truncated", dims, optional=True)
+    draw.mask("terminated", dims, any_dtype=True)
+    draw.mask("truncated", dims, optional=True, any_dtype=True)
     draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
     draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
     draw.number("reward_scale", SCALES)
+
+
+def next_values(draw: Draw) -> None:
+    dims = leading(draw)
+    draw.floating("value", dims)
+    draw.floating("last_value", " ".join(letter for letter in dims.split() if letter != "T"))
+    draw.mask("terminated", dims, any_dtype=True)
+    draw.mask("truncated", dims, optional=True, any_dtype=True)
+    draw.floating("final_value", dims, optional=True)
+
+
+def define_next_values(
+    value: Tensor, last_value: Tensor, terminated: Tensor, truncated: Tensor | None, final_value: Tensor | None,
+    time_dim: int = -1,
+) -> Tensor:  # fmt: skip
+    """Step by step."""
+    following, steps = [], value.shape[time_dim]
+    for t in range(steps):
+        found = last_value if t == steps - 1 else value.select(time_dim, t + 1)
+        if truncated is not None:
+            final = torch.zeros_like(found) if final_value is None else final_value.select(time_dim, t)
+            found = torch.where(truncated.select(time_dim, t) != 0, final, found)
+        following.append(torch.where(terminated.select(time_dim, t) != 0, torch.zeros_like(found), found))
+    dtypes = [tensor.dtype for tensor in (value, last_value, final_value) if tensor is not None]
+    return (torch.stack(following, time_dim) if steps else value).to(functools.reduce(torch.promote_types, dtypes))
+
+
+def probabilities(dim: int) -> Callable[[Tensor], Tensor]:
+    """None of them is 0: at 0 an entropy has no derivative."""
+    return lambda values: values.clamp(-3, 3).softmax(dim)
+
+
+def rollout_states(draw: Draw) -> None:
+    draw.size("S", least=1, most=17)
+    draw.floating("initial", draw.choice(("S", "B S", "A B S")), change=probabilities(-1))
+    del draw.parameters["initial"]  # two dimensions more are no fault
+    draw.floating("transition", "S S U", shape=(draw.sizes["S"], draw.sizes["S"], draw.size("U", least=1, most=17)),
+                  change=probabilities(0))  # fmt: skip
+    draw.size("T", most=7)
+    draw.integers("policies", "P T", 0, draw.sizes["U"], shape=(draw.size("P", most=17), draw.sizes["T"]))
+
+
+def define_rollout(initial: Tensor, transition: Tensor, policies: Tensor) -> Tensor:
+    """Policy by policy."""
+    initial, transition = (x.to(torch.promote_types(initial.dtype, transition.dtype)) for x in (initial, transition))
+    found = initial.new_empty(*initial.shape[:-1], *policies.shape, initial.shape[-1])
+    rows = []
+    for policy in policies.long().tolist():
+        states, steps = initial, []
+        for action in policy:
+            states = (transition[:, :, action] * states[..., None, :]).sum(-1)
+            steps.append(states)
+        rows.append(torch.stack(steps, -2) if steps else found[..., 0, :, :])
+    return torch.stack(rows, -3) if rows else found
+
+
+def policy_efe(draw: Draw) -> None:
+    draw.size("S", least=1, most=17)
+    draw.size("T", most=7)
+    draw.size("P", most=17)
+    draw.floating("state_probs", draw.choice(("P T S", "B P T S")), change=probabilities(-1))
+    del draw.parameters["state_probs"]  # two dimensions more are no fault
+    for place in range(draw.choice((1, 1, 2))):
+        draw.size(f"O{place}", least=1, most=17)
+        draw.floating(f"likelihood{place}", f"O{place} S", change=probabilities(0))
+        draw.floating(f"preference_logits{place}", draw.choice((f"O{place}", f"T O{place}")), change=logits)
+    for name in ("likelihood", "preference_logits"):
+        draw.arguments[name] = None  # named in errors
+
+
+def by_modality(likelihood: None, preference_logits: None, **arguments: Any) -> tuple[Any, list[Any], list[Any]]:
+    likelihoods, preferences = (
+        [value for name, value in arguments.items() if name.startswith(kind)]
+        for kind in ("likelihood", "preference_logits")
+    )
+    return arguments["state_probs"], likelihoods, preferences
+
+
+def call_policy_efe(**arguments: Any) -> Any:
+    return efe_kernels.policy_efe(*by_modality(**arguments))
+
+
+def define_policy_efe(**arguments: Any) -> dict[str, Tensor]:
+    """Over the joint outcomes, with every part as it is defined."""
+    state_probs, likelihoods, preferences = by_modality(**arguments)
+    dtypes = (tensor.dtype for tensor in (state_probs, *likelihoods, *preferences))
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    states, steps = state_probs.to(dtype), state_probs.shape[-2]
+    given = torch.ones(states.shape[-1], 1, dtype=dtype)  # p(o | s), [S, O]
+    utility = torch.zeros(states.shape[:-2], dtype=dtype)
+    for likelihood, logits in zip(likelihoods, preferences, strict=True):
+        one, log_c = likelihood.to(dtype).T, logits.to(dtype).log_softmax(-1).expand(steps, -1)
+        utility = utility + ((states[..., None] * one).sum(-2) * log_c).sum((-2, -1))
+        given = (given[:, :, None] * one[:, None]).flatten(1)
+    observed = (states[..., None] * given).sum(-2)  # [..., P, T, O]
+    risk = (observed * observed.log()).sum((-2, -1)) - utility
+    ambiguity = -(states * (given * given.log()).sum(-1)).sum((-2, -1))
+    gain = (states[..., None] * given * (given.log() - observed.log()[..., None, :])).sum((-3, -2, -1))
+    return {"efe": risk + ambiguity, "risk": risk, "ambiguity": ambiguity, "information_gain": gain, "utility": utility}
 
 
 def rl_advantage(draw: Draw) -> None:
@@ -335,6 +441,9 @@ FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
         (Function("gae", efe_kernels.gae, constants=("reward",)), gae),
         (Function("vtrace", efe_kernels.vtrace, constants=("reward", "log_ratio")), vtrace),
         (Function("td_lambda", efe_kernels.td_lambda, constants=("reward",)), td_lambda),
+        (Function("next_values", efe_kernels.next_values, define_next_values), next_values),
+        (Function("rollout_states", efe_kernels.rollout_states, define_rollout, plain=True), rollout_states),
+        (Function("policy_efe", call_policy_efe, define_policy_efe, addends=64, plain=True), policy_efe),
         (
             Function(
                 "policy_gradient_loss", efe_kernels.policy_gradient_loss,

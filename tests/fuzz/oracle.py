@@ -32,6 +32,7 @@ class Function:
     constants: floating-point arguments through which no gradient flows.
     addends: magnitude of what is added up inside, whatever the size of the result, such as a logarithm of 10 outcomes.
     loss: its gradients say nothing where a result of it is not finite.
+    plain: it is made of PyTorch's own matrix products, whose backward autocast changes.
     governs: the argument whose dtype decides on the arithmetic, where it is not that of the result.
     """
 
@@ -41,6 +42,7 @@ class Function:
     constants: tuple[str, ...] = ()
     addends: float = 0.0
     loss: bool = False
+    plain: bool = False
     governs: str = ""
 
 
@@ -320,7 +322,7 @@ def check_repeats(function: Function, case: Case, found: Found) -> None:
     again: list[Found] = []
 
     def call() -> None:
-        with MODES[case.again]():
+        with MODES["plain" if function.plain and case.again == "under autocast" else case.again]():
             again.append(run(function.call, case, case.arguments, found.upstream))
 
     if case.again == "in another thread":
