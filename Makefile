@@ -9,7 +9,8 @@ OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml
 OLDEST := build/triton-$(OLDEST_TRITON)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := $(shell find csrc -type f) setup.py efe_kernels/__init__.py
-# A CUDA build of torch, of another minor release than the one in constraints.txt: so two releases are tested.
+# A CUDA build of torch, of another minor release than the one in constraints.txt: so two releases are tested, each also
+# with what was built with the other.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV := .venv-cuda
 CUDA_PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --constraint $(CUDA_VENV)/constraints.txt
@@ -33,7 +34,8 @@ help:
 	@echo "make emulate   the CUDA C++ kernels on the CPU: tests/prompt on them, and tests/emulated under sanitizers"
 	@echo "make install-matrix  every way to install the package, each in an environment of its own (INSTALL_ARGS=...)"
 	@echo "make audit     known vulnerabilities of what .venv holds (asks a service on the network)"
-	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU"
+	@echo "make cuda-build  install beside CUDA_TORCH in .venv-cuda, CUDA sources included, and test that without a GPU;"
+	@echo "               then what is built with either torch beside the other"
 	@echo "make aot       compile every GPU kernel ahead of time and check registers, spills and instructions, with the"
 	@echo "               pinned Triton (make aot-pinned) and with the oldest that is supported (make aot-oldest)"
 	@echo "make projection  how long the kernels must take at least on an H100 and an H200, without a GPU"
@@ -93,10 +95,12 @@ ifeq ($(shell command -v nvcc),)
 cuda-build:
 	@echo "make cuda-build is left out: nvcc is not on the PATH."
 else
-cuda-build: $(CUDA_VENV)/.torch
+cuda-build: $(VENV)/.built $(CUDA_VENV)/.torch
 	TORCH_CUDA_ARCH_LIST=$(CUDA_ARCH) EFE_KERNELS_CUDA=1 $(CUDA_PIP) --no-build-isolation ".[test]"
 	cd $(CUDA_VENV) && bin/python -W error:efe_kernels -m efe_kernels.info
-	EFE_KERNELS_CUDA=1 $(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto --ignore tests/emulated
+	EFE_KERNELS_CUDA=1 EFE_KERNELS_OTHER_PYTHON=$(BIN)/python \
+	$(CUDA_VENV)/bin/pytest --import-mode=append --numprocesses auto --ignore tests/emulated
+	EFE_KERNELS_OTHER_PYTHON=$(CUDA_VENV)/bin/python $(BIN)/python -m pytest tests/common/test_other_torch.py
 endif
 
 # What the compilers make of every GPU kernel, against the committed budgets. Needs no GPU; CUDA C++ needs nvcc.

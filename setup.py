@@ -1,4 +1,5 @@
-"""Compiles the extension `efe_kernels._C`. Everything else about the distribution stands in pyproject.toml.
+"""Compiles the extension: `efe_kernels._C`, and from the CUDA sources `efe_kernels._C_cuda`, which loads where torch
+has CUDA. Everything else about the distribution stands in pyproject.toml.
 
 EFE_KERNELS_CUDA=0|1|auto chooses whether the CUDA sources are built. `auto`, the default, builds them where torch was
 built with CUDA and nvcc is found. No GPU is asked: a wheel can be built on a machine that has none. The architectures
@@ -97,8 +98,8 @@ def choose_cuda() -> tuple[bool, str]:
 
 
 def sources(of_cuda: bool) -> list[str]:
-    """The sources of `_C` or of `_C_cuda`, relative to the root. An object is named after its source without the ending,
-    so no two sources of a folder differ in the ending alone."""
+    """The sources of `_C` or of `_C_cuda`, relative to the root. An object is named after its source without the
+    ending, so no two sources of a folder differ in the ending alone."""
     found = {*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*/*.cpp"), *ROOT.glob("csrc/*/*.cu")}
     cuda = {*ROOT.glob("csrc/*/cuda_ops.cpp"), *ROOT.glob("csrc/*/*.cu")}
     return sorted(str(source.relative_to(ROOT)) for source in (cuda if of_cuda else found - cuda))

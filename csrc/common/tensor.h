@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -29,7 +30,18 @@ using torch::headeronly::CppTypeToScalarType;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-inline void check(AOTITorchError error) { STD_TORCH_CHECK(error == TORCH_SUCCESS, "efe: torch refuses a call."); }
+// torch writes to stderr why a call fails: the interface hands no exception over.
+inline void check(AOTITorchError error) {
+    STD_TORCH_CHECK(error == TORCH_SUCCESS, "efe: torch could not do what was asked of it; the cause stands on stderr.");
+}
+
+// The number of a dtype is torch's own affair, and finding it out takes up to twenty calls: the usual ones are remembered.
+inline ScalarType scalar_type_of(int32_t number) {
+    static const int32_t float32 = aoti_torch_dtype_float32(), boolean = aoti_torch_dtype_bool();
+    if (number == float32) return ScalarType::Float;
+    if (number == boolean) return ScalarType::Bool;
+    return stable::to<ScalarType>(stable::from(number));
+}
 
 // A reference to a tensor, or none. Its form is asked for once, because every question is a call into torch.
 class Tensor {
@@ -47,28 +59,18 @@ public:
         check(torch_get_const_data_ptr(handle, &data_));
         sizes_ = sizes;
         strides_ = strides;
-        type_ = stable::to<ScalarType>(stable::from(type));
-    }
-
-    Tensor(Tensor&& other) noexcept { *this = std::move(other); }
-    Tensor& operator=(Tensor&& other) noexcept {
-        std::swap(handle_, other.handle_);
-        dim_ = other.dim_, sizes_ = other.sizes_, strides_ = other.strides_, type_ = other.type_, data_ = other.data_;
-        return *this;
-    }
-    ~Tensor() {
-        if (defined()) aoti_torch_delete_tensor_object(handle_);
+        type_ = scalar_type_of(type);
     }
 
     // A second reference.
     Tensor share() const {
         AtenTensorHandle handle;
-        check(aoti_torch_new_tensor_handle(handle_, &handle));
-        return Tensor(handle);
+        check(aoti_torch_new_tensor_handle(this->handle(), &handle));
+        return Tensor(*this, handle);
     }
-    AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+    AtenTensorHandle release() { return handle_.release(); }
 
-    AtenTensorHandle handle() const { return handle_; }
+    AtenTensorHandle handle() const { return handle_.get(); }
     bool defined() const { return handle_ != nullptr; }
     ScalarType scalar_type() const { return type_; }
     int64_t dim() const { return dim_; }
@@ -85,7 +87,7 @@ public:
 
     bool is_contiguous() const {
         bool contiguous;
-        check(aoti_torch_is_contiguous(handle_, &contiguous));
+        check(aoti_torch_is_contiguous(handle(), &contiguous));
         return contiguous;
     }
 
@@ -105,7 +107,15 @@ public:
     }
 
 private:
-    AtenTensorHandle handle_ = nullptr;
+    Tensor(const Tensor& form, AtenTensorHandle handle)
+        : handle_(handle), dim_(form.dim_), sizes_(form.sizes_), strides_(form.strides_), type_(form.type_),
+          data_(form.data_) {}
+
+    struct Delete {
+        void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+    };
+
+    std::unique_ptr<AtenTensorOpaque, Delete> handle_;
     int64_t dim_ = 0;
     const int64_t *sizes_ = nullptr, *strides_ = nullptr;
     ScalarType type_ = ScalarType::Undefined;
@@ -160,16 +170,29 @@ inline bool is_dense(const Tensor& tensor) {
     return true;
 }
 
+// The tensor that an op of torch makes of the arguments on the stack, which it takes over.
+inline Tensor call(const char* op, const char* overload, StableIValue* stack) {
+    check(torch_call_dispatcher(op, overload, stack, TORCH_ABI_VERSION));
+    return Tensor(stable::to<AtenTensorHandle>(*stack));
+}
+
 // In the form of `like`, as torch.empty_like: with its strides where it is dense.
 inline Tensor empty_like(const Tensor& like, ScalarType type) {
     if (like.is_contiguous() || is_dense(like))
         return empty_strided(like.dim(), like.sizes(), like.strides(), type, like);
-    AtenTensorHandle given;
-    check(aoti_torch_new_tensor_handle(like.handle(), &given));
     const StableIValue none = stable::from(std::nullopt);
-    StableIValue stack[] = {stable::from(given), stable::from(std::optional(type)), none, none, none, none};
-    check(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-    return Tensor(stable::to<AtenTensorHandle>(stack[0]));
+    StableIValue stack[] = {
+        stable::from(like.share().release()), stable::from(std::optional(type)), none, none, none, none};
+    return call("aten::empty_like", "", stack);
+}
+
+// The sum over the rows of a matrix.
+inline Tensor sum_rows(const Tensor& matrix) {
+    const int64_t dim = 0;
+    const std::optional<torch::headeronly::IntHeaderOnlyArrayRef> dims({&dim, 1});
+    StableIValue stack[] = {
+        stable::from(matrix.share().release()), stable::from(dims), stable::from(false), stable::from(std::nullopt)};
+    return call("aten::sum", "dim_IntList", stack);
 }
 
 inline void copy(const Tensor& from, const Tensor& to) { check(aoti_torch_copy_(to.handle(), from.handle(), 0)); }

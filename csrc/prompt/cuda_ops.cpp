@@ -2,8 +2,6 @@
 // Compiled only where nvcc is there (setup.py).
 #include "prompt/cuda.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/cuda.h"
 #include "common/module.h"
 #include "prompt/ops.h"
@@ -21,14 +19,7 @@ void on_current_stream(const Args& args) {
 struct Cuda {
     using Device = CudaDevice;
 
-    static Tensor sum_rows(const Tensor& rows) {
-        const int64_t dim = 0;
-        const auto sum = torch::stable::sum(torch::stable::Tensor(rows.share().release()), {{&dim, 1}});
-        AtenTensorHandle handle;
-        check(aoti_torch_new_tensor_handle(sum.get(), &handle));
-        return Tensor(handle);
-    }
-
+    static constexpr auto sum_rows = efe::sum_rows;
     static constexpr auto masked_mean_pool_chunks = cuda::masked_mean_pool_chunks;
     static constexpr auto masked_mean_pool_forward =
         on_current_stream<MaskedMeanPoolForward, cuda::masked_mean_pool_forward>;

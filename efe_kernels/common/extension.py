@@ -25,8 +25,9 @@ def load() -> str | None:
     """Import `efe_kernels._C`. Returns None where it serves the CPU, else a sentence on why not and what to do."""
     if release(torch.__version__) < release(OLDEST_TORCH):
         return (
-            f"the C++ extension needs torch {OLDEST_TORCH} or newer, so with torch {torch.__version__} CPU tensors and the "
-            f"prompt ops are served by plain PyTorch. Install a newer torch, then run in the source folder: {REBUILD}"
+            f"the C++ extension needs torch {OLDEST_TORCH} or newer, so with torch {torch.__version__} CPU tensors and "
+            "the prompt ops are served by plain PyTorch. Install a newer torch, then run in the source folder: "
+            f"{REBUILD}"
         )
     file = file_of(CPU)
     if file is None:
@@ -36,20 +37,20 @@ def load() -> str | None:
         )
     if built_with(file) is None:
         return (
-            "the C++ extension was built from other sources than these and is not loaded, so CPU tensors and the prompt "
-            f"ops are served by plain PyTorch. Rebuild it: {REBUILD} in the source folder"
+            "the C++ extension was built from other sources than these and is not loaded, so CPU tensors and the "
+            f"prompt ops are served by plain PyTorch. Rebuild it: {REBUILD} in the source folder"
         )
     error = error_of(CPU)
     if error is None:
         return None
     return (
-        f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors and the prompt ops are "
-        f"served by plain PyTorch. It must be rebuilt with this torch: {REBUILD} in the source folder"
+        f"the C++ extension does not load with torch {torch.__version__} ({error}), so CPU tensors and the prompt ops "
+        f"are served by plain PyTorch. It must be rebuilt with this torch: {REBUILD} in the source folder"
     )
 
 
 def load_cuda() -> str | None:
-    """The same of `efe_kernels._C_cuda`, which needs the CUDA that torch was built with: None too where that is none."""
+    """The same of `efe_kernels._C_cuda` and CUDA; None too where torch has no CUDA, and so needs none of it."""
     if torch.version.cuda is None:
         return None
     if file_of(CUDA) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from setuptools import Distribution
 
 import efe_kernels
+from efe_kernels.common import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,18 +31,46 @@ def setup() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("with_cuda", [False, True])
-def test_no_two_sources_share_an_object(setup: ModuleType, with_cuda: bool) -> None:
-    objects = [Path(source).with_suffix(".o") for source in setup.sources(with_cuda)]
+def test_no_two_sources_share_an_object(setup: ModuleType) -> None:
+    objects = [Path(source).with_suffix(".o") for source in (*setup.sources(False), *setup.sources(True))]
     assert len(objects) == len(set(objects))
 
 
 def test_every_source_is_built_and_only_cuda_needs_cuda(setup: ModuleType) -> None:
     everything = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.c*")}
-    assert set(setup.sources(True)) == everything
+    assert {*setup.sources(False), *setup.sources(True)} == everything
     for source in everything:
-        needs_cuda = source.endswith(".cu") or "c10/cuda" in (ROOT / source).read_text()
-        assert (source not in setup.sources(False)) == needs_cuda, source
+        needs_cuda = source.endswith(".cu") or "common/cuda.h" in (ROOT / source).read_text()
+        assert (source in setup.sources(True)) == needs_cuda, source
+
+
+def test_only_the_headers_that_hide_torch_include_it() -> None:
+    hiding = {f"csrc/common/{name}.h" for name in ("tensor", "library", "parallel", "cuda", "module")}
+    includes = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*.*")
+        if re.search(r"#include <(torch|ATen|c10)/", path.read_text())
+    }
+    assert includes == hiding
+
+
+def test_the_extension_is_built_for_the_torch_that_it_asks_for(setup: ModuleType) -> None:
+    assert extension.release(extension.OLDEST_TORCH) == setup.OLDEST_TORCH
+    assert setup.TARGET == "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+# nm alone reads what the file needs without loading it, which _C_cuda would not do beside a torch for the CPU.
+@pytest.mark.skipif(shutil.which("nm") is None, reason="without nm")
+@pytest.mark.parametrize("name", [extension.CPU, extension.CUDA])
+def test_of_torch_the_extension_needs_its_c_interface_alone(name: str) -> None:
+    """No C++ symbol of torch, whose names change from release to release."""
+    file = extension.file_of(name)
+    if file is None:
+        pytest.skip(f"{name} was not built")
+    done = subprocess.run(["nm", "-D", "--undefined-only", file], capture_output=True, text=True, check=True)
+    needed = re.findall(r"^ *[Uw] (\S+)", done.stdout, re.MULTILINE)
+    assert any(symbol.startswith("aoti_torch_") for symbol in needed)
+    assert [symbol for symbol in needed if re.match(r"_Z\w*?(2at|3c10|5torch)", symbol)] == []
 
 
 def put_nvcc(folder: Path, script: str) -> None:

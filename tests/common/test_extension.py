@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,17 +27,12 @@ def negated(x: torch.Tensor) -> torch.Tensor:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, file: Path | None) -> list[str]:
-    """torch 2.9.1+cu128 and this extension, or none. What is imported is recorded and not loaded."""
+    """torch 2.12.1+cu128 and this extension, or none. What is imported is recorded and not loaded."""
     imported: list[str] = []
-
-    def import_module(name: str) -> Any:
-        imported.append(name)
-        return SimpleNamespace(with_cuda=True)
-
     spec = None if file is None else SimpleNamespace(origin=str(file))
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cu128")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "efe_kernels._C" else object())
-    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(importlib, "import_module", imported.append)
     return imported
 
 
@@ -67,7 +63,8 @@ def cuda_torch(monkeypatch: pytest.MonkeyPatch, *, hip: str | None = None) -> No
     monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(extension, "PROBLEM", None)
-    monkeypatch.setattr(extension, "has_cuda_sources", lambda: False)
+    monkeypatch.setattr(extension, "file_of", lambda name: None)
+    monkeypatch.setattr(extension, "CUDA_PROBLEM", extension.load_cuda())
     extension.warn_of_missing_on_cuda.cache_clear()
 
 
@@ -126,28 +123,65 @@ def test_a_torch_for_the_cpu_misses_nothing_on_cuda(monkeypatch: pytest.MonkeyPa
     assert extension.missing_on_cuda() == []
 
 
-def built_with(release: str, folder: Path) -> Path:
-    file = folder / "_C.so"
-    file.write_bytes(b"\x7fELF\0efe_kernels was built with torch " + release.encode() + b"\0more")
-    return file
+def test_cuda_kernels_that_do_not_load_leave_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a torch for another CUDA, whose libraries the file does not find."""
+
+    def import_module(name: str) -> None:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    cuda_torch(monkeypatch)
+    monkeypatch.setattr(extension, "file_of", lambda name: f"{name}.so")
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(extension, "CUDA_PROBLEM", extension.load_cuda())
+    sentence = extension.missing_on_cuda()[-1]
+    assert "CUDA 13.0 (libcudart.so.13: cannot open shared object file)" in sentence
+    assert f"EFE_KERNELS_CUDA=1 {extension.REBUILD}" in sentence
 
 
-@pytest.mark.parametrize("release", ["2.8.0", "3.9.1", "2.10.0a0+git"])
-def test_an_extension_of_another_torch_is_named_with_its_remedy_and_not_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
-) -> None:
-    imported = pretend(monkeypatch, built_with(release, tmp_path))
-    problem = extension.load()
-    assert problem is not None
-    assert f"built with torch {release} and is not loaded with torch 2.9.1+cu128" in problem
-    assert extension.REBUILD in problem
+def test_a_torch_for_the_cpu_does_not_load_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(extension, "file_of", lambda name: f"{name}.so")
+    monkeypatch.setattr(importlib, "import_module", imported.append)
+    assert extension.load_cuda() is None
     assert not imported
 
 
-@pytest.mark.parametrize("release", ["2.9.1", "2.9.0", "2.9.1+cpu"])
-def test_a_patch_release_or_another_build_of_the_same_torch_is_fine(
+def built_with(release: str, folder: Path) -> Path:
+    file = folder / "_C.so"
+    text = f"efe_kernels was built with torch {release} for torch {extension.OLDEST_TORCH} and newer"
+    file.write_bytes(b"\x7fELF\0" + text.encode() + b"\0more")
+    return file
+
+
+@pytest.mark.parametrize("release", ["2.9.1+cu128", "1.13.0"])
+def test_a_torch_before_the_stable_interface_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str
 ) -> None:
+    imported = pretend(monkeypatch, built_with("2.13.0", tmp_path))
+    monkeypatch.setattr(torch, "__version__", release)
+    problem = extension.load()
+    assert problem is not None
+    assert f"needs torch {extension.OLDEST_TORCH} or newer, so with torch {release}" in problem
+    assert "plain PyTorch" in problem
+    assert not imported
+
+
+@pytest.mark.parametrize("text", [b"efe_kernels was built with torch 2.12.1", b""])
+def test_an_extension_that_does_not_keep_to_the_stable_interface_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: bytes
+) -> None:
+    file = tmp_path / "_C.so"
+    file.write_bytes(b"\x7fELF\0" + text + b"\0more")
+    imported = pretend(monkeypatch, file)
+    problem = extension.load()
+    assert problem is not None
+    assert "built from other sources than these and is not loaded" in problem and extension.REBUILD in problem
+    assert not imported
+
+
+@pytest.mark.parametrize("release", ["2.10.0", "2.12.1+cpu", "2.14.1+cu130", "3.0.0a0+git"])
+def test_an_extension_of_any_torch_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str) -> None:
     imported = pretend(monkeypatch, built_with(release, tmp_path))
     assert extension.load() is None
     assert imported == ["efe_kernels._C"]
@@ -163,7 +197,19 @@ def test_an_extension_that_was_not_built_is_named_with_its_remedy(monkeypatch: p
 def test_the_extension_knows_the_torch_that_it_was_built_with() -> None:
     module = pytest.importorskip("efe_kernels._C")
     release = extension.built_with(module.__file__)
-    assert extension.minor_release(release) == extension.minor_release(torch.__version__)
+    assert release is not None
+    assert extension.release(release) >= extension.release(extension.OLDEST_TORCH)
+
+
+def test_a_call_keeps_none_of_its_tensors() -> None:
+    """Given, optional, in a tuple or in a list: the stack of a kernel owns what it holds, and the kernel takes it over."""
+    given = [torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) < 0.5]
+    reward, value, mask = given
+    advantage, statistics = torch.ops.efe.rl_advantage_forward(reward, value, mask, 1.0, "tanh", 6)
+    gradients = torch.ops.efe.trace_backward(advantage, None, [True, True], mask, mask, None, 0.9, 0.9, 1.0, 1.0, 1.0)
+    alive = [weakref.ref(tensor) for tensor in (*given, advantage, statistics, *gradients)]
+    del given, reward, value, mask, advantage, statistics, gradients
+    assert [tensor() for tensor in alive] == [None] * 7
 
 
 USE_IT = """
@@ -174,44 +220,43 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("efe::masked_mean_pool_forw
 """
 
 
-@pytest.mark.parametrize("case", ["another torch", "undefined symbol", "as it is"])
-def test_a_package_whose_extension_does_not_fit_works_without_it(tmp_path: Path, case: str) -> None:
-    """A copy of the package, with the version in its extension changed, or a symbol that it needs from torch."""
+OTHER_SOURCES = "built from other sources than these"
+DOES_NOT_LOAD = f"does not load with torch {torch.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b" and newer\0", b" and older\0", OTHER_SOURCES),
+        (b"torch_parallel_for\0", b"torch_parallel_of\0\0", DOES_NOT_LOAD),
+        (b"", b"", None),
+    ],
+    ids=["other sources", "undefined symbol", "as it is"],
+)
+def test_a_package_whose_extension_does_not_fit_works_without_it(
+    tmp_path: Path, old: bytes, new: bytes, told: str | None
+) -> None:
+    """A copy of the package, with what its extension says of itself changed, or a symbol that it needs from torch."""
     pytest.importorskip("efe_kernels._C")
     package = Path(efe_kernels.__file__).parent
     copied = shutil.copytree(package, tmp_path / "efe_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     (file,) = copied.glob("_C.*")
     content = file.read_bytes()
-    release = extension.built_with(str(file)).encode()
-    if case == "another torch":
-        content = content.replace(b"built with torch " + release, b"built with torch " + b"1" + release[1:])
-    elif case == "undefined symbol":
-        content = content.replace(b"get_num_threads", b"get_no_threads_")
+    assert old in content
     file.unlink()
-    file.write_bytes(content)
+    file.write_bytes(content.replace(old, new))
     done = subprocess.run(
         [sys.executable, "-c", USE_IT], capture_output=True, text=True, cwd=tmp_path, check=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    assert done.stdout.strip() == str(case == "as it is")
-    remedy = {
-        "another torch": f"is not loaded with torch {torch.__version__}",
-        "undefined symbol": f"does not load with torch {torch.__version__}",
-    }
-    if case in remedy:
-        assert remedy[case] in done.stderr and extension.REBUILD in done.stderr
-    else:
-        assert extension.REBUILD not in done.stderr
+    assert done.stdout.strip() == str(told is None)
+    assert (extension.REBUILD in done.stderr) == (told is not None)
+    assert told is None or told in done.stderr
 
 
 def test_an_extension_of_other_sources_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernels are registered for an op that takes other arguments, and the dispatcher refuses the declaration."""
-
-    class Refusing:
-        def define(self, *_: Any, **__: Any) -> None:
-            raise RuntimeError("Inferred operator schema for a C++ kernel function doesn't match")
-
-    monkeypatch.setattr(library, "LIBRARY", Refusing())
+    """Its kernels are registered for an op that takes other arguments, which the dispatcher would not notice."""
+    monkeypatch.setattr(library, "schemas_of", lambda name: ["(Tensor) -> Tensor", "(Tensor, float) -> Tensor"])
     with pytest.raises(ImportError, match="its op an_op takes other arguments") as caught:
         library.define_op("an_op", reference=negated, fake=negated)
     assert extension.REBUILD in str(caught.value)

@@ -28,10 +28,11 @@ def main() -> None:
             cpp_extension.CppExtension(
                 "efe_kernels._C",
                 ["csrc/bindings.cpp", "tests/emulated/glue.cpp", "tests/emulated/emulator.cpp", str(TRANSLATED)],
+                # What stands in for a header of csrc comes before it.
                 include_dirs=[
-                    os.path.abspath(folder) for folder in ("csrc", "tests/emulated", "tests/emulated/include")
+                    os.path.abspath(folder) for folder in ("tests/emulated/include", "tests/emulated", "csrc")
                 ],
-                define_macros=[("EFE_WITH_CUDA", None)],
+                define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # as in setup.py
                 extra_compile_args=["-std=c++20", "-O1", "-g1", "-fvisibility=hidden", "-Wno-unknown-pragmas", *CHECKS],
                 extra_link_args=CHECKS,
             )
