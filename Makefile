@@ -86,9 +86,12 @@ emulate: $(VENV)/.built
 install-matrix: $(VENV)/.built
 	$(BIN)/python -m tests.install.matrix $(INSTALL_ARGS)
 
+# Strict: a package of which the service knows nothing is an error. Local versions, such as 2.13.0+cpu, are no releases.
 audit: $(VENV)/.built
 	$(PIP) pip-audit
-	$(BIN)/pip-audit --skip-editable
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > build/audited.txt
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement build/audited.txt
 
 # Nothing of the source tree must serve the tests in place of what was installed: pytest appends it to the path.
 ifeq ($(shell command -v nvcc),)

@@ -61,7 +61,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--dataset", str(tasks), "--batch_size", "6", "--device", "cpu", "--max_batches", "3"]
     assert main([*arguments, "--out", str(out)]) == 0
     found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
-    assert found == {*NEEDED, *DISPENSABLE}
+    of_transformers_4 = {"qwen/special_tokens_map.json"}
+    assert found - of_transformers_4 == {*NEEDED, *DISPENSABLE}
     return out
 
 

@@ -33,8 +33,9 @@ from tests.install import uses
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = [f"3.{minor}" for minor in range(10, 14)]
-# Of the calling shell only what the tools need: none of its Python settings, none of the package's own switches.
-KEPT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "EFE_KERNELS_", "TRITON_"))}
+# Of the calling shell what the tools need: none of its Python settings, and not the switches that the rows try.
+TRIED = ("PYTHON", "TRITON_", "EFE_KERNELS_REQUIRE_EXT")
+KEPT = {name: value for name, value in os.environ.items() if not name.startswith(TRIED)}
 KEPT |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "TERM": "dumb"}
 ISOLATED = (
     r"efe-kernels compiles against .* torch cannot be imported here .*, (pip install .*) and then (pip install .*)"
