@@ -30,8 +30,12 @@ def with_fault(draw: Draw) -> str:
         if value is None:
             draw.arguments[name] = wrong = draw.choice(NO_TENSORS)
             return f"{name} = {wrong!r}"
-        others = {letter for other, p in draw.parameters.items() if other != name and draw.arguments.get(other) is not None
-                  for letter in p.dims}  # fmt: skip
+        others = {
+            letter
+            for other, found in draw.parameters.items()
+            if other != name and draw.arguments.get(other) is not None
+            for letter in found.dims
+        }
         faults: dict[str, Callable[[], Any]] = {
             "no tensor": lambda: draw.choice(NO_TENSORS),
             "another dtype": lambda: value.detach().to(draw.choice(WRONG_DTYPES[parameter.kind])),

@@ -427,15 +427,24 @@ def define_update(running: Tensor, target: Tensor, valid: Tensor | None, success
     return moved
 
 
-PUBLIC: dict[str, Any] = {name: getattr(efe_kernels, name) for name in efe_kernels.__all__}
 # Each with the strategy that draws its arguments.
 FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
     function.name: (function, arguments)
     for function, arguments in (
-        (Function("efe_loss", efe_kernels.efe_loss, constants=("grad_scale",), addends=16, loss=True, governs="logits"), efe_loss),
+        (
+            Function(
+                "efe_loss", efe_kernels.efe_loss, constants=("grad_scale",), addends=16, loss=True, governs="logits"
+            ),
+            efe_loss,
+        ),
         (Function("EFELoss", call_efe_module, addends=16, loss=True, governs="logits"), efe_module),
         (Function("EFELoss.update_target_preference", call_update, define_update), update_target_preference),
-        (Function("arc_efe.EFELoss", call_arc_efe, define_arc_efe, addends=16, loss=True, governs="forward_predictions"), arc_efe_loss),
+        (
+            Function(
+                "arc_efe.EFELoss", call_arc_efe, define_arc_efe, addends=16, loss=True, governs="forward_predictions"
+            ),
+            arc_efe_loss,
+        ),
         (Function("grid_reward", efe_kernels.grid_reward), grid_reward),
         (Function("rl_advantage", efe_kernels.rl_advantage, constants=("reward",), addends=1), rl_advantage),
         (Function("gae", efe_kernels.gae, constants=("reward",)), gae),

@@ -41,7 +41,7 @@ def cases(draw: Any, name: str) -> Case:
         drawn.arguments,
         fault,
         upstream=drawn.choice((1, 2, 3, 5, 255)),
-        seed=draw(st.integers(0, 2**16)),
+        seed=drawn.seed(),
         again=drawn.choice(("plain", *MODES)),
     )
 
