@@ -4,7 +4,7 @@ In each grid some cells are coloured. Under the first rule a colour also fills t
 second the one below it. A learned embedding of the rule, in place of a language model's, is the prompt. Grids have
 sizes of their own and are padded; `valid` says which cells are real.
 
-    python examples/loss_in_a_loop.py             # 300 steps, some ten seconds on two CPU cores
+    python examples/loss_in_a_loop.py             # 200 steps, some ten seconds
     python examples/loss_in_a_loop.py --steps 20
 
 It prints the loss, its terms and the share of cells that are still wrong as training goes on, then the share of right
@@ -78,7 +78,7 @@ def right_cells(grid: Tensor, batch: Batch) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
     torch.manual_seed(settings.seed)

@@ -1,6 +1,6 @@
 """PPO on gymnasium's CartPole-v1 with `gae` and `policy_gradient_loss`, or with both written out in plain PyTorch.
 
-    python examples/ppo_cartpole.py               # 40 updates of 1024 steps
+    python examples/ppo_cartpole.py               # 40 updates of 1024 steps, half a minute
     python examples/ppo_cartpole.py --plain       # the same in plain PyTorch
     python examples/ppo_cartpole.py --steps 3     # three updates
 
