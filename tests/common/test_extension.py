@@ -202,7 +202,7 @@ def test_the_extension_knows_the_torch_that_it_was_built_with() -> None:
 
 
 def test_a_call_keeps_none_of_its_tensors() -> None:
-    """Given, optional, in a tuple or in a list: the stack of a kernel owns what it holds, and the kernel takes it over."""
+    """Given, optional, in a tuple or in a list: a kernel takes over what the stack that it is called with owns."""
     given = [torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) < 0.5]
     reward, value, mask = given
     advantage, statistics = torch.ops.efe.rl_advantage_forward(reward, value, mask, 1.0, "tanh", 6)
