@@ -83,7 +83,8 @@ def efe_loss(
     Args:
         logits: [B, T, H, W, C] forward logits, float32, float16, bfloat16 or float64, any strides. The memory order
             [B, T, C, H, W] (a permuted view) is the fastest. Arithmetic is float32, float64 for float64, whatever
-            the dtype of the other arguments. On CUDA each shape [T, H, W, C] and layout is compiled once, at its
+            the dtype of the other arguments. A finite logit further than 1e30 below the largest of its cell counts as
+            1e30 below, and NaN is never the argmax. On CUDA each shape [T, H, W, C] and layout is compiled once, at its
             first use; more than 32 outcomes are served by plain PyTorch.
         target: [B, H, W], any integer dtype, in [0, C) or ignore_index.
         preference_logits: [H', W', C] or [B, H', W', C] with H' >= H and W' >= W; the top-left part is read.

@@ -298,6 +298,7 @@ def efe_loss_backward(
         reference = target_preference.to(dtype)
         f = log_c - reference.clamp_min(TARGET_PREFERENCE_FLOOR).log()
         grad_c = grad_c + anchor * torch.where((reference.sum(-1) != 0)[..., None], through_softmax(log_c, f), 0)
+    grad_c = read(grad_c, counted, dtype)
     found["preference_logits"] = grad_c
     if prompt is not None:
         scales = preference_scales(prompt, outcomes)
@@ -319,7 +320,9 @@ def efe_loss_backward(
     elif projection is not None:
         # Whoever trains on several devices waits for the gradient of every parameter, also of one that is not read.
         found["projection"] = torch.zeros_like(projection)
-    return found
+    # A share of 0 does not make 0 of what is not finite.
+    cells = ("logits", "backward_logits", "final_logits", "observation_probs")
+    return found | {name: read(found[name], counted, dtype) for name in cells if name in found}
 
 
 def upstream_of_term(

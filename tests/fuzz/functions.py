@@ -237,6 +237,11 @@ def softmaxed(values: Tensor) -> Tensor:
     return values.softmax(-1)
 
 
+def without_nan(values: Tensor) -> Tensor:
+    """Of a prompt: NaN among its first C entries makes its own gradient NaN even where no cell counts."""
+    return torch.where(values.isnan(), 0, values)
+
+
 def one_hots(values: Tensor) -> Tensor:
     """A running mean of targets: as random values are not negative, with cells that have not been set."""
     return torch.where(values.sum(-1, keepdim=True) < -1, 0, values.abs())
@@ -268,7 +273,7 @@ def efe_loss(draw: Draw) -> None:
     covered = (height + draw.choice((0, 0, 1)), width + draw.choice((0, 0, 3)), outcomes)
     each = draw.batched and draw.rarely()
     draw.floating("preference_logits", "C", shape=(draw.sizes["B"], *covered) if each else covered, change=logits)
-    draw.floating("prompt", "B? D", optional=True)
+    draw.floating("prompt", "B? D", optional=True, change=without_nan)
     draw.floating("projection", "C D", optional=True)
     draw.floating("target_preference", "C", shape=covered, optional=True, grad=False, change=one_hots)
     draw.count("max_cells", (900, 1, 2**40), low=1)
@@ -288,7 +293,7 @@ def efe_module(draw: Draw) -> None:
     draw.floating("target_preference", "max max C", grad=False, change=one_hots)
     for name in ("preference_logits", "projection", "target_preference"):
         del draw.parameters[name]
-    draw.floating("prompt", "B? D", optional=True)
+    draw.floating("prompt", "B? D", optional=True, change=without_nan)
 
 
 def call_efe_module(**arguments: Any) -> Any:
