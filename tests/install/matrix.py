@@ -261,7 +261,7 @@ def sdist(matrix: Matrix) -> str:
 def wheel(matrix: Matrix) -> str:
     """the compiled wheel into an environment with torch alone: no numpy, no Triton, no compiler, no extra"""
     made = matrix.environment("wheel")
-    made.run(f"pip install --no-index '{matrix.wheel(matrix.base)}'", matrix.folder, path=[])
+    made.run(f"pip install '{matrix.wheel(matrix.base)}'", matrix.folder, path=[])
     found = check(made, "C++")
     expect(not found["numpy"], "numpy is there")
     expect("efe_kernels" not in first_warning(made), first_warning(made))
@@ -285,7 +285,7 @@ def no_triton(matrix: Matrix) -> str:
 def no_extras(matrix: Matrix) -> str:
     """the wheel alone, and then `efe-train`"""
     made = matrix.environment("no-extras")
-    made.run(f"pip install --no-index '{matrix.wheel(matrix.base)}'", matrix.folder)
+    made.run(f"pip install '{matrix.wheel(matrix.base)}'", matrix.folder)
     told = last_line(made.run("efe-train --steps 1", made.folder, fails=True))
     expect('pip install "efe-kernels[train]"' in told, told)
     return f"the library works; {told}"
