@@ -126,7 +126,7 @@ bench: $(VENV)/.bench
 gpu:
 	$(PYTHON) -m bench.gpu $(GPU_ARGS)
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.built
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.built
@@ -150,7 +150,7 @@ $(CUDA_VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[train,test,dev]"
+	$(PIP) --no-build-isolation --editable ".[train,test,dev,docs]"
 	$(BIN)/python -m efe_kernels.info
 	touch $@
 
@@ -158,10 +158,6 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml $(SOURCES)
 $(OLDEST)/.installed: $(VENV)/.torch
 	rm -rf $(OLDEST)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "triton==$(OLDEST_TRITON).*"
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable ".[docs]"
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.built
