@@ -122,9 +122,10 @@ void preference_gradient(const Problem<A>& p, int64_t episode, const Block<A>& b
                     row[i] += up.anchor * is_set[i] * ck[i] * (log_ck[i] - logs[k * p.num_cells + i] - divergence[i]);
             const A scale = scales != nullptr ? scales[k] : A(1);
             for (int64_t i = 0; i < kCells; ++i) {
-                row[i] *= block.counted[i];
-                by_scale[i] = row[i] * logits[k * kCells + i];
-                row[i] *= scale;
+                // Not a product with 0, because a target preference may hold NaN in a cell that does not count.
+                const A own = block.counted[i] != 0 ? row[i] : A(0);
+                by_scale[i] = own * logits[k * kCells + i];
+                row[i] = block.counted[i] != 0 ? own * scale : A(0);
             }
             if (out.scales != nullptr)
                 out.scales[(episode * p.blocks + block.first / kCells) * outcomes + k] = sum_of<kCells>(by_scale);

@@ -652,6 +652,17 @@ def test_an_episode_without_a_counted_cell_reads_no_prompt(device: str) -> None:
 
 
 @pytest.mark.usefixtures("served_by")
+def test_a_target_preference_is_not_read_where_no_cell_counts(device: str) -> None:
+    inputs = Case(steps=3).inputs(device=device)
+    inputs["valid"][:, 1, 2] = False
+    inputs["target_preference"][1, 2] = float("nan")
+    output, gradients = run(inputs)
+    assert output.total.isfinite().all()
+    assert gradients["prompt"].isfinite().all()
+    assert (gradients["preference_logits"][1, 2] == 0).all() and gradients["preference_logits"].isfinite().all()
+
+
+@pytest.mark.usefixtures("served_by")
 def test_nan_is_never_the_most_probable_outcome(device: str) -> None:
     inputs = Case(valid=False, final=True).inputs(device=device)
     with torch.no_grad():
