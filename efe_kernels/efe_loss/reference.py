@@ -73,7 +73,8 @@ def counted_cells(target: Tensor, valid: Tensor | None, ignore_index: int) -> Te
 
 def check_target_range(target: Tensor, counted: Tensor, num_outcomes: int) -> None:
     """Raises for a target outside [0, num_outcomes) in a cell that counts. Reads the tensor, so only for the CPU."""
-    wrong = counted & ((target < 0) | (target >= num_outcomes))
+    # As int64: in a narrow dtype num_outcomes itself would wrap around.
+    wrong = counted & ((target.long() < 0) | (target.long() >= num_outcomes))
     if bool(wrong.any()):
         value = int(target[wrong][0])
         raise ValueError(f"target must be in [0, {num_outcomes}) or ignore_index where a cell counts, it was {value}.")

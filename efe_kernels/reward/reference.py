@@ -103,7 +103,8 @@ def reversibility(recovered: Tensor, source: Tensor) -> Tensor:
 
 def check_colours(name: str, grid: Tensor, counted: Tensor | None, num_colors: int) -> None:
     """Every colour of an integer grid where `counted` (everywhere without it) is in [0, num_colors)."""
-    outside = (grid < 0) | (grid >= num_colors)
+    # As int64: in a narrow dtype num_colors itself would wrap around.
+    outside = (grid.long() < 0) | (grid.long() >= num_colors)
     if counted is not None:
         outside = outside & counted
     if outside.any():

@@ -671,3 +671,12 @@ def test_nan_is_never_the_most_probable_outcome(device: str) -> None:
         inputs["final_logits"][0, 1, 1, other] = float("nan")
     output, _ = run(inputs)
     assert (output.mask_ratio == 0).all()
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_more_outcomes_than_a_narrow_target_can_hold(dtype: torch.dtype, device: str) -> None:
+    logits, target = torch.randn(1, 2, 2, 2, 300, device=device), torch.full((1, 2, 2), 100, device=device)
+    preference = torch.zeros(2, 2, 300, device=device)
+    found, expected = (efe_loss(logits, one, preference).total for one in (target.to(dtype), target))
+    assert torch.equal(found, expected)

@@ -316,3 +316,9 @@ def test_colour_out_of_range_is_an_error_on_the_cpu() -> None:
         with pytest.raises(ValueError, match=f"after must hold colours from 0 to 9, it held {wrong}"):
             grid_reward(logits, bad, target)
         assert grid_reward(logits, bad, bad, valid=bad == 0).after["accuracy"].item() == 1.0
+
+
+@pytest.mark.usefixtures("served_by")
+def test_more_colours_than_a_narrow_target_can_hold(device: str) -> None:
+    target = torch.full((1, 2, 2), 200, dtype=torch.uint8, device=device)
+    assert grid_reward(target, target, target, num_colors=300).after["accuracy"] == 1
