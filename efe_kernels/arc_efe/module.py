@@ -110,24 +110,17 @@ class EFELoss(nn.Module):
         prompt_dim: int = 256,
     ) -> None:
         super().__init__()
-        lambdas = {
-            "lambda_risk": lambda_risk, "lambda_amb": lambda_amb, "lambda_step": lambda_step,
-            "lambda_cons": lambda_cons, "lambda_bi": lambda_bi, "lambda_z": lambda_z, "lambda_prompt": lambda_prompt,
-            "lambda_grid_norm": lambda_grid_norm,
-        }  # fmt: skip
-        for name, value in lambdas.items():
-            checks.number(name, value)
         max_grid_size = checks.integer("max_grid_size", max_grid_size, low=1)
         num_colors = checks.integer("num_colors", num_colors, low=1)
         prompt_dim = checks.integer("prompt_dim", prompt_dim, low=1)
-        self.lambda_risk = lambda_risk
-        self.lambda_amb = lambda_amb
-        self.lambda_step = lambda_step
-        self.lambda_cons = lambda_cons
-        self.lambda_bi = lambda_bi
-        self.lambda_z = lambda_z
-        self.lambda_prompt = lambda_prompt
-        self.lambda_grid_norm = lambda_grid_norm
+        self.lambda_risk = checks.number("lambda_risk", lambda_risk)
+        self.lambda_amb = checks.number("lambda_amb", lambda_amb)
+        self.lambda_step = checks.number("lambda_step", lambda_step)
+        self.lambda_cons = checks.number("lambda_cons", lambda_cons)
+        self.lambda_bi = checks.number("lambda_bi", lambda_bi)
+        self.lambda_z = checks.number("lambda_z", lambda_z)
+        self.lambda_prompt = checks.number("lambda_prompt", lambda_prompt)
+        self.lambda_grid_norm = checks.number("lambda_grid_norm", lambda_grid_norm)
         self.max_grid_size = max_grid_size
         self.num_colors = num_colors
         self.prompt_dim = prompt_dim
@@ -145,6 +138,7 @@ class EFELoss(nn.Module):
 
     def ensure_preference(self, height: int, width: int) -> nn.Parameter:
         """The preference logits [height, width, C] of that grid size, made now if there are none yet."""
+        height, width = checks.integer("height", height, low=1), checks.integer("width", width, low=1)
         key = f"{height}x{width}"
         if key not in self.preference_embeddings:
             weight = self.prompt_projector.weight
@@ -228,7 +222,7 @@ class EFELoss(nn.Module):
         observation_probs: Tensor,
         final_prediction: Tensor,
         target_outcome: Tensor,
-        episode_length: int,
+        episode_length: float | Tensor,
         prompt_embedding: Tensor | None = None,
         grid_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -243,7 +237,7 @@ class EFELoss(nn.Module):
             observation_probs: probabilities [T, H, W, C].
             final_prediction: logits [H, W, C].
             target_outcome: integers [H, W] in [0, C) where the mask is not 0.
-            episode_length: number of steps that step_penalty charges.
+            episode_length: number of steps that step_penalty charges, a number or a 0-d tensor.
             prompt_embedding: [D], or [C], which is not projected. Its first C entries scale the preference.
             grid_mask: [H, W], 0 for cells that do not count, else 1.
 
@@ -262,6 +256,8 @@ class EFELoss(nn.Module):
             prompt_embedding,
             grid_mask,
         )
+        if not isinstance(episode_length, Tensor):
+            episode_length = checks.number("episode_length", episode_length)
         dtype = accumulate_dtype(forward_predictions)
         mask = None if grid_mask is None else grid_mask.to(dtype)
         outside = None if mask is None else mask == 0
@@ -346,6 +342,9 @@ class EFELoss(nn.Module):
         weight = self.prompt_projector.weight
         checks.check_device("the parameters of EFELoss", weight, "forward_predictions", forward_predictions.device)
         steps, height, width = forward_predictions.shape[:3]
+        if steps < 1 or height * width < 1:
+            shape = list(forward_predictions.shape)
+            raise ValueError(f"forward_predictions must have at least 1 step and 1 cell, its shape was {shape}.")
         return steps, height, width
 
     def _preference(self, height: int, width: int, prompt: Tensor | None, outside: Tensor | None) -> Tensor:

@@ -25,6 +25,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, it was {type(value).__name__}.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a strided tensor, its layout was {value.layout}; .to_dense() gives one.")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a strided tensor, it was nested.")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -211,5 +213,6 @@ def settings(name: str, group: object, kind: type, fields: Sequence[str]) -> lis
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
+    # Only these kinds: an array would be compared element by element.
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, it was {value!r}.")

@@ -108,6 +108,8 @@ def grid_reward(
     sizes.check_optional("valid", valid, "B? H W", checks.check_bool)
     batched = target.dim() == 3
     if inverse is not None:
+        if not callable(inverse):
+            raise TypeError(f"inverse must be callable, it was {checks.described(inverse)}.")
         if source is None:
             raise ValueError("source must be given with inverse, it was None.")
         source = check_grid("source", source, target)

@@ -629,6 +629,8 @@ WRONG: dict[str, tuple[int, Any, type[Exception], str]] = {
         r"prompt_embedding must have the shape \[6\] or \[10\], it was \[7\]",
     ),
     "other mask": (8, torch.ones(5, 5), ValueError, "grid_mask must have the shape"),
+    "length of nothing": (6, None, TypeError, "episode_length must be a number"),
+    "endless": (6, math.nan, ValueError, "episode_length must be finite"),
     "complex mask": (
         8,
         torch.ones(5, 4, dtype=torch.complex64),
@@ -666,3 +668,22 @@ def test_names_of_arguments_are_those_of_the_original() -> None:
     names = (*PLAN, "target_outcome", "episode_length", "prompt_embedding", "grid_mask")
     losses = puzzle.module(**dict(zip(names, puzzle.arguments(), strict=True)))
     assert losses == puzzle.losses()
+
+
+def test_a_setting_of_numpy_is_a_float() -> None:
+    """Which does not take the losses of a plan in float64 to its own precision."""
+    module = EFELoss(lambda_step=np.float32(0.3))
+    assert type(module.lambda_step) is float
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4)])
+def test_a_plan_of_nothing_is_named(shape: tuple[int, int, int]) -> None:
+    plans, final = torch.zeros(*shape, 10), torch.zeros(*shape[1:], 10)
+    with pytest.raises(ValueError, match="forward_predictions must have at least 1 step and 1 cell"):
+        EFELoss()(plans, plans, plans, plans, final, torch.zeros(shape[1:], dtype=torch.int64), 3)
+
+
+@pytest.mark.parametrize("size", [(0, 3), (3, -1), ("3", 3)])
+def test_a_preference_of_no_size_is_named(size: tuple[Any, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^(height|width) must be "):
+        EFELoss().ensure_preference(*size)

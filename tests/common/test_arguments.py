@@ -204,6 +204,23 @@ def test_an_inverse_that_works_in_place_changes_no_grid() -> None:
     assert torch.equal(given, GRIDS)
 
 
+def test_a_nested_tensor_is_named() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)])
+    with pytest.raises(TypeError, match=r"^hidden must be a strided tensor, it was nested\.$"):
+        efe_kernels.masked_mean_pool(nested, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("value", [np.ones(2), ["tanh"], {}, torch.ones(2), 1])
+def test_what_is_no_choice_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^normalize must be one of 'tanh', 'clamp', None, it was "):
+        advantage(normalize=value)
+
+
+def test_an_inverse_that_cannot_be_called_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^inverse must be callable, it was 3\.$"):
+        reward(source=GRIDS, inverse=3)
+
+
 def empty(tensor: Tensor) -> Tensor:
     return tensor[:0].clone().requires_grad_(tensor.is_floating_point())
 
