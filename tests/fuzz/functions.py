@@ -46,7 +46,9 @@ def gae(draw: Draw) -> None:
 
 def vtrace(draw: Draw) -> None:
     dims = leading(draw)
-    for name in ("log_ratio", "reward", "value", "next_value"):
+    # Below -80 the ratio is 0 in float32 or so small that infinity times it depends on how 0 is approached.
+    draw.floating("log_ratio", dims, change=lambda values: torch.where(values < -80, -math.inf, values))
+    for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
     draw.mask("terminated", dims, any_dtype=True)
     draw.mask("truncated", dims, optional=True, any_dtype=True)
@@ -193,7 +195,8 @@ def policy_gradient_loss(draw: Draw) -> None:
 
 def masked_mean_pool(draw: Draw) -> None:
     draw.batched = draw.often()
-    draw.floating("hidden", "N? L E")
+    # A sum of numbers close to the largest would overflow or not by the order in which they are added.
+    draw.floating("hidden", "N? L E", change=lambda values: within(values, 1e34))
     draw.mask("mask", "N? L", any_dtype=True)
 
 
@@ -228,9 +231,13 @@ def plan(draw: Draw, most: int = 37) -> tuple[int, int, int]:
     return draw.size("H", least=1, most=most), draw.size("W", least=1, most=most), outcomes
 
 
+def within(values: Tensor, limit: float) -> Tensor:
+    return torch.where(values.isfinite(), values.clamp(-limit, limit), values)
+
+
 def logits(values: Tensor) -> Tensor:
     """No further apart than 1e30, from where on efe_loss takes a logit for that much below the largest."""
-    return torch.where(values.isfinite(), values.clamp(-4e29, 4e29), values)
+    return within(values, 4e29)
 
 
 def softmaxed(values: Tensor) -> Tensor:
@@ -272,10 +279,12 @@ def efe_loss(draw: Draw) -> None:
     draw.sizes["D"] = outcomes + draw.choice((0, 1, 6, 90))
     covered = (height + draw.choice((0, 0, 1)), width + draw.choice((0, 0, 3)), outcomes)
     each = draw.batched and draw.rarely()
-    draw.floating("preference_logits", "C", shape=(draw.sizes["B"], *covered) if each else covered, change=logits)
+    # Letters of their own: each may be larger than the grid.
+    dims, shape = ("B? P Q C", (draw.sizes["B"], *covered)) if each else ("P Q C", covered)
+    draw.floating("preference_logits", dims, shape=shape, change=logits)
     draw.floating("prompt", "B? D", optional=True, change=without_nan)
     draw.floating("projection", "C D", optional=True)
-    draw.floating("target_preference", "C", shape=covered, optional=True, grad=False, change=one_hots)
+    draw.floating("target_preference", "R S C", shape=covered, optional=True, grad=False, change=one_hots)
     draw.count("max_cells", (900, 1, 2**40), low=1)
     if draw.rarely():
         draw.floating("grad_scale", "", optional=True)
@@ -318,7 +327,8 @@ def arc_efe_loss(draw: Draw) -> None:
     draw.floating("observation_probs", "T H W C", change=softmaxed)
     draw.floating("final_prediction", "H W C")
     draw.integers("target_outcome", "H W", 0, draw.sizes["C"])
-    draw.arguments["episode_length"] = draw.choice((5, 0, 1))
+    draw.number("episode_length", (5, 0, 1.5))
+    draw.arguments.setdefault("episode_length", 3)
     draw.floating("prompt_embedding", draw.choice(("D", "C")), optional=True)
     draw.mask("grid_mask", "H W", optional=True, any_dtype=True)
     for name in LAMBDAS:

@@ -116,7 +116,9 @@ def check(function: Function, case: Case) -> str:
             assert tensor.count_nonzero() == 0, f"{name} is not 0"
             continue
         spread = lambda name=name: [(m[name] - expected[name]).abs() for m in moved()]  # noqa: E731
-        addends = 0.0 if name.startswith("gradient") else function.addends
+        addends = function.addends
+        if name.startswith("gradient") and addends:
+            addends = max((float(g.abs().max()) for g in found.upstream.values() if g.numel()), default=0.0) / 4
         check_close(name, tensor, inexact[name], expected[name], spread, arithmetic_of(function, case, tensor), addends)
     check_repeats(function, case, found)
     return "in contract"
@@ -270,27 +272,31 @@ def check_close(
     Where the exact number is beyond the dtype, found may be anything that is not finite; NaN stays NaN.
     """
     assert found.shape == exact.shape == same.shape, f"{name}: {found.shape}, {same.shape}, {exact.shape}"
-    limits = torch.finfo(found.dtype)
+    limits, eps = torch.finfo(found.dtype), torch.finfo(arithmetic).eps
     value, same = found.double(), same.double()
-    nan, finite = exact.isnan() & same.isnan(), exact.isfinite() & same.isfinite()
+    nan = exact.isnan() & same.isnan()
     assert value.isnan()[nan].all(), f"{name}: NaN is lost: {told(value, same, exact, nan & ~value.isnan())}"
     infinite = exact.isinf() & (same == exact)
     assert (value == exact)[infinite].all(), f"{name}: {told(value, same, exact, infinite & (value != exact))}"
-    eps = torch.finfo(arithmetic).eps
+    # What is a number in one of the two definitions only, such as 0 times infinity where float32 has underflown.
+    other = (
+        ~exact.isfinite() & ~nan & ~infinite & value.isfinite() & ~((value - same).abs() <= UNITS * eps * same.abs())
+    )
+    assert not other.any(), f"{name}: {told(value, same, exact, other)}"
+    judged = exact.isfinite() & (same.isfinite() | value.isfinite())
     error = (value - exact).abs()
     # Float64 is no more exact than itself.
     rounding = UNITS * eps if found.dtype == torch.float64 else 4 * limits.eps
-    budget = rounding * exact.abs() + 4 * limits.smallest_normal * limits.eps + 16 * addends * eps
-    wrong = finite & ~(error <= budget)
-    if wrong.any():
-        budget = budget + UNITS * (same - exact)[finite].abs().amax()
-        wrong = finite & ~(error <= budget)
+    smallest = max(4 * limits.smallest_normal * limits.eps, torch.finfo(arithmetic).smallest_normal)
+    budget = rounding * exact.abs() + smallest + 16 * addends * eps
+    wrong = judged & ~(error <= budget)
+    if wrong.any() and same.isfinite().any():
+        budget = budget + UNITS * (same - exact).abs()[exact.isfinite() & same.isfinite()].amax()
+        wrong = judged & ~(error <= budget)
     if wrong.any():
         budget = budget + UNITS * torch.stack(spread()).nan_to_num(torch.inf).amax(0)
-        wrong = finite & ~(error <= budget)
+        wrong = judged & ~(error <= budget)
     assert not wrong.any(), f"{name}: {told(value, same, exact, wrong)}"
-    beyond = ~finite & ~nan & ~infinite & value.isfinite() & ~(error <= budget) & (value != same)
-    assert not beyond.any(), f"{name}: {told(value, same, exact, beyond)}"
 
 
 def told(value: Tensor, same: Tensor, exact: Tensor, where: Tensor) -> str:
