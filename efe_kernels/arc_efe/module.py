@@ -256,9 +256,11 @@ class EFELoss(nn.Module):
             prompt_embedding,
             grid_mask,
         )
-        if not isinstance(episode_length, Tensor):
-            episode_length = checks.number("episode_length", episode_length)
         dtype = accumulate_dtype(forward_predictions)
+        if isinstance(episode_length, Tensor):
+            episode_length = episode_length.to(dtype)
+        else:
+            episode_length = checks.number("episode_length", episode_length)
         mask = None if grid_mask is None else grid_mask.to(dtype)
         outside = None if mask is None else mask == 0
         wide = wide_dtype(forward_predictions.device)

@@ -88,11 +88,7 @@ def policy_gradient_loss_forward(entropy: Tensor, inputs: Inputs, settings: Sett
     value_loss, mean_entropy = mean(error.square()), mean(entropy)
     unexplained, variance = variance_of(error), variance_of(value_target)
     explained_variance = torch.where(variance == 0, 0, 1 - unexplained / variance)
-    total = policy
-    if value_coef != 0:
-        total = total + value_coef * value_loss
-    if entropy_coef != 0:
-        total = total - entropy_coef * mean_entropy
+    total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef)
     diagnostics = torch.stack([clip_fraction, approx_kl, explained_variance, count])
     return Outputs(total, policy, value_loss, mean_entropy, diagnostics)
 
@@ -124,7 +120,7 @@ def policy_gradient_loss_backward(
     return [gradient.to(log_prob.dtype).contiguous() for gradient in found]
 
 
-def times(x: Tensor, weight: Tensor) -> Tensor:
+def times(x: Tensor, weight: Tensor | float) -> Tensor:
     """x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing."""
     return torch.where((weight == 0) & ~x.isnan(), 0, x) * weight
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -327,8 +328,7 @@ def arc_efe_loss(draw: Draw) -> None:
     draw.floating("observation_probs", "T H W C", change=softmaxed)
     draw.floating("final_prediction", "H W C")
     draw.integers("target_outcome", "H W", 0, draw.sizes["C"])
-    draw.number("episode_length", (5, 0, 1.5))
-    draw.arguments.setdefault("episode_length", 3)
+    draw.arguments["episode_length"] = draw.choice((5, 0, 1.5, np.float32(3), torch.tensor(2)))
     draw.floating("prompt_embedding", draw.choice(("D", "C")), optional=True)
     draw.mask("grid_mask", "H W", optional=True, any_dtype=True)
     for name in LAMBDAS:
@@ -379,7 +379,7 @@ def define_arc_efe(**arguments: Any) -> Any:
     mask = given.get("grid_mask")
     return arc_efe_definition(
         module, *plan, floating["observation_probs"], floating["final_prediction"], given["target_outcome"].long(),
-        given["episode_length"], floating.get("prompt_embedding"), None if mask is None else mask.to(dtype),
+        float(given["episode_length"]), floating.get("prompt_embedding"), None if mask is None else mask.to(dtype),
     )  # fmt: skip
 
 

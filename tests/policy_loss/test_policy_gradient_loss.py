@@ -367,3 +367,13 @@ def test_a_single_action_without_a_dimension(device: str) -> None:
     expected = policy_gradient_loss(**tensors)
     found = policy_gradient_loss(**{name: tensor[0] for name, tensor in tensors.items()})
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("served_by")
+def test_a_weight_of_zero_removes_an_infinite_term_but_hides_no_nan(device: str) -> None:
+    tensors = batch(6, device=device)
+    expected = policy_gradient_loss(**tensors, value_coef=0.0, entropy_coef=0.0).total
+    for value, removed in ((math.inf, True), (math.nan, False)):
+        tensors["entropy"][2] = value
+        total = policy_gradient_loss(**tensors, value_coef=0.0, entropy_coef=0.0).total
+        assert torch.equal(total, expected) if removed else total.isnan()
