@@ -460,7 +460,7 @@ FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
             ),
             arc_efe_loss,
         ),
-        (Function("grid_reward", efe_kernels.grid_reward), grid_reward),
+        (Function("grid_reward", efe_kernels.grid_reward, addends=1), grid_reward),
         (Function("rl_advantage", efe_kernels.rl_advantage, constants=("reward",), addends=1), rl_advantage),
         (Function("gae", efe_kernels.gae, constants=("reward",)), gae),
         (Function("vtrace", efe_kernels.vtrace, constants=("reward", "log_ratio")), vtrace),
