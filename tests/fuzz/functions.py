@@ -34,12 +34,16 @@ def leading(draw: Draw) -> str:
     return " ".join([*letters[:place], "T", *letters[place:]])
 
 
+def ends(draw: Draw, dims: str) -> None:
+    draw.mask("terminated", dims, any_dtype=True)
+    draw.mask("truncated", dims, optional=True, any_dtype=True)
+
+
 def gae(draw: Draw) -> None:
     dims = leading(draw)
     for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims, any_dtype=True)
-    draw.mask("truncated", dims, optional=True, any_dtype=True)
+    ends(draw, dims)
     draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
     draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
     draw.number("reward_scale", SCALES)
@@ -51,8 +55,7 @@ def vtrace(draw: Draw) -> None:
     draw.floating("log_ratio", dims, change=lambda values: torch.where(values < -80, -math.inf, values))
     for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims, any_dtype=True)
-    draw.mask("truncated", dims, optional=True, any_dtype=True)
+    ends(draw, dims)
     draw.number("gamma", (0.9, 0.0, 1.0, 1), 0, 1)
     for name in ("rho_clip", "c_clip"):
         draw.number(name, (2.0, 0.0, math.inf, 1e-30, 1e30), 0, finite=False)
@@ -63,8 +66,7 @@ def td_lambda(draw: Draw) -> None:
     dims = leading(draw)
     for name in ("reward", "next_value"):
         draw.floating(name, dims)
-    draw.mask("terminated", dims, any_dtype=True)
-    draw.mask("truncated", dims, optional=True, any_dtype=True)
+    ends(draw, dims)
     draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
     draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
     draw.number("reward_scale", SCALES)
@@ -74,8 +76,7 @@ def next_values(draw: Draw) -> None:
     dims = leading(draw)
     draw.floating("value", dims)
     draw.floating("last_value", " ".join(letter for letter in dims.split() if letter != "T"))
-    draw.mask("terminated", dims, any_dtype=True)
-    draw.mask("truncated", dims, optional=True, any_dtype=True)
+    ends(draw, dims)
     draw.floating("final_value", dims, optional=True)
 
 
