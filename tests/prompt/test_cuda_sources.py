@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,13 @@ def cuda_includes() -> list[str]:
 
 
 def test_glue_compiles() -> None:
-    """C10_CUDA_NO_CMAKE_CONFIGURE_FILE: a torch that was built without CUDA lacks that one generated header."""
+    """With the definitions of setup.py."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    includes = [f"-I{path}" for path in (CSRC, *cpp_extension.include_paths())]
+    includes = [f"-I{path}" for path in (CSRC, sysconfig.get_path("include"), *cpp_extension.include_paths())]
     command = [
-        compiler, "-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DEFE_WITH_CUDA",
+        compiler, "-std=c++20", "-fsyntax-only", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *includes, *cuda_includes(), str(CSRC / "prompt" / "cuda_ops.cpp"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
