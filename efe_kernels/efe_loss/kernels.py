@@ -115,7 +115,7 @@ def visit_pair(
     Probabilities are added to `p_sums`; whatever is not used costs nothing.
 
     HAS_TARGET: the first step is the final one and is compared with the target. ALONE: the middle step of a plan read
-    backwards, which is its own partner; its divergence is 0.
+    backwards, which is its own partner; its divergence is 0, or NaN where the step holds one.
     """
     C: tl.constexpr = shape.C
     own, risk, consistency, js, direction = factors
@@ -130,6 +130,8 @@ def visit_pair(
             sums = add_final(sums, xs, ds, l, tile, C)
     fs = ()
     if ALONE:
+        if LOSS:
+            sums = add_agreement(sums, 0.0 * information)
         for c in tl.static_range(C):
             fs = fs + (own * ds[c] - risk * log_cs[c],)
     else:
