@@ -55,23 +55,25 @@ def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
         groups = advantage.view(-1, group)
         members = None if mask is None else mask.view(-1, group)
         statistics = advantage_reference.group_statistics(groups, members)
-        advantage = advantage_reference.whiten(groups, members, statistics).view(case.sizes)
+        advantage = advantage_reference.whiten(groups, members, statistics, False).view(case.sizes)
     return (advantage.to(reward.dtype),)
 
 
-def launch(numel: int, group_size: int, normalize: str | None, masked: bool, begin: Callable[[str], None]) -> None:
+def launch(
+    numel: int, group_size: int, normalize: str | None, masked: bool, center: bool, begin: Callable[[str], None]
+) -> None:
     grad, reward, value = empties(3, numel)
     mask = torch.empty(reward.shape, dtype=torch.bool) if masked else None
     arguments = (reward, value.bfloat16() if masked else value, mask)
-    _, statistics = kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size)
+    _, statistics = kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size, center)
     begin("backward")
-    kernels.rl_advantage_backward(grad, *arguments, statistics, 5.0, normalize, group_size)
+    kernels.rl_advantage_backward(grad, *arguments, statistics, 5.0, normalize, group_size, center)
 
 
-def variant(group_size: int, normalize: str | None, masked: bool = True) -> Variant:
+def variant(group_size: int, normalize: str | None, masked: bool = True, center: bool = False) -> Variant:
     """group_size 0: not whitened."""
     numel = 4096 if group_size == 4096 else max(60000, group_size)
-    return Variant((numel,), partial(launch, numel, group_size, normalize, masked))
+    return Variant((numel,), partial(launch, numel, group_size, normalize, masked, center))
 
 
 OP = Op(
@@ -92,6 +94,7 @@ OP = Op(
         "rl_advantage": variant(0, "tanh"),
         "rl_advantage without mask": variant(0, "clamp", masked=False),
         "rl_advantage small groups": variant(8, "clamp"),
+        "rl_advantage small groups centred": variant(8, None, center=True),
         "rl_advantage one tile": variant(4096, "tanh"),
         "rl_advantage several tiles": variant(30000, "tanh"),
         "rl_advantage several tiles without mask": variant(30000, None, masked=False),

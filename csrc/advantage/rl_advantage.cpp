@@ -61,14 +61,20 @@ EFE_INLINE Statistics<A> group_statistics(const A* x, const uint8_t* mask, int64
     return {static_cast<A>(moments.count), static_cast<A>(moments.mean), static_cast<A>(std)};
 }
 
-// x -> (x - mean) / (std + eps) of the members, 0 of a group of equal ones.
+// What a group is multiplied by once its mean is taken off.
 template <class A>
-EFE_INLINE void whiten(const Statistics<A>& statistics, const uint8_t* mask, int64_t size, A* x) {
+EFE_INLINE A scale_of(const Statistics<A>& statistics, bool center) {
+    return center ? A(1) : A(1) / (statistics.std + static_cast<A>(kWhitenEps));
+}
+
+// x -> (x - mean) · scale of the members, 0 of a group of equal ones.
+template <class A>
+EFE_INLINE void whiten(const Statistics<A>& statistics, bool center, const uint8_t* mask, int64_t size, A* x) {
     if (statistics.std == 0) {
         std::fill_n(x, size, A(0));
         return;
     }
-    const A mean = statistics.mean, scale = A(1) / (statistics.std + static_cast<A>(kWhitenEps));
+    const A mean = statistics.mean, scale = scale_of(statistics, center);
     for (int64_t i = 0; i < size; ++i) x[i] = (x[i] - mean) * scale;
     clear_others(mask, size, x);
 }
@@ -91,7 +97,7 @@ struct Tensors {
 
 std::tuple<Tensor, Tensor> rl_advantage_forward(const Tensor& reward, const Tensor& value, const OptionalTensor& mask,
                                                 double reward_scale, const std::optional<std::string>& normalize,
-                                                int64_t group_size) {
+                                                int64_t group_size, bool center) {
     const ScalarType type = arithmetic_type(promoted(reward.scalar_type(), value.scalar_type()));
     const Spans spans(reward.numel(), group_size);
     Tensor out = empty(reward, type);
@@ -107,7 +113,7 @@ std::tuple<Tensor, Tensor> rl_advantage_forward(const Tensor& reward, const Tens
             if (group_size == 0) return;
             const uint8_t* members = mask_from(inputs.mask, begin);
             found[span] = group_statistics(advantage + begin, members, size);
-            whiten(found[span], members, size, advantage + begin);
+            whiten(found[span], center, members, size, advantage + begin);
         });
     });
     return {result_as(std::move(out), promoted(reward.scalar_type(), value.scalar_type())), std::move(statistics)};
@@ -115,29 +121,33 @@ std::tuple<Tensor, Tensor> rl_advantage_forward(const Tensor& reward, const Tens
 
 // The gradient [size] of the values of a group; grad is [N].
 template <class A>
-EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Statistics<A>& statistics, int64_t begin,
-                               int64_t size, A* __restrict__ out) {
-    if (statistics.std == 0) {
+EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Statistics<A>& statistics, bool center,
+                               int64_t begin, int64_t size, A* __restrict__ out) {
+    if (statistics.std == 0 && !center) {
         std::fill_n(out, size, A(0));
         return;
     }
-    inputs.subtract_value(begin, size, out);
     const uint8_t* mask = mask_from(inputs.mask, begin);
-    whiten(statistics, mask, size, out);
     grad += begin;
     const double grad_sum = sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]); });
-    const double product_sum =
-        sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; });
-    const A mean = static_cast<A>(grad_sum / statistics.count);
-    const A slope = static_cast<A>(product_sum / ((statistics.count - 1) * statistics.std));
-    const A scale = A(1) / (statistics.std + static_cast<A>(kWhitenEps));
-    for (int64_t i = 0; i < size; ++i) out[i] = out[i] * slope - (grad[i] - mean) * scale;
+    const A mean = static_cast<A>(grad_sum / std::max(double(statistics.count), 1.0));
+    if (center) {
+        for (int64_t i = 0; i < size; ++i) out[i] = mean - grad[i];
+    } else {
+        inputs.subtract_value(begin, size, out);
+        whiten(statistics, center, mask, size, out);
+        const double product_sum =
+            sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; });
+        const A scale = scale_of(statistics, center);
+        const A slope = static_cast<A>(product_sum / ((statistics.count - 1) * statistics.std));
+        for (int64_t i = 0; i < size; ++i) out[i] = out[i] * slope - (grad[i] - mean) * scale;
+    }
     clear_others(mask, size, out);
 }
 
 Tensor rl_advantage_backward(const Tensor& grad, const Tensor& reward, const Tensor& value, const OptionalTensor& mask,
                              const Tensor& statistics, double reward_scale, const std::optional<std::string>& normalize,
-                             int64_t group_size) {
+                             int64_t group_size, bool center) {
     const ScalarType type = statistics.scalar_type();
     const Spans spans(reward.numel(), group_size);
     Tensor out = empty(reward, type);
@@ -150,7 +160,7 @@ Tensor rl_advantage_backward(const Tensor& grad, const Tensor& reward, const Ten
         A* const gradient = out.mutable_data<A>();
         const auto* const groups = reinterpret_cast<const Statistics<A>*>(found.data<A>());
         spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
-            if (group_size > 0) return group_gradient(inputs, grads, groups[span], begin, size, gradient + begin);
+            if (group_size > 0) return group_gradient(inputs, grads, groups[span], center, begin, size, gradient + begin);
             for (int64_t i = begin; i < begin + size; ++i) gradient[i] = -grads[i];
             clear_others(mask_from(inputs.mask, begin), size, gradient + begin);
         });

@@ -17,7 +17,7 @@ def rl_advantage(
     *,
     reward_scale: float = 5.0,
     normalize: Literal["tanh", "clamp"] | None = "tanh",
-    whiten: bool = False,
+    whiten: bool | Literal["center"] = False,
     group_size: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -25,6 +25,7 @@ def rl_advantage(
 
     Whitening gives (advantage - mean) / (std + 1e-4) over the elements that count, all of them or those of each group,
     as in GRPO; std is torch.std's, of n - 1. A group whose advantages are all equal, such as a group of one, becomes 0.
+    With whiten="center" it gives advantage - mean, as in Dr. GRPO.
 
     Differentiable in value, through the mean and standard deviation too where whitened; detach the result to use it as
     the constant of a policy gradient. The reward is a constant.
@@ -34,7 +35,7 @@ def rl_advantage(
         value: the shape of reward, the critic's estimate of the normalised scaled reward; zeros without a critic.
         reward_scale: factor on the reward.
         normalize: "tanh" or "clamp" bring the scaled reward to [-1, 1], None leaves it.
-        whiten: whether to whiten.
+        whiten: whether to whiten; "center" subtracts the mean and leaves the scale.
         group_size: how many consecutive elements, in row-major order, are one group; None takes all as one group.
         mask: bool, the shape of reward; elements that are False count nowhere, and get advantage 0 and gradient 0,
             whatever reward and value hold there.
@@ -48,19 +49,24 @@ def rl_advantage(
         ValueError: for a wrong shape, device or choice, a group_size that does not divide the number of elements, or
             one without whiten.
 
-    Source: Shao et al. 2024, "DeepSeekMath", for group whitening.
+    Source: Shao et al. 2024, "DeepSeekMath", for group whitening; Liu et al. 2025, "Understanding R1-Zero-like
+    training: a critical perspective", for centring.
     """
     checks.check_alike(reward=reward, value=value)
     checks.check_mask("mask", mask, "reward", reward)
     checks.check_choice("normalize", normalize, ("tanh", "clamp", None))
     reward_scale = checks.number("reward_scale", reward_scale)
-    whiten = checks.flag("whiten", whiten)
+    center = isinstance(whiten, str)
+    if center:
+        checks.check_choice("whiten", whiten, (True, False, "center"))
+    else:
+        whiten = checks.flag("whiten", whiten)
     if group_size is not None:
         group_size = checks.integer("group_size", group_size, low=1)
         if not whiten:
-            raise ValueError(f"group_size must be None unless whiten is True, it was {group_size}.")
+            raise ValueError(f"group_size must be None unless whiten is True or 'center', it was {group_size}.")
         if reward.numel() % group_size != 0:
             raise ValueError(f"group_size must divide the {reward.numel()} elements of reward, it was {group_size}.")
     group = 0 if not whiten else reward.numel() if group_size is None else group_size
-    advantage, _ = ops.rl_advantage(constant(reward), value, mask, reward_scale, normalize, group)
+    advantage, _ = ops.rl_advantage(constant(reward), value, mask, reward_scale, normalize, group, center)
     return advantage

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.advantage.reference import WHITEN_EPS
+from efe_kernels.common.launch import launch
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     Moments,
@@ -40,13 +41,14 @@ MERGED_AT_ONCE = 1024
 
 
 class Inputs(NamedTuple):
-    """The arguments of the reference's plain_advantage."""
+    """The arguments of the reference's plain_advantage, and how it is whitened."""
 
     reward: Any  # [groups * group_size]
     value: Any  # [groups * group_size]
     mask: Any  # [groups * group_size] or None
     reward_scale: float
     normalize: Any  # a constant: "tanh", "clamp" or None
+    center: Any  # a constant: whether the mean alone is taken off in whitening
 
 
 class Groups(NamedTuple):
@@ -191,7 +193,7 @@ def rl_advantage_kernel(
             found = merge_moments(Moments(count, mean, squares))
         std = tl.sqrt_rn(found.squares / tl.maximum(found.count - 1.0, 1.0))
         statistics = Statistics(found.count, found.mean, std)
-        advantage = whiten(advantage, member, statistics)
+        advantage = whiten(inputs, advantage, member, statistics)
         first = tile.group < tl.where(tile.part == 0, groups.count, 0)  # one program of each group writes
         store_row(statistics_ptr + tile.group * NUM_STATISTICS, statistics, first)
     store(out_ptr, tile.offset, advantage, tile.ok)
@@ -199,13 +201,15 @@ def rl_advantage_kernel(
         for index in range(1, TILES):
             tile = tile_of(groups, index, GROUPS, TILE, TILES)
             advantage, member = load_advantage(inputs, tile)
-            store(out_ptr, tile.offset, whiten(advantage, member, statistics), tile.ok)
+            store(out_ptr, tile.offset, whiten(inputs, advantage, member, statistics), tile.ok)
 
 
 @triton.jit
-def whiten(advantage, member, statistics):
+def whiten(inputs, advantage, member, statistics):
     std = statistics.std[:, None]
-    whitened = (advantage - statistics.mean[:, None]) / (std + EPS)
+    whitened = advantage - statistics.mean[:, None]
+    if not inputs.center:
+        whitened = whitened / (std + EPS)
     return tl.where(member & (std != 0), whitened, 0.0)
 
 
@@ -222,7 +226,7 @@ def load_whitened_gradient(
     count, mean, std = load_rows(statistics_ptr, tile.group, groups.count, NUM_STATISTICS)
     statistics = Statistics(count, mean, std)
     grad = tl.where(member, load(grad_ptr, tile.offset, tile.ok), 0.0)
-    return grad, whiten(advantage, member, statistics), member, statistics
+    return grad, whiten(inputs, advantage, member, statistics), member, statistics
 
 
 @triton.jit
@@ -264,7 +268,8 @@ def rl_advantage_merge_sums_kernel(
 # ds/dx_i = c_i / ((n - 1) s). So for an upstream gradient g
 #   dx_i = k (g_i - mean(g)) - k² c_i (sum_j g_j c_j) / ((n - 1) s)
 #        = k (g_i - mean(g)) - y_i (sum_j g_j y_j) / ((n - 1) s),
-# and x = normalised reward - value gives dvalue_i = -dx_i. A group with s = 0 is whitened to the constant 0.
+# and x = normalised reward - value gives dvalue_i = -dx_i. A group with s = 0 is whitened to the constant 0. Centring
+# alone is y_i = c_i, so dx_i = g_i - mean(g).
 @triton.jit
 def rl_advantage_backward_kernel(
     grad_ptr,  # [groups * group_size]
@@ -288,11 +293,14 @@ def rl_advantage_backward_kernel(
             grad_sums, product_sums = load_partial(partial, groups, NUM_SUMS)
             grad_sum, product_sum = tl.sum(grad_sums, axis=1), tl.sum(product_sums, axis=1)
         count, _, std = statistics
-        varied = std != 0
         mean_grad = grad_sum / tl.maximum(count, 1.0)
-        slope = tl.where(varied, product_sum / tl.where(varied, (count - 1.0) * std, 1.0), 0.0)
-        grad = (grad - mean_grad[:, None]) / (std[:, None] + EPS) - whitened * slope[:, None]
-        grad = tl.where(member & varied[:, None], grad, 0.0)
+        grad = grad - mean_grad[:, None]
+        if not inputs.center:
+            varied = std != 0
+            slope = tl.where(varied, product_sum / tl.where(varied, (count - 1.0) * std, 1.0), 0.0)
+            grad = grad / (std[:, None] + EPS) - whitened * slope[:, None]
+            member = member & varied[:, None]
+        grad = tl.where(member, grad, 0.0)
     store(out_ptr, tile.offset, -grad, tile.ok)
 
 
@@ -323,16 +331,16 @@ def merged(rows: Tensor, kernel: Any) -> Partial:
     groups, parts, width = rows.shape
     if parts > MOST_PARTS:
         whole = rows.new_empty(groups, 1, width)
-        kernel[(groups,)](rows, whole, parts, PARTS=MERGED_AT_ONCE, num_warps=4, **OPTIONS)
+        launch(kernel, (groups,), rows, whole, parts, PARTS=MERGED_AT_ONCE, num_warps=4, **OPTIONS)
         rows, parts = whole, 1
     return Partial(rows, parts, tl.constexpr(triton.next_power_of_2(parts)))
 
 
 def kernel_inputs(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None
+    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, center: bool
 ) -> Inputs:
     constant = None if normalize is None else tl.constexpr(normalize)
-    return Inputs(flat(reward), flat(value), flat(mask), reward_scale, constant)
+    return Inputs(flat(reward), flat(value), flat(mask), reward_scale, constant, tl.constexpr(center))
 
 
 def new_rows(like: Tensor, width: tl.constexpr, *rows: int) -> Tensor:
@@ -341,7 +349,13 @@ def new_rows(like: Tensor, width: tl.constexpr, *rows: int) -> Tensor:
 
 
 def rl_advantage_forward(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    reward_scale: float,
+    normalize: str | None,
+    group_size: int,
+    center: bool,
 ) -> tuple[Tensor, Tensor]:
     """See the reference. One launch; two where a group is larger than MOST_TILES tiles, three beyond MOST_PARTS."""
     numel = reward.numel()
@@ -349,7 +363,7 @@ def rl_advantage_forward(
     statistics = new_rows(reward, NUM_STATISTICS, numel // group_size if group_size else 0)
     if numel == 0:
         return out, statistics
-    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize)
+    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize, center)
     programs, groups, constants, warps = cover(numel, group_size)
     tiles, partial = 1, None
     with launch_guard(reward):
@@ -359,10 +373,10 @@ def rl_advantage_forward(
         elif group_size and groups.parts > 1:
             options = {**constants, "num_warps": warps, **OPTIONS}
             rows = new_rows(reward, NUM_MOMENTS, groups.count, groups.parts)
-            rl_advantage_moments_kernel[(programs,)](inputs, rows, groups, **options)
+            launch(rl_advantage_moments_kernel, (programs,), inputs, rows, groups, **options)
             partial = merged(rows, rl_advantage_merge_moments_kernel)
-        rl_advantage_kernel[(programs,)](
-            inputs, partial, statistics if group_size else None, out, groups,
+        launch(
+            rl_advantage_kernel, (programs,), inputs, partial, statistics if group_size else None, out, groups,
             **constants, TILES=tiles, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out, statistics
@@ -377,22 +391,24 @@ def rl_advantage_backward(
     reward_scale: float,
     normalize: str | None,
     group_size: int,
+    center: bool,
 ) -> Tensor:
     """See the reference. One launch; two where a group is larger than a tile, three beyond MOST_PARTS of them."""
     numel = reward.numel()
     out = value.new_empty(value.shape)
     if numel == 0:
         return out
-    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize)
+    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize, center)
     programs, groups, constants, warps = cover(numel, group_size)
     options = {**constants, "num_warps": warps, **OPTIONS}
     grad, partial = grad.contiguous(), None
     with launch_guard(reward):
         if group_size and groups.parts > 1:
             rows = new_rows(reward, NUM_SUMS, groups.count, groups.parts)
-            rl_advantage_sums_kernel[(programs,)](grad, inputs, statistics, rows, groups, **options)
+            launch(rl_advantage_sums_kernel, (programs,), grad, inputs, statistics, rows, groups, **options)
             partial = merged(rows, rl_advantage_merge_sums_kernel)
-        rl_advantage_backward_kernel[(programs,)](
-            grad, inputs, partial, statistics if group_size else None, out, groups, **options
-        )
+        launch(
+            rl_advantage_backward_kernel, (programs,), grad, inputs, partial, statistics if group_size else None, out,
+            groups, **options,
+        )  # fmt: skip
     return out

@@ -10,7 +10,13 @@ from efe_kernels.common.op import differentiable_op
 
 
 def rl_advantage_fake(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    reward_scale: float,
+    normalize: str | None,
+    group_size: int,
+    center: bool,
 ) -> tuple[Tensor, Tensor]:
     groups = reward.numel() // group_size if group_size else 0
     dtype = torch.float64 if torch.float64 in (reward.dtype, value.dtype) else torch.float32

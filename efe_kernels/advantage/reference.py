@@ -45,13 +45,20 @@ class Advantage(NamedTuple):
 
 
 def rl_advantage_forward(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, group_size: int
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    reward_scale: float,
+    normalize: str | None,
+    group_size: int,
+    center: bool,
 ) -> Advantage:
     """Advantage in the shape of reward and, with group_size > 0, the statistics [numel / group_size, 3] of the groups.
 
     A group is group_size consecutive elements in row-major order.
 
-    Whitening: (advantage - mean) / (std + WHITEN_EPS) within each group; 0 in a group whose members are equal.
+    Whitening: (advantage - mean) / (std + WHITEN_EPS) within each group, with `center` the difference alone; 0 in a
+    group whose members are equal.
     """
     advantage = plain_advantage(reward, value, mask, reward_scale, normalize)
     statistics = advantage.new_empty(0, 3)
@@ -59,15 +66,15 @@ def rl_advantage_forward(
         groups = advantage.reshape(-1, group_size)
         members = None if mask is None else mask.reshape(-1, group_size)
         statistics = group_statistics(groups, members)
-        advantage = whiten(groups, members, statistics).view(reward.shape)
+        advantage = whiten(groups, members, statistics, center).view(reward.shape)
     dtype = torch.promote_types(reward.dtype, value.dtype)
     return Advantage(advantage.to(dtype).contiguous(), statistics)
 
 
-def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor) -> Tensor:
+def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor, center: bool) -> Tensor:
     """advantage, mask [G, S] and statistics [G, 3] -> [G, S]."""
     _, mean, std = statistics[:, :, None].unbind(1)
-    whitened = torch.where(std == 0, 0, (advantage - mean) / (std + WHITEN_EPS))
+    whitened = torch.where(std == 0, 0, (advantage - mean) / (1 if center else std + WHITEN_EPS))
     return whitened if mask is None else torch.where(mask, whitened, 0)
 
 
@@ -80,19 +87,21 @@ def rl_advantage_backward(
     reward_scale: float,
     normalize: str | None,
     group_size: int,
+    center: bool,
 ) -> Tensor:
     """Gradient of value; the derivation stands beside the kernel."""
     dtype = statistics.dtype
     grad = grad_advantage.to(dtype) if mask is None else torch.where(mask, grad_advantage.to(dtype), 0)
     if group_size > 0:
-        advantage = plain_advantage(reward, value, mask, reward_scale, normalize).reshape(-1, group_size)
         members = None if mask is None else mask.reshape(-1, group_size)
-        whitened = whiten(advantage, members, statistics)
         grad_groups = grad.reshape(-1, group_size)
         count, _, std = statistics[:, :, None].unbind(1)
-        mean_grad = grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
-        product = (grad_groups * whitened).sum(1, keepdim=True)
-        grad_groups = (grad_groups - mean_grad) / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
-        grad_groups = torch.where(std == 0, 0, grad_groups)
-        grad = (grad_groups if members is None else torch.where(members, grad_groups, 0)).view(value.shape)
+        centered = grad_groups - grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
+        if not center:
+            advantage = plain_advantage(reward, value, mask, reward_scale, normalize).reshape(-1, group_size)
+            whitened = whiten(advantage, members, statistics, center)
+            product = (grad_groups * whitened).sum(1, keepdim=True)
+            centered = centered / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
+            centered = torch.where(std == 0, 0, centered)
+        grad = (centered if members is None else torch.where(members, centered, 0)).view(value.shape)
     return (-grad).to(value.dtype).contiguous()

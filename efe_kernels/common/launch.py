@@ -7,6 +7,37 @@ from typing import Any
 
 from torch import Tensor
 
+PREPARED: dict[Hashable, PreparedLaunch] = {}
+MAX_PREPARED = 4096
+
+
+def launch(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """function[grid](*arguments, **constants), prepared from the second call on that Triton would compile alike.
+
+    function: a @triton.jit function whose constants come last in its signature.
+    arguments: tensors, numbers, constants and None, alone or in tuples.
+    constants: the others, and Triton's options.
+    """
+    key = (function.__name__, grid, specialised(arguments), *constants.values())
+    prepared = PREPARED.get(key)
+    if prepared is None:
+        if len(PREPARED) == MAX_PREPARED:
+            PREPARED.clear()
+        prepared = PREPARED[key] = PreparedLaunch(function, grid, constants)
+    prepared(*arguments)
+
+
+def specialised(argument: Any) -> Hashable:
+    """What Triton compiles differently for, of an argument of a kernel."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.device, argument.data_ptr() % 16 == 0
+    if isinstance(argument, tuple):
+        return tuple(map(specialised, argument))
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    # A number is an argument of the compiled kernel. A constant, or None, is compiled into it.
+    return float if isinstance(argument, float) else argument
+
 
 def signature(tensor: Tensor | None) -> Hashable:
     """What Triton compiles differently for, of a tensor whose strides are constants of the kernel."""

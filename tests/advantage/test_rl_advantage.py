@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"whiten": True},
     {"whiten": True, "group_size": 6, "normalize": None},
     {"whiten": True, "group_size": 1},
+    {"whiten": "center"},
+    {"whiten": "center", "group_size": 6, "normalize": None},
+    {"whiten": "center", "group_size": 1},
 ]
 # Results are rounded once to their dtype: one unit in the last place, and for float32 the few roundings of the
 # arithmetic itself on values of about 1. Gradients of whitened advantages are sums of a few such terms.
@@ -35,7 +37,7 @@ def definition(
     *,
     reward_scale: float = 5.0,
     normalize: str | None = "tanh",
-    whiten: bool = False,
+    whiten: bool | str = False,
     group_size: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -50,7 +52,9 @@ def definition(
                                   mask.flatten().split(group_size or reward.numel()), strict=True):  # fmt: skip
             chosen = group[members]
             out = torch.zeros_like(group)
-            if chosen.numel() > 1 and (chosen != chosen[0]).any():
+            if whiten == "center":
+                out = out.masked_scatter(members, chosen - chosen.mean())
+            elif chosen.numel() > 1 and (chosen != chosen[0]).any():
                 out = out.masked_scatter(members, (chosen - chosen.mean()) / (chosen.std() + 1e-4))
             else:
                 out = out + 0 * group
@@ -88,16 +92,17 @@ def test_value_and_gradient(
 
 
 @pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("whiten", [True, "center"])
 @pytest.mark.parametrize(
     ("numel", "group_size"),
     [(1, None), (5000, None), (4097, None), (33, 1), (33, 11), (2 * 4500, 4500), (8192, 4096), (40000, None)],
 )
-def test_whitening_of_any_group_size(numel: int, group_size: int | None, device: str) -> None:
+def test_whitening_of_any_group_size(numel: int, group_size: int | None, whiten: Any, device: str) -> None:
     """Groups that share a tile, fill one, need several, and so many that a launch of its own adds them up."""
     reward, value, mask = inputs(numel, device=device)
-    advantage = rl_advantage(reward, value, whiten=True, group_size=group_size, mask=mask)
+    advantage = rl_advantage(reward, value, whiten=whiten, group_size=group_size, mask=mask)
     exact_value = value.detach().double().requires_grad_()
-    expected = definition(reward.double(), exact_value, whiten=True, group_size=group_size, mask=mask)
+    expected = definition(reward.double(), exact_value, whiten=whiten, group_size=group_size, mask=mask)
     # A mean over n values of about 1 in float32, summed pairwise.
     torch.testing.assert_close(advantage.double(), expected, rtol=5e-6, atol=5e-6)
     upstream = torch.randn(numel, device=device)
@@ -115,10 +120,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("whiten", [True, "center"])
 @pytest.mark.parametrize(("numel", "group_size"), [(7000, None), (7000, 3500), (4000, 2000)])
-def test_groups_of_very_many_parts(numel: int, group_size: int | None, device: str) -> None:
+def test_groups_of_very_many_parts(numel: int, group_size: int | None, whiten: Any, device: str) -> None:
     """7 and 4 parts of a group are merged before every program reads them, 2 are not."""
-    test_whitening_of_any_group_size(numel, group_size, device)
+    test_whitening_of_any_group_size(numel, group_size, whiten, device)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -127,25 +133,14 @@ def test_what_a_program_reads_of_its_group_does_not_grow_with_the_group(monkeypa
     kernels = pytest.importorskip("efe_kernels.advantage.kernels")
     read: list[int] = []
 
-    class Recording:
-        """In place of a kernel."""
+    def launch(_function: Any, _grid: tuple[int, ...], *arguments: Any, **_: Any) -> None:
+        read.extend(argument.parts for argument in arguments if isinstance(argument, kernels.Partial))
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            partial = kernels.Partial
-            return lambda *arguments, **_: read.extend(x.parts for x in arguments if isinstance(x, partial))
-
-    class Silent:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **options: None
-
-    for name in ("moments", "merge_moments", "sums", "merge_sums"):
-        monkeypatch.setattr(kernels, f"rl_advantage_{name}_kernel", Silent())
-    for name in ("rl_advantage_kernel", "rl_advantage_backward_kernel"):
-        monkeypatch.setattr(kernels, name, Recording())
+    monkeypatch.setattr(kernels, "launch", launch)
     for numel in (2048, 4096, 65536):
         x, statistics = torch.zeros(numel), torch.zeros(1, 3)
-        kernels.rl_advantage_forward(x, x, None, 5.0, "tanh", numel)
-        kernels.rl_advantage_backward(x, x, x, None, statistics, 5.0, "tanh", numel)
+        kernels.rl_advantage_forward(x, x, None, 5.0, "tanh", numel, False)
+        kernels.rl_advantage_backward(x, x, x, None, statistics, 5.0, "tanh", numel, False)
     assert read == [2, 2, 1, 1, 1, 1]
 
 
@@ -245,9 +240,11 @@ def test_only_value_gets_a_gradient(device: str) -> None:
 
 @pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("group_size", [None, 4])
-def test_gradcheck(group_size: int | None, device: str) -> None:
+@pytest.mark.parametrize("whiten", [True, "center"])
+def test_gradcheck(whiten: Any, group_size: int | None, device: str) -> None:
     reward, value, mask = inputs(8, device=device, dtype=torch.float64)
-    torch.autograd.gradcheck(lambda v: rl_advantage(reward, v, whiten=True, group_size=group_size, mask=mask), (value,))
+    settings = {"whiten": whiten, "group_size": group_size, "mask": mask}
+    torch.autograd.gradcheck(lambda v: rl_advantage(reward, v, **settings), (value,))
 
 
 def test_second_derivative_is_a_clear_error(device: str) -> None:
@@ -271,10 +268,10 @@ def test_opcheck(device: str) -> None:
     reward, value, mask = inputs(3, 4, device=device)
     value = value.detach()
     for group_size in (0, 4):
-        arguments = (reward, value.half(), mask, 5.0, "tanh", group_size)
+        arguments = (reward, value.half(), mask, 5.0, "tanh", group_size, False)
         torch.library.opcheck(torch.ops.efe.rl_advantage_forward.default, arguments)
         statistics = torch.rand(3 if group_size else 0, 3, device=device)
-        arguments = (reward, reward, value.half(), None, statistics, 5.0, None, group_size)
+        arguments = (reward, reward, value.half(), None, statistics, 5.0, None, group_size, True)
         torch.library.opcheck(torch.ops.efe.rl_advantage_backward.default, arguments)
 
 
@@ -309,13 +306,15 @@ def test_clear_errors(device: str) -> None:
         (ValueError, r"value must have the shape of reward = \[6\], it was \[5\]", (reward, value[:5]), {}),
         (ValueError, r"mask must have the shape of reward = \[6\]", (reward, value), {"mask": mask[:5] > 0}),
         (ValueError, "value must be on the device of reward", (reward, value.to("meta")), {}),
+        (ValueError, "whiten must be one of True, False, 'center', it was 'std'", (reward, value), {"whiten": "std"}),
         (ValueError, "normalize must be one of 'tanh', 'clamp', None, it was 'relu'", (reward, value),
          {"normalize": "relu"}),
         (ValueError, "group_size must divide the 6 elements of reward, it was 4", (reward, value),
          {"whiten": True, "group_size": 4}),
         (ValueError, "group_size must be at least 1, it was 0", (reward, value),
          {"whiten": True, "group_size": 0}),
-        (ValueError, "group_size must be None unless whiten is True, it was 3", (reward, value), {"group_size": 3}),
+        (ValueError, "group_size must be None unless whiten is True or 'center', it was 3", (reward, value),
+         {"group_size": 3}),
     ]  # fmt: skip
     for error, message, arguments, keywords in wrong:
         with pytest.raises(error, match=message):

@@ -205,7 +205,7 @@ def test_a_call_keeps_none_of_its_tensors() -> None:
     """Given, optional, in a tuple or in a list: a kernel takes over what the stack that it is called with owns."""
     given = [torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) < 0.5]
     reward, value, mask = given
-    advantage, statistics = torch.ops.efe.rl_advantage_forward(reward, value, mask, 1.0, "tanh", 6)
+    advantage, statistics = torch.ops.efe.rl_advantage_forward(reward, value, mask, 1.0, "tanh", 6, False)
     gradients = torch.ops.efe.trace_backward(advantage, None, [True, True], mask, mask, None, 0.9, 0.9, 1.0, 1.0, 1.0)
     alive = [weakref.ref(tensor) for tensor in (*given, advantage, statistics, *gradients)]
     del given, reward, value, mask, advantage, statistics, gradients

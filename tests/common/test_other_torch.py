@@ -32,7 +32,7 @@ assert all(info.backend(op, "CPU") == "C++" for op in OPS)
 torch.manual_seed(0)
 reward, value, mask = torch.randn(3, 8), torch.randn(3, 8), torch.rand(3, 8) < 0.7
 for normalize in (None, "tanh", "clamp"):
-    check("rl_advantage_forward", reward, value, mask, 0.5, normalize, 4)
+    check("rl_advantage_forward", reward, value, mask, 0.5, normalize, 4, False)
 check("trace_forward", value, value.T.clone().T, reward, mask, None, None, 0.9, 0.8, 1.0, 1.0, 1.0)
 check("trace_backward", reward, None, [True, False], mask, None, None, 0.9, 0.8, 1.0, 1.0, 1.0)
 check("masked_mean_pool_forward", torch.randn(3, 8, 5).bfloat16(), mask)

@@ -177,7 +177,7 @@ def rl_advantage(draw: Draw) -> None:
     draw.mask("mask", dims, optional=True)
     draw.number("reward_scale", SCALES)
     draw.other("normalize", ("tanh", "clamp", None))
-    draw.arguments["whiten"] = draw.choice((False, True))
+    draw.arguments["whiten"] = draw.choice((False, True, "center"))
     if draw.arguments["whiten"]:
         numel = draw.arguments["reward"].numel()
         divisors = [size for size in (1, 2, 3, 7, 16, 64, *([numel] if numel else [])) if numel % size == 0]
