@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from efe_kernels.common import launch as launching
 from efe_kernels.common.launch import PreparedLaunch, signature
 
 
@@ -22,6 +23,7 @@ class Compiled:
 class Function:
     """As @triton.jit makes one: compiled for a grid and arguments, or interpreted."""
 
+    __name__ = "kernel"
     arg_names = ("x_ptr", "n", "STRIDE", "BLOCK")
 
     def __init__(self, interpreted: bool) -> None:
@@ -73,3 +75,30 @@ def test_the_interpreter_is_always_called_as_triton_is() -> None:
 def test_a_signature_tells_apart_what_triton_compiles_apart(other: torch.Tensor | None) -> None:
     assert signature(torch.zeros(4, 8)) == signature(torch.ones(4, 8))
     assert signature(other) != signature(torch.zeros(4, 8))
+
+
+def test_a_launch_is_prepared_for_what_triton_compiles_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers may differ, but not in what Triton specialises on."""
+    monkeypatch.setattr(launching, "PREPARED", {})
+    function = Function(interpreted=False)
+
+    def how(x: Any, n: int, block: int = 64, grid: tuple[int, ...] = (5,)) -> str:
+        launching.launch(function, grid, (x, None), n, STRIDE=(3, 1), BLOCK=block, num_warps=1)
+        return function.calls[-1][0]
+
+    whole, odd = torch.zeros(64), torch.zeros(65)[1:]
+    assert [how(whole, 7), how(torch.ones(32), 9), how(whole, 7)] == ["bound", "compiled", "compiled"]
+    others = [(odd, 7), (whole.double(), 7), (None, 7), (whole, 16), (whole, 1), (whole, 2**31 + 1), (whole, 7, 32)]
+    assert [how(*other) for other in others] == ["bound"] * len(others)
+    assert [how(*other) for other in others] == ["compiled"] * len(others)
+    assert how(whole, 7, grid=(6,)) == "bound" and function.calls[-1][1] == (6, 1, 1)
+    assert how(whole, 7) == "compiled" and function.calls[-1][1] == (5, 1, 1)
+
+
+def test_what_is_prepared_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "PREPARED", {})
+    monkeypatch.setattr(launching, "MAX_PREPARED", 2)
+    function = Function(interpreted=False)
+    for grid in range(1, 6):
+        launching.launch(function, (grid,), 7, STRIDE=(3, 1), BLOCK=64)
+    assert len(launching.PREPARED) <= 2
