@@ -227,9 +227,10 @@ Tensor grid_reward(const Tensor& before, const Tensor& after, const Tensor& targ
     const Grid predictions[2] = {{"before", before}, {"after", after}};
     for (const Grid* grid : {&goal, &predictions[0], &predictions[1]})
         for_element_type(*grid, [](auto) {});  // refuses other dtypes here: threads lose what an exception says
-    const Resize resizes[2] = {{predictions[0], goal}, {predictions[1], goal}};
     const int64_t batch = target.size(0);
     Tensor out = empty({14, batch}, ScalarType::Float, target);
+    if (batch == 0) return out;
+    const Resize resizes[2] = {{predictions[0], goal}, {predictions[1], goal}};
     const Tensor back = contiguous_as(reversibility, ScalarType::Float);
     float* const table = out.mutable_data<float>();
     std::vector<int64_t> outside[3];
