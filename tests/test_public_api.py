@@ -27,11 +27,11 @@ SIGNATURES = {
     f" weights={EFE_WEIGHTS}, hard_cell=True, hard_cell_min_ratio=0.0, max_cells=900, ignore_index=-100,"
     " reduction='mean', grad_scale=None)",
     "gae": "(reward, value, next_value, terminated, truncated=None, *, gamma=0.99, lam=0.95, reward_scale=1.0,"
-    " time_dim=-1)",
+    " mask=None, time_dim=-1)",
     "grid_reward": "(before, after, target, *, valid=None, source=None, inverse=None,"
     f" weights={REWARD_WEIGHTS}, num_colors=10)",
     "masked_mean_pool": "(hidden, mask)",
-    "next_values": "(value, last_value, terminated, truncated=None, final_value=None, *, time_dim=-1)",
+    "next_values": "(value, last_value, terminated, truncated=None, final_value=None, *, mask=None, time_dim=-1)",
     "policy_efe": "(state_probs, likelihood, preference_logits)",
     "policy_gradient_loss": "(log_prob, advantage, value, value_target, entropy, *, old_log_prob=None, clip=0.2,"
     " value_coef=0.5, entropy_coef=0.01, mask=None)",
@@ -40,9 +40,9 @@ SIGNATURES = {
     "rollout_states": "(initial, transition, policies)",
     "squashed_log_prob": "(action, mean, log_std, *, delta_scale=0.2)",
     "td_lambda": "(reward, next_value, terminated, truncated=None, *, gamma=0.99, lam=0.95, reward_scale=1.0,"
-    " time_dim=-1)",
-    "vtrace": "(log_ratio, reward, value, next_value, terminated, truncated=None, *, gamma=0.99, rho_clip=1.0,"
-    " c_clip=1.0, reward_scale=1.0, time_dim=-1)",
+    " mask=None, time_dim=-1)",
+    "vtrace": "(log_ratio, reward, value, next_value, terminated, truncated=None, *, gamma=0.99, lam=1.0,"
+    " rho_clip=1.0, c_clip=1.0, reward_scale=1.0, mask=None, time_dim=-1)",
 }
 FIELDS = {
     "EFELossOutput": ("total", "terms", "mask_ratio", "hard_cell_scale"),

@@ -110,6 +110,14 @@ EFE_INLINE const V* read_run(const Series& series, const Tile<TimeInner>& tile, 
     return room;
 }
 
+// The same, with `otherwise` where there is no tensor.
+template <class V, bool TimeInner>
+EFE_INLINE const V* run_or(const Series& series, V otherwise, const Tile<TimeInner>& tile, int64_t o, V* room) {
+    if (series.data != nullptr) return read_run(series, tile, o, room);
+    std::fill_n(room, tile.inner(), otherwise);
+    return room;
+}
+
 // Where to write the run of a result: into its memory, or into `room`, from which store_run converts.
 template <bool TimeInner, class A>
 EFE_INLINE A* run_to_write(const Series& result, const Tile<TimeInner>& tile, int64_t o, A* room) {

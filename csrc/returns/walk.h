@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/tensor.h"
@@ -16,6 +18,34 @@ EFE_INLINE A advance(A factor, A term, A x) {
     const A through = factor == 0 ? A(0) : x;
     return term + factor * through;
 }
+
+// gamma and lam: one of each, or in its place that of each step.
+template <class A>
+struct Discounts {
+    A gamma, lam;
+    Series gammas, lams;
+
+    bool per_step() const { return gammas.data != nullptr || lams.data != nullptr; }
+};
+
+// gamma and lam of the elements of a run. PerStep: of each its own, in `room` where they do not lie side by side.
+template <bool PerStep, bool TimeInner, class A>
+struct DiscountRun {
+    A one_gamma, one_lam;
+    const A *gammas = nullptr, *lams = nullptr;
+    A room[2][PerStep ? Tile<TimeInner>::kSize : 1];
+
+    EFE_INLINE DiscountRun(const Discounts<A>& d, const Tile<TimeInner>& tile, int64_t o)
+        : one_gamma(d.gamma), one_lam(d.lam) {
+        if constexpr (PerStep) {
+            gammas = run_or(d.gammas, d.gamma, tile, o, room[0]);
+            lams = run_or(d.lams, d.lam, tile, o, room[1]);
+        }
+    }
+
+    EFE_INLINE A gamma(int64_t i) const { return PerStep ? gammas[i] : one_gamma; }
+    EFE_INLINE A lam(int64_t i) const { return PerStep ? lams[i] : one_lam; }
+};
 
 constexpr uint8_t kTerminated = 1, kTruncated = 2, kLast = 4;
 
@@ -66,6 +96,14 @@ EFE_INLINE void walk(const Tile<TimeInner>& tile, A* __restrict__ state, const U
     }
 }
 
+// One tensor for each gradient that is needed.
+inline std::vector<Tensor> empties_where(const std::vector<bool>& needs, const Tensor& like, ScalarType type) {
+    std::vector<Tensor> found;
+    for (const bool need : needs)
+        if (need) found.push_back(empty_like(like, type));
+    return found;
+}
+
 // How the results lie, which is dense, and the dtype of the arithmetic on them.
 struct ResultLayout {
     int64_t rows, steps, stride_row, stride_time;
@@ -87,7 +125,21 @@ struct ResultLayout {
         return {tensor.mutable_data(), tensor.scalar_type(), row, time, dense, inner_contiguous};
     }
 
+    // Those of the places that are needed, in the order of the tensors for them.
+    void series_where(const std::vector<bool>& needs, const std::vector<Tensor>& tensors,
+                      std::initializer_list<Series*> places) const {
+        auto tensor = tensors.begin();
+        auto needed = needs.begin();
+        for (Series* place : places)
+            if (*needed++) *place = series(*tensor++);
+    }
+
     bool time_inner() const { return stride_time == 1; }
+
+    template <class A>
+    Discounts<A> discounts(double gamma, double lam, const OptionalTensor& gammas, const OptionalTensor& lams) const {
+        return {static_cast<A>(gamma), static_cast<A>(lam), series(gammas), series(lams)};
+    }
 };
 
 // body(tile, state) for all tiles of one block of rows after the other, in the order in which their steps follow; the

@@ -149,10 +149,11 @@ def function_of(title: str, forward: Any, backward: Any, wiring: Wiring) -> type
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             gradients: list[Tensor | None] = [None] * wiring.width
+            needed = ctx.needs_input_grad  # made anew each time that it is asked for
             for place, result in wiring.passes.items():
-                if ctx.needs_input_grad[place]:
+                if needed[place]:
                     gradients[place] = grads[result]
-            needs = [ctx.needs_input_grad[place] for place in wiring.computed]
+            needs = [needed[place] for place in wiring.computed]
             if any(needs) and any([grad is not None for grad in grads]):
                 sources = (*grads, needs, *ctx.saved_tensors, *ctx.constants)
                 found = first_order(title, gradients_of, *[sources[place] for place in wiring.order])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efe_kernels.common import checks
 from efe_kernels.common.arguments import constant, promoted, without_autocast
+from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.returns import ops
 
 
@@ -19,9 +21,10 @@ def gae(
     terminated: Tensor,
     truncated: Tensor | None = None,
     *,
-    gamma: float = 0.99,
-    lam: float = 0.95,
+    gamma: float | Tensor = 0.99,
+    lam: float | Tensor = 0.95,
     reward_scale: float = 1.0,
+    mask: Tensor | None = None,
     time_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation along `time_dim`, the last dimension unless it is named: [..., T].
@@ -30,7 +33,7 @@ def gae(
         advantage_t = delta_t + gamma * lam * (1 - terminated_t) * (1 - truncated_t) * advantage_{t+1}
         value_target_t = advantage_t + value_t
 
-    Differentiable in value and next_value, as these formulas are; detach the results to use them as constants.
+    Differentiable in reward, value and next_value, as these formulas are; detach the results to use them as constants.
 
     Args:
         reward: [..., T] float32, float16, bfloat16 or float64.
@@ -41,9 +44,13 @@ def gae(
             bootstrap, and the trace stops.
         truncated: [..., T], likewise, where the episode is cut: the bootstrap stays, and the trace stops. None:
             nowhere. After the last step the trace stops in any case.
-        gamma: discount.
-        lam: decay of the trace.
+        gamma: discount, in [0, 1]: a number, or a floating-point tensor that broadcasts to reward, of each step or of
+            each environment. The values of a tensor are not looked at, which would wait for its device, and no gradient
+            flows to it: one that requires it is refused.
+        lam: decay of the trace, likewise.
         reward_scale: factor on the reward.
+        mask: [..., T] bool, False where a step is padding: such steps count nowhere, whatever they hold, the trace
+            stops before them as at a cut, and their results and gradients are 0. None: all count.
         time_dim: which dimension of all tensors, and of the results, is time. 0 for buffers [T, B]: no shape could tell
             them from [B, T].
 
@@ -53,7 +60,7 @@ def gae(
 
     Returns:
         (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is
-        float32, float64 for float64.
+        float32, float64 for float64; tensors of gamma and lam are converted to it.
 
     Raises:
         TypeError: for a wrong dtype.
@@ -61,13 +68,17 @@ def gae(
 
     Source: Schulman et al. 2016, "High-dimensional continuous control using generalized advantage estimation".
     """
-    axis = check_trajectories(time_dim, terminated, truncated, reward=reward, value=value, next_value=next_value)
-    gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
+    axis = check_trajectories(time_dim, terminated, truncated, mask, reward=reward, value=value, next_value=next_value)
+    gamma, gammas = factor_of("gamma", gamma, reward)
+    lam, lams = factor_of("lam", lam, reward)
     reward_scale = checks.number("reward_scale", reward_scale)
-    value, next_value, reward = promoted(value, next_value, constant(reward))
+    truncated, value, next_value, reward, gammas, lams = counted(
+        mask, axis, truncated, value, next_value, reward, gammas, lams
+    )
+    value, next_value, reward = promoted(value, next_value, reward)
     advantage, target = ops.gae(
         rows_of(value, axis), rows_of(next_value, axis), rows_of(reward, axis), *flags_of(terminated, truncated, axis),
-        None, gamma, lam, 1.0, 1.0, reward_scale,
+        None, *factors_of(reward, axis, gammas, lams), gamma, lam, 1.0, 1.0, reward_scale,
     )  # fmt: skip
     return like(advantage, reward, axis), like(target, reward, axis)
 
@@ -80,30 +91,33 @@ def vtrace(
     terminated: Tensor,
     truncated: Tensor | None = None,
     *,
-    gamma: float = 0.99,
+    gamma: float | Tensor = 0.99,
+    lam: float | Tensor = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
     reward_scale: float = 1.0,
+    mask: Tensor | None = None,
     time_dim: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """V-trace along `time_dim`, the last dimension unless it is named: [..., T]. Corrects off-policy data.
 
     With ratio = exp(log_ratio), rho = min(rho_clip, ratio), c = min(c_clip, ratio) and delta_t as in `gae`:
 
-        value_target_t = value_t + rho_t * delta_t
-                         + gamma * c_t * (1 - terminated_t) * (1 - truncated_t) * (value_target_{t+1} - value_{t+1})
+        value_target_t = value_t + rho_t * delta_t + gamma * lam * c_t * (1 - terminated_t) * (1 - truncated_t)
+                                                     * (value_target_{t+1} - value_{t+1})
         advantage_t = rho_t * (reward_scale * reward_t + gamma * (1 - terminated_t) * next_target_t - value_t)
 
-    next_target_t is next_value_t + value_target_{t+1} - value_{t+1}, that is value_target_{t+1} where next_value_t is
-    value_{t+1}, and the bare next_value_t where step t is truncated or the last one.
+    next_target_t is next_value_t + lam * (value_target_{t+1} - value_{t+1}), that is value_target_{t+1} where
+    next_value_t is value_{t+1} and lam is 1, and the bare next_value_t where step t is truncated or the last one.
 
-    Differentiable in value and next_value, as these formulas are with constant importance weights; detach the results
-    to use them as constants.
+    Differentiable in reward, value and next_value, as these formulas are with constant importance weights; detach the
+    results to use them as constants.
 
     Args:
         log_ratio: [..., T] log-probability of the action under the learner's policy less that under the behaviour
             policy; a constant for autograd.
-        reward, value, next_value, terminated, truncated, gamma, reward_scale, time_dim: as in `gae`.
+        reward, value, next_value, terminated, truncated, gamma, lam, reward_scale, mask, time_dim: as in `gae`; lam is
+            1 in the paper's algorithm.
         rho_clip: limit of the weight of a step; math.inf sets none.
         c_clip: limit of the weight with which later steps count.
 
@@ -113,20 +127,25 @@ def vtrace(
 
     Raises:
         TypeError: for a wrong dtype.
-        ValueError: for a wrong shape, device, gamma or limit.
+        ValueError: for a wrong shape, device, gamma, lam or limit.
 
     Source: Espeholt et al. 2018, "IMPALA: scalable distributed deep-RL with importance weighted actor-learner
     architectures".
     """
     tensors = {"reward": reward, "log_ratio": log_ratio, "value": value, "next_value": next_value}
-    axis = check_trajectories(time_dim, terminated, truncated, **tensors)
-    gamma, reward_scale = checks.number("gamma", gamma, 0, 1), checks.number("reward_scale", reward_scale)
+    axis = check_trajectories(time_dim, terminated, truncated, mask, **tensors)
+    gamma, gammas = factor_of("gamma", gamma, reward)
+    lam, lams = factor_of("lam", lam, reward)
+    reward_scale = checks.number("reward_scale", reward_scale)
     rho_clip = checks.number("rho_clip", rho_clip, 0, finite=False)
     c_clip = checks.number("c_clip", c_clip, 0, finite=False)
-    value, next_value, reward, log_ratio = promoted(value, next_value, constant(reward), constant(log_ratio))
+    truncated, value, next_value, reward, log_ratio, gammas, lams = counted(
+        mask, axis, truncated, value, next_value, reward, log_ratio, gammas, lams
+    )
+    value, next_value, reward, log_ratio = promoted(value, next_value, reward, constant(log_ratio))
     advantage, target = ops.vtrace(
         rows_of(value, axis), rows_of(next_value, axis), rows_of(reward, axis), *flags_of(terminated, truncated, axis),
-        rows_of(log_ratio, axis), gamma, 1.0, rho_clip, c_clip, reward_scale,
+        rows_of(log_ratio, axis), *factors_of(reward, axis, gammas, lams), gamma, lam, rho_clip, c_clip, reward_scale,
     )  # fmt: skip
     return like(advantage, reward, axis), like(target, reward, axis)
 
@@ -137,9 +156,10 @@ def td_lambda(
     terminated: Tensor,
     truncated: Tensor | None = None,
     *,
-    gamma: float = 0.99,
-    lam: float = 0.95,
+    gamma: float | Tensor = 0.99,
+    lam: float | Tensor = 0.95,
     reward_scale: float = 1.0,
+    mask: Tensor | None = None,
     time_dim: int = -1,
 ) -> Tensor:
     """TD(lambda) returns along `time_dim`, the last dimension unless it is named: [..., T].
@@ -151,11 +171,11 @@ def td_lambda(
     return_{t+1}. With lam=1 this is the discounted Monte-Carlo return, bootstrapped where an episode is cut; with lam=0
     it is the target of one step.
 
-    Differentiable in next_value, as the formula is; detach the result to use it as a constant.
+    Differentiable in reward and next_value, as the formula is; detach the result to use it as a constant.
 
     Args:
-        reward: [..., T] float32, float16, bfloat16 or float64; a constant for autograd.
-        next_value, terminated, truncated, gamma, lam, reward_scale, time_dim: as in `gae`.
+        reward: [..., T] float32, float16, bfloat16 or float64.
+        next_value, terminated, truncated, gamma, lam, reward_scale, mask, time_dim: as in `gae`.
 
     Returns:
         [..., T] in the dtype to which reward and next_value promote. Arithmetic is float32, float64 for float64.
@@ -166,12 +186,16 @@ def td_lambda(
 
     Source: Sutton 1988, "Learning to predict by the methods of temporal differences".
     """
-    axis = check_trajectories(time_dim, terminated, truncated, reward=reward, next_value=next_value)
-    gamma, lam = checks.number("gamma", gamma, 0, 1), checks.number("lam", lam, 0, 1)
+    axis = check_trajectories(time_dim, terminated, truncated, mask, reward=reward, next_value=next_value)
+    gamma, gammas = factor_of("gamma", gamma, reward)
+    lam, lams = factor_of("lam", lam, reward)
     reward_scale = checks.number("reward_scale", reward_scale)
-    next_value, reward = promoted(next_value, constant(reward))
-    flags = flags_of(terminated, truncated, axis)
-    returns = ops.td_lambda(rows_of(next_value, axis), rows_of(reward, axis), *flags, gamma, lam, reward_scale)
+    truncated, next_value, reward, gammas, lams = counted(mask, axis, truncated, next_value, reward, gammas, lams)
+    next_value, reward = promoted(next_value, reward)
+    returns = ops.td_lambda(
+        rows_of(next_value, axis), rows_of(reward, axis), *flags_of(terminated, truncated, axis),
+        *factors_of(reward, axis, gammas, lams), gamma, lam, reward_scale,
+    )  # fmt: skip
     return like(returns, reward, axis)
 
 
@@ -182,6 +206,7 @@ def next_values(
     truncated: Tensor | None = None,
     final_value: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     time_dim: int = -1,
 ) -> Tensor:
     """The next_value of `gae`, `vtrace` and `td_lambda`, from the values of the states in which steps begin.
@@ -196,17 +221,19 @@ def next_values(
             of the step before.
         final_value: [..., T], value of the last observation of an episode, read where a step is truncated. None: 0, so
             that a cut counts as an end.
+        mask: as in `gae`. The last step before padding is a last step too: after it comes last_value.
         time_dim: which dimension is time.
 
     Returns:
-        [..., T] in the dtype to which the values promote, 0 where terminated; differentiable in all of them.
+        [..., T] in the dtype to which the values promote, 0 where terminated and where padding; differentiable in all
+        of them.
 
     Raises:
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape or device.
     """
     final = {} if final_value is None else {"final_value": final_value}
-    axis = check_trajectories(time_dim, terminated, truncated, value=value, **final)
+    axis = check_trajectories(time_dim, terminated, truncated, mask, value=value, **final)
     checks.check_floating("last_value", last_value)
     rows = [size for dim, size in enumerate(value.shape, -value.dim()) if dim != axis]
     if list(last_value.shape) != rows:
@@ -217,12 +244,17 @@ def next_values(
     value, last_value, final_value = promoted(value, last_value, final_value)
     with without_autocast(value):  # which refuses to cat float16 on the CPU
         following = torch.cat([value, last_value.unsqueeze(axis)], axis).narrow(axis, 1, value.shape[axis])
+    if mask is not None:
+        following = torch.where(mask.roll(-1, axis), following, last_value.unsqueeze(axis))
     if truncated is not None:
         following = torch.where(nonzero(truncated), 0 if final_value is None else final_value, following)
-    return torch.where(nonzero(terminated), 0, following)
+    stop = nonzero(terminated)
+    return torch.where(stop if mask is None else stop | ~mask, 0, following)
 
 
-def check_trajectories(time_dim: int, terminated: Tensor, truncated: Tensor | None, **tensors: Tensor) -> int:
+def check_trajectories(
+    time_dim: int, terminated: Tensor, truncated: Tensor | None, mask: Tensor | None, **tensors: Tensor
+) -> int:
     """Floating-point tensors and flags of one shape. Returns which dimension of it is time, counted from the end."""
     checks.check_alike(**tensors)
     name, first = next(iter(tensors.items()))
@@ -236,7 +268,44 @@ def check_trajectories(time_dim: int, terminated: Tensor, truncated: Tensor | No
     for flag_name, flag in flags.items():
         checks.check_real(flag_name, flag)
         checks.check_beside(flag_name, flag, name, first)
+    checks.check_mask("mask", mask, name, first)
     return time_dim if time_dim < 0 else time_dim - dims
+
+
+def factor_of(name: str, factor: float | Tensor, reward: Tensor) -> tuple[float, Tensor | None]:
+    """gamma or lam: a number in [0, 1], or the tensor that stands in its place."""
+    if not isinstance(factor, Tensor):
+        return checks.number(name, factor, 0, 1), None
+    checks.check_floating(name, factor)
+    if factor.requires_grad:
+        raise ValueError(f"{name} must be a constant, it required a gradient; .detach() makes it one.")
+    sizes = zip(reversed(factor.shape), reversed(reward.shape), strict=False)
+    if factor.dim() > reward.dim() or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(
+            f"{name} must broadcast to the shape of reward = {list(reward.shape)}, it was {list(factor.shape)}."
+        )
+    checks.check_device(name, factor, "reward", reward.device)
+    return 1.0, factor
+
+
+def factors_of(reward: Tensor, axis: int, *factors: Tensor | None) -> list[Tensor | None]:
+    """Rows [N, T] of each of the factors that is a tensor, which are views of it, in the dtype of the arithmetic."""
+    dtype = accumulate_dtype(reward)
+    return [None if factor is None else rows_of(factor.to(dtype).expand(reward.shape), axis) for factor in factors]
+
+
+def counted(mask: Tensor | None, axis: int, truncated: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+    """truncated and the tensors such that padding is steps of zeros that hand nothing on; None stays None.
+
+    Where the next step is padding the episode is cut, so that its own next value counts. After the last step the trace
+    stops in any case.
+    """
+    if mask is None:
+        return truncated, *tensors
+    padding = ~mask
+    cut = padding | padding.roll(-1, axis)
+    truncated = cut if truncated is None else cut | nonzero(truncated)
+    return truncated, *[None if tensor is None else torch.where(mask, tensor, 0) for tensor in tensors]
 
 
 def nonzero(flag: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ gae = differentiable_op(
     "trace",
     forward=trace_forward,
     backward=trace_backward,
-    wrt=("value", "next_value"),
-    like={"value": "terminated", "next_value": "terminated"},
+    wrt=("value", "next_value", "reward"),
+    like={"value": "terminated", "next_value": "terminated", "reward": "terminated"},
     memory_format=torch.preserve_format,
     fake=trace_fake,
     triton="efe_kernels.returns.kernels",
@@ -57,8 +57,9 @@ def td_lambda_forward(next_value: Tensor, reward: Tensor, ends: Ends, settings: 
     return laid_out(reference.td_lambda_forward(next_value, reward, ends, settings), reward)
 
 
-def td_lambda_backward(grad_result: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
-    return laid_out(reference.td_lambda_backward(grad_result, ends, settings), ends.terminated)
+def td_lambda_backward(grad_result: Tensor, needs: list[bool], ends: Ends, settings: TDLambdaSettings) -> list[Tensor]:
+    found = reference.td_lambda_backward(grad_result, needs, ends, settings)
+    return [laid_out(gradient, ends.terminated) for gradient in found]
 
 
 def td_lambda_fake(next_value: Tensor, reward: Tensor, *_: Any) -> Tensor:
@@ -69,8 +70,8 @@ td_lambda = differentiable_op(
     "td_lambda",
     forward=td_lambda_forward,
     backward=td_lambda_backward,
-    wrt=("next_value",),
-    like={"next_value": "terminated"},
+    wrt=("next_value", "reward"),
+    like={"next_value": "terminated", "reward": "terminated"},
     memory_format=torch.preserve_format,
     fake=td_lambda_fake,
     triton="efe_kernels.returns.td_lambda_kernels",

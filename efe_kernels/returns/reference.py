@@ -1,7 +1,8 @@
 """gae, vtrace and td_lambda as loops over time in plain PyTorch: the definition, and what serves without a kernel.
 
-All tensors are [N, T] of one floating dtype, and bool for terminated and truncated. The forwards are differentiable by
-autograd and pass through the transforms of torch.func; the backwards are the same derivatives written out.
+All tensors are [N, T] of one floating dtype, and bool for terminated and truncated; gammas and lams, which stand in the
+place of the settings gamma and lam, are of the dtype of the arithmetic. The forwards are differentiable by autograd and
+pass through the transforms of torch.func; the backwards are the same derivatives written out.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ class Transitions(NamedTuple):
     terminated: Tensor
     truncated: Tensor | None
     log_ratio: Tensor | None  # None: gae, else vtrace
+    gammas: Tensor | None = None
+    lams: Tensor | None = None
 
 
 class Settings(NamedTuple):
     gamma: float
-    lam: float  # 1 in vtrace
+    lam: float
     rho_clip: float  # of vtrace
     c_clip: float  # of vtrace
     reward_scale: float
@@ -40,10 +43,12 @@ def trace_forward(
 ) -> Trace:
     """Advantage and value target, from the errors reward + gamma · next_value · (1 - terminated) - value."""
     dtype = accumulate_dtype(reward)
-    bootstrap = passed_on(settings.gamma, transitions.terminated, next_value.to(dtype))
-    error = reward.to(dtype) * settings.reward_scale + bootstrap - value.to(dtype)
-    loop = gae if transitions.log_ratio is None else vtrace
-    advantage, excess = loop(error, transitions, settings)
+    bootstrap, trace = discounts(transitions, settings, dtype)
+    error = reward.to(dtype) * settings.reward_scale + passed_on(bootstrap, next_value.to(dtype)) - value.to(dtype)
+    if transitions.log_ratio is None:
+        advantage, excess = gae(error, trace)
+    else:
+        advantage, excess = vtrace(error, trace, *importance(transitions.log_ratio, settings, dtype))
     return Trace(advantage.to(reward.dtype), (excess + value).to(reward.dtype))
 
 
@@ -54,20 +59,20 @@ def trace_backward(
     transitions: Transitions,
     settings: Settings,
 ) -> list[Tensor]:
-    """Gradients of value and next_value, those of them that are needed; the derivation stands beside the kernel."""
+    """Gradients of value, next_value and reward, those of them that are needed; the derivation stands beside the
+    kernel."""
     upstream = given(grad_advantage, grad_value_target)
-    zero = torch.zeros_like(upstream, dtype=accumulate_dtype(upstream))
-    to_advantage, to_target = (
-        zero if grad is None else grad.to(zero.dtype) for grad in (grad_advantage, grad_value_target)
-    )
-    loop = gae_backward if transitions.log_ratio is None else vtrace_backward
-    grad_error = loop(to_advantage, to_target, transitions, settings)
-    terminated, found = transitions.terminated, []
-    if needs[0]:
-        found.append((to_target - grad_error).to(upstream.dtype))
-    if needs[1]:
-        found.append(passed_on(settings.gamma, terminated, grad_error).to(upstream.dtype))
-    return found
+    dtype = accumulate_dtype(upstream)
+    zero = torch.zeros_like(upstream, dtype=dtype)
+    to_advantage, to_target = (zero if grad is None else grad.to(dtype) for grad in (grad_advantage, grad_value_target))
+    bootstrap, trace = discounts(transitions, settings, dtype)
+    if transitions.log_ratio is None:
+        grad_error = gae_backward(to_advantage, to_target, trace)
+    else:
+        weights = importance(transitions.log_ratio, settings, dtype)
+        grad_error = vtrace_backward(to_advantage, to_target, trace, *weights)
+    found = (to_target - grad_error, passed_on(bootstrap, grad_error), settings.reward_scale * grad_error)
+    return [gradient.to(upstream.dtype) for gradient, need in zip(found, needs, strict=True) if need]
 
 
 def given(grad_advantage: Tensor | None, grad_value_target: Tensor | None) -> Tensor:
@@ -77,67 +82,43 @@ def given(grad_advantage: Tensor | None, grad_value_target: Tensor | None) -> Te
     return found
 
 
-def gae(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
-    """advantage_t = error_t + gamma · lam · advantage_{t+1} within an episode, which value_target - value is, too."""
-    stop = boundaries(transitions)
-    advantages: list[Tensor] = []
-    following = error.new_zeros(error.shape[0])
-    for t in reversed(range(error.shape[1])):
-        following = error[:, t] + passed_on(settings.gamma * settings.lam, stop[:, t], following)
-        advantages.append(following)
-    advantage = along_time(advantages[::-1], error)
+def gae(error: Tensor, trace: Tensor) -> tuple[Tensor, Tensor]:
+    """advantage_t = error_t + trace_t advantage_{t+1}, which value_target - value is, too."""
+    advantage = backward_in_time(error, trace)
     return advantage, advantage
 
 
-def gae_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
+def gae_backward(to_advantage: Tensor, to_target: Tensor, trace: Tensor) -> Tensor:
     """Gradient of the error."""
-    stop = boundaries(transitions)
-    grad_error: list[Tensor] = []
-    carried = to_advantage.new_zeros(to_advantage.shape[0])
-    for t in range(to_advantage.shape[1]):
-        carried = to_advantage[:, t] + to_target[:, t] + carried
-        grad_error.append(carried)
-        carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
-    return along_time(grad_error, to_advantage)
+    return forward_in_time(to_advantage + to_target, trace)
 
 
-def vtrace(error: Tensor, transitions: Transitions, settings: Settings) -> tuple[Tensor, Tensor]:
-    """With x_t = v_target_t - value_t: x_t = rho_t error_t + gamma c_t x_{t+1} within an episode.
+def vtrace(error: Tensor, trace: Tensor, rho: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """With x_t = v_target_t - value_t: x_t = rho_t error_t + trace_t c_t x_{t+1} within an episode.
 
-    advantage_t = rho_t (reward_t + gamma · v_target_{t+1} - value_t), where v_target_{t+1} is next_value_t + x_{t+1}.
+    advantage_t = rho_t (reward_t + gamma · v_target_{t+1} - value_t), where next_value_t + lam x_{t+1} stands for
+    v_target_{t+1}.
     """
-    rho, c = importance(transitions, settings, error.dtype)
-    stop = boundaries(transitions) | (settings.gamma == 0)
     delta = rho * error
-    advantages: list[Tensor] = []
-    excesses: list[Tensor] = []
-    following = delta.new_zeros(delta.shape[0])
-    for t in reversed(range(delta.shape[1])):
-        advantages.append(delta[:, t] + passed_on(settings.gamma * rho[:, t], stop[:, t], following))
-        following = delta[:, t] + passed_on(settings.gamma * c[:, t], stop[:, t], following)
-        excesses.append(following)
-    return along_time(advantages[::-1], delta), along_time(excesses[::-1], delta)
+    excess = backward_in_time(delta, passed_on(trace, c))
+    following = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], 1)
+    return delta + passed_on(passed_on(trace, rho), following), excess
 
 
-def vtrace_backward(to_advantage: Tensor, to_target: Tensor, transitions: Transitions, settings: Settings) -> Tensor:
+def vtrace_backward(to_advantage: Tensor, to_target: Tensor, trace: Tensor, rho: Tensor, c: Tensor) -> Tensor:
     """Gradient of the error."""
-    rho, c = importance(transitions, settings, to_advantage.dtype)
-    stop = boundaries(transitions) | (settings.gamma == 0)
-    grad_error: list[Tensor] = []
-    carried = to_advantage.new_zeros(to_advantage.shape[0])
-    for t in range(to_advantage.shape[1]):
-        carried = to_target[:, t] + carried
-        grad_error.append(rho[:, t] * (carried + to_advantage[:, t]))
-        carried = passed_on(settings.gamma * c[:, t], stop[:, t], carried)
-        carried = carried + passed_on(settings.gamma * rho[:, t], stop[:, t], to_advantage[:, t])
-    return along_time(grad_error, to_advantage)
+    handed_on = passed_on(passed_on(trace, rho), to_advantage)
+    arriving = torch.cat([torch.zeros_like(handed_on[:, :1]), handed_on[:, :-1]], 1)
+    return rho * (forward_in_time(to_target + arriving, passed_on(trace, c)) + to_advantage)
 
 
 class Ends(NamedTuple):
-    """Where an episode ends."""
+    """Where an episode ends, and how far a step within it looks ahead."""
 
     terminated: Tensor
     truncated: Tensor | None
+    gammas: Tensor | None = None
+    lams: Tensor | None = None
 
 
 class TDLambdaSettings(NamedTuple):
@@ -152,37 +133,48 @@ def td_lambda_forward(next_value: Tensor, reward: Tensor, ends: Ends, settings: 
     Its last step, and the last of all, have next_value_t alone in these brackets, and a terminal one has nothing.
     """
     dtype = accumulate_dtype(reward)
-    stop = boundaries(ends)
-    steps = reward.shape[1]
-    bootstrap = passed_on(own_factor(stop, settings).to(dtype), ends.terminated, next_value.to(dtype))
-    delta = reward.to(dtype) * settings.reward_scale + bootstrap
-    returns: list[Tensor] = []
-    following = delta.new_zeros(delta.shape[0])
-    for t in reversed(range(steps)):
-        following = delta[:, t] + passed_on(settings.gamma * settings.lam, stop[:, t], following)
-        returns.append(following)
-    return along_time(returns[::-1], delta).to(reward.dtype)
+    _, trace = discounts(ends, settings, dtype)
+    own = own_factor(ends, settings, dtype)
+    delta = reward.to(dtype) * settings.reward_scale + passed_on(own, next_value.to(dtype))
+    return backward_in_time(delta, trace).to(reward.dtype)
 
 
-def td_lambda_backward(grad_result: Tensor, ends: Ends, settings: TDLambdaSettings) -> Tensor:
-    """Gradient of next_value; the derivation stands beside the kernel."""
+def td_lambda_backward(grad_result: Tensor, needs: list[bool], ends: Ends, settings: TDLambdaSettings) -> list[Tensor]:
+    """Gradients of next_value and reward, those of them that are needed; the derivation stands beside the kernel."""
     dtype = accumulate_dtype(grad_result)
-    stop = boundaries(ends)
-    arriving: list[Tensor] = []
-    carried = grad_result.new_zeros(grad_result.shape[0], dtype=dtype)
-    for t in range(grad_result.shape[1]):
-        carried = grad_result[:, t].to(dtype) + carried
-        arriving.append(carried)
-        carried = passed_on(settings.gamma * settings.lam, stop[:, t], carried)
-    gradient = along_time(arriving, grad_result.to(dtype))
-    return passed_on(own_factor(stop, settings).to(dtype), ends.terminated, gradient).to(grad_result.dtype)
+    _, trace = discounts(ends, settings, dtype)
+    arriving = forward_in_time(grad_result.to(dtype), trace)
+    found = (passed_on(own_factor(ends, settings, dtype), arriving), settings.reward_scale * arriving)
+    return [gradient.to(grad_result.dtype) for gradient, need in zip(found, needs, strict=True) if need]
 
 
-def own_factor(stop: Tensor, settings: TDLambdaSettings) -> Tensor:
-    """What next_value_t counts for where it counts, [N, T] float64: the return stops after the last step."""
-    stop = stop | (torch.arange(stop.shape[1], device=stop.device) == stop.shape[1] - 1)
-    whole = torch.full((), settings.gamma, dtype=torch.float64, device=stop.device)
-    return torch.where(stop, whole, settings.gamma * (1 - settings.lam))
+def own_factor(ends: Ends, settings: TDLambdaSettings, dtype: torch.dtype) -> Tensor:
+    """What next_value_t counts for, [N, T]: the return stops after the last step."""
+    gamma, lam = factors(ends, settings)
+    terminated = ends.terminated
+    last = torch.arange(terminated.shape[1], device=terminated.device) == terminated.shape[1] - 1
+    alone = but_where(terminated, gamma, dtype)
+    return torch.where(stops(ends) | last, alone, but_where(terminated, gamma * (1 - lam), dtype))
+
+
+def backward_in_time(term: Tensor, factor: Tensor) -> Tensor:
+    """x_t = term_t + factor_t x_{t+1}, [N, T]."""
+    steps: list[Tensor] = []
+    following = term.new_zeros(term.shape[0])
+    for t in reversed(range(term.shape[1])):
+        following = term[:, t] + passed_on(factor[:, t], following)
+        steps.append(following)
+    return along_time(steps[::-1], term)
+
+
+def forward_in_time(term: Tensor, factor: Tensor) -> Tensor:
+    """The adjoint of `backward_in_time`: s_t = term_t + factor_{t-1} s_{t-1}."""
+    steps: list[Tensor] = []
+    carried = term.new_zeros(term.shape[0])
+    for t in range(term.shape[1]):
+        steps.append(term[:, t] + carried)
+        carried = passed_on(factor[:, t], steps[-1])
+    return along_time(steps, term)
 
 
 def along_time(steps: list[Tensor], like: Tensor) -> Tensor:
@@ -190,18 +182,38 @@ def along_time(steps: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(steps, 1) if steps else like
 
 
-def passed_on(factor: float | Tensor, stop: Tensor, x: Tensor) -> Tensor:
-    """factor · x, but 0 where the trace stops or the factor is 0, even for an x that is not finite."""
-    return torch.where(stop | (factor == 0), 0, factor * x)
+def passed_on(factor: Tensor, x: Tensor) -> Tensor:
+    """factor · x, but 0 where the factor is 0, even for an x that is not finite."""
+    return torch.where(factor == 0, 0, factor * x)
 
 
-def boundaries(ends: Transitions | Ends) -> Tensor:
+def discounts(
+    ends: Transitions | Ends, settings: Settings | TDLambdaSettings, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of next_value_t and of what follows step t, [N, T]: gamma and gamma · lam, 0 where the one or the other ends."""
+    gamma, lam = factors(ends, settings)
+    return but_where(ends.terminated, gamma, dtype), but_where(stops(ends), gamma * lam, dtype)
+
+
+def factors(ends: Transitions | Ends, settings: Settings | TDLambdaSettings) -> tuple[float | Tensor, float | Tensor]:
+    """gamma and lam, those of each step where there are any."""
+    gamma = settings.gamma if ends.gammas is None else ends.gammas
+    return gamma, settings.lam if ends.lams is None else ends.lams
+
+
+def but_where(stop: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """factor, 0 where stop."""
+    if not isinstance(factor, Tensor):
+        factor = torch.full((), factor, dtype=dtype, device=stop.device)
+    return torch.where(stop, torch.zeros_like(factor), factor)
+
+
+def stops(ends: Transitions | Ends) -> Tensor:
     """Where the trace stops."""
     return ends.terminated if ends.truncated is None else ends.terminated | ends.truncated
 
 
-def importance(transitions: Transitions, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def importance(log_ratio: Tensor, settings: Settings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The clipped weights rho and c of vtrace."""
-    assert transitions.log_ratio is not None, "gae has no importance weights"
-    ratio = transitions.log_ratio.to(dtype).exp()
+    ratio = log_ratio.to(dtype).exp()
     return ratio.clamp(max=settings.rho_clip), ratio.clamp(max=settings.c_clip)

@@ -73,6 +73,7 @@ class Parameter:
 
     kind: floating, integer, bool, mask (of any dtype but complex), number, count (an integer setting), flag or other.
     dims: the letters of its sizes. low, high, above, finite: the range of a setting, as in `checks.number`.
+    tensor: a constant tensor may stand in the place of a number.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class Parameter:
     high: float = math.inf
     above: bool = False
     finite: bool = True
+    tensor: bool = False
 
 
 @dataclass
@@ -190,6 +192,20 @@ class Draw:
         self.parameters[name] = Parameter("number", low=low, high=high, above=above, finite=finite)
         if self.rarely():
             self.arguments[name] = self.choice([*usual, np.float32(usual[0])])
+
+    def factor(self, name: str, usual: Sequence[float], dims: str) -> None:
+        """A number in [0, 1], or a constant tensor of them that broadcasts to the dims."""
+        if self.often():
+            self.number(name, usual, 0, 1)
+            self.parameters[name].tensor = True
+            return
+        self.parameters[name] = Parameter("other")
+        whole = self.shape(dims)
+        shape = tuple([size if self.often() else 1 for size in whole])[self.choice(range(len(whole) + 1)) :]
+        generator = self.generator()
+        values = torch.rand(shape, generator=generator, dtype=torch.float64)
+        values = torch.where(torch.rand(shape, generator=generator) < 0.1, values.round(), values)
+        self.arguments[name] = self.laid_out(values.to(self.choice((torch.float32, torch.float32, *FLOATING))))
 
     def count(
         self, name: str, usual: Sequence[int], low: int = -(2**63), high: int = 2**63 - 1, optional: bool = False

@@ -68,6 +68,8 @@ def beyond(parameter: Parameter) -> list[Any]:
     if parameter.kind == "flag":
         return ["yes", 2, 0.0, torch.tensor(True), None]
     found: list[Any] = [*NO_NUMBERS, math.nan]
+    if parameter.tensor:
+        found = [value for value in found if not isinstance(value, Tensor) or value.requires_grad]
     if not parameter.optional:
         found.append(None)
     if parameter.kind == "count":

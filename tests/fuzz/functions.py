@@ -37,6 +37,7 @@ def leading(draw: Draw) -> str:
 def ends(draw: Draw, dims: str) -> None:
     draw.mask("terminated", dims, any_dtype=True)
     draw.mask("truncated", dims, optional=True, any_dtype=True)
+    draw.mask("mask", dims, optional=True)
 
 
 def gae(draw: Draw) -> None:
@@ -44,8 +45,8 @@ def gae(draw: Draw) -> None:
     for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
     ends(draw, dims)
-    draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
-    draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
+    draw.factor("gamma", (0.9, 0.0, 1.0, 1, 1e-10), dims)
+    draw.factor("lam", (0.5, 0.0, 1.0, 0, 1e-10), dims)
     draw.number("reward_scale", SCALES)
 
 
@@ -56,7 +57,8 @@ def vtrace(draw: Draw) -> None:
     for name in ("reward", "value", "next_value"):
         draw.floating(name, dims)
     ends(draw, dims)
-    draw.number("gamma", (0.9, 0.0, 1.0, 1), 0, 1)
+    draw.factor("gamma", (0.9, 0.0, 1.0, 1), dims)
+    draw.factor("lam", (0.5, 0.0, 1.0, 0), dims)
     for name in ("rho_clip", "c_clip"):
         draw.number(name, (2.0, 0.0, math.inf, 1e-30, 1e30), 0, finite=False)
     draw.number("reward_scale", SCALES)
@@ -67,8 +69,8 @@ def td_lambda(draw: Draw) -> None:
     for name in ("reward", "next_value"):
         draw.floating(name, dims)
     ends(draw, dims)
-    draw.number("gamma", (0.9, 0.0, 1.0, 1, 1e-10), 0, 1)
-    draw.number("lam", (0.5, 0.0, 1.0, 0, 1e-10), 0, 1)
+    draw.factor("gamma", (0.9, 0.0, 1.0, 1, 1e-10), dims)
+    draw.factor("lam", (0.5, 0.0, 1.0, 0, 1e-10), dims)
     draw.number("reward_scale", SCALES)
 
 
@@ -82,16 +84,20 @@ def next_values(draw: Draw) -> None:
 
 def define_next_values(
     value: Tensor, last_value: Tensor, terminated: Tensor, truncated: Tensor | None, final_value: Tensor | None,
-    time_dim: int = -1,
+    mask: Tensor | None, time_dim: int = -1,
 ) -> Tensor:  # fmt: skip
     """Step by step."""
     following, steps = [], value.shape[time_dim]
+    counts = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
     for t in range(steps):
-        found = last_value if t == steps - 1 else value.select(time_dim, t + 1)
+        found = last_value
+        if t < steps - 1:
+            found = torch.where(counts.select(time_dim, t + 1), value.select(time_dim, t + 1), last_value)
         if truncated is not None:
             final = torch.zeros_like(found) if final_value is None else final_value.select(time_dim, t)
             found = torch.where(truncated.select(time_dim, t) != 0, final, found)
-        following.append(torch.where(terminated.select(time_dim, t) != 0, torch.zeros_like(found), found))
+        nothing = (terminated.select(time_dim, t) != 0) | ~counts.select(time_dim, t)
+        following.append(torch.where(nothing, torch.zeros_like(found), found))
     dtypes = [tensor.dtype for tensor in (value, last_value, final_value) if tensor is not None]
     return (torch.stack(following, time_dim) if steps else value).to(functools.reduce(torch.promote_types, dtypes))
 
@@ -463,9 +469,9 @@ FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
         ),
         (Function("grid_reward", efe_kernels.grid_reward, addends=1), grid_reward),
         (Function("rl_advantage", efe_kernels.rl_advantage, constants=("reward",), addends=1), rl_advantage),
-        (Function("gae", efe_kernels.gae, constants=("reward",)), gae),
-        (Function("vtrace", efe_kernels.vtrace, constants=("reward", "log_ratio")), vtrace),
-        (Function("td_lambda", efe_kernels.td_lambda, constants=("reward",)), td_lambda),
+        (Function("gae", efe_kernels.gae), gae),
+        (Function("vtrace", efe_kernels.vtrace, constants=("log_ratio",)), vtrace),
+        (Function("td_lambda", efe_kernels.td_lambda), td_lambda),
         (Function("next_values", efe_kernels.next_values, define_next_values), next_values),
         (Function("rollout_states", efe_kernels.rollout_states, define_rollout, plain=True), rollout_states),
         (Function("policy_efe", call_policy_efe, define_policy_efe, addends=64, plain=True), policy_efe),

@@ -104,9 +104,11 @@ def test_gradcheck(device: str) -> None:
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
 def test_ops_are_declared_truthfully(device: str) -> None:
     t = trajectories(3, 9, device=device)
-    arguments = (t["next_value"], t["reward"], t["terminated"], t["truncated"], 0.97, 0.9, 1.0)
-    torch.library.opcheck(torch.ops.efe.td_lambda_forward.default, arguments)
-    torch.library.opcheck(torch.ops.efe.td_lambda_backward.default, (t["reward"], *arguments[2:]))
+    for factors in ((None, None), (t["reward"].sigmoid(), t["reward"][:1].sigmoid().expand(3, 9))):
+        ends = (t["terminated"], t["truncated"], *factors, 0.97, 0.9, 1.0)
+        torch.library.opcheck(torch.ops.efe.td_lambda_forward.default, (t["next_value"], t["reward"], *ends))
+        for needs in ([True, True], [False, True]):
+            torch.library.opcheck(torch.ops.efe.td_lambda_backward.default, (t["reward"], needs, *ends))
 
 
 def test_compiles_without_a_graph_break(device: str) -> None:

@@ -79,13 +79,13 @@ def gae_definition(t: Trajectories, gamma: float, lam: float, reward_scale: floa
 
 
 def vtrace_definition(
-    t: Trajectories, gamma: float, rho_clip: float, c_clip: float, reward_scale: float
+    t: Trajectories, gamma: float, rho_clip: float, c_clip: float, reward_scale: float, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     ratio = t["log_ratio"].exp()
     rho = ratio.clamp(max=rho_clip)
-    target = t["value"] + sums({**t, "rho": rho}, gamma * ratio.clamp(max=c_clip), gamma, reward_scale)
+    target = t["value"] + sums({**t, "rho": rho}, gamma * lam * ratio.clamp(max=c_clip), gamma, reward_scale)
     excess = torch.cat([target - t["value"], torch.zeros_like(target[:, :1])], 1)[:, 1:]
-    next_target = t["next_value"] + torch.where(t["truncated"], 0, excess)
+    next_target = t["next_value"] + lam * torch.where(t["truncated"], 0, excess)
     advantage = rho * (reward_scale * t["reward"] + gamma * torch.where(t["terminated"], 0, next_target) - t["value"])
     return advantage, target
 
@@ -95,6 +95,7 @@ CASES = [
     (call_gae, gae_definition, {"gamma": 0.9, "lam": 0.0, "reward_scale": 5.0}),
     (call_vtrace, vtrace_definition, {"gamma": 0.97, "rho_clip": 1.0, "c_clip": 1.0, "reward_scale": 1.0}),
     (call_vtrace, vtrace_definition, {"gamma": 0.97, "rho_clip": 1.5, "c_clip": 0.9, "reward_scale": 0.1}),
+    (call_vtrace, vtrace_definition, {"gamma": 0.97, "rho_clip": 1.0, "c_clip": 1.0, "reward_scale": 1.0, "lam": 0.9}),
 ]
 BOTH = pytest.mark.parametrize("call", [call_gae, call_vtrace])
 
@@ -109,7 +110,7 @@ def test_value_and_gradient(
 ) -> None:  # fmt: skip
     t = trajectories(*shape, device=device, dtype=dtype)
     t64 = exact(t)
-    leaves, leaves64 = ([one[name].requires_grad_() for name in ("value", "next_value")] for one in (t, t64))
+    leaves, leaves64 = ([one[name].requires_grad_() for name in ("reward", "value", "next_value")] for one in (t, t64))
     results, expected = call(t, **settings), definition(t64, **settings)
     upstream = [torch.randn(shape, device=device).to(dtype) for _ in range(2)]
     gradients = torch.autograd.grad(results, leaves, upstream)
@@ -277,8 +278,8 @@ def test_only_requested_gradients(call: Any, device: str) -> None:
     for name in ("reward", "log_ratio", "next_value"):
         t[name].requires_grad_()
     call(t)[0].sum().backward()
-    assert t["reward"].grad is None and t["log_ratio"].grad is None and t["value"].grad is None
-    assert t["next_value"].grad is not None
+    assert t["log_ratio"].grad is None and t["value"].grad is None
+    assert t["reward"].grad is not None and t["next_value"].grad is not None
     assert all(torch.equal(t[name], copies[name]) for name in t)
     assert not call(copies)[0].requires_grad
 
@@ -352,12 +353,14 @@ def test_opcheck(device: str) -> None:
     discounts = (0.9, 0.8, 1.0, 1.0, 1.0)
     for truncated in (t["truncated"], None):
         for log_ratio in (t["log_ratio"], None):
-            transitions = (t["terminated"], truncated, log_ratio)
-            torch.library.opcheck(forward, (*values, *transitions, *discounts))
-            for needs in ([True, True], [False, True]):
-                torch.library.opcheck(backward, (t["reward"], None, needs, *transitions, *discounts))
+            for factors in ((None, None), (t["reward"].sigmoid(), t["value"][:1].sigmoid().expand(3, 4))):
+                transitions = (t["terminated"], truncated, log_ratio, *factors)
+                torch.library.opcheck(forward, (*values, *transitions, *discounts))
+                for needs in ([True, True, True], [False, True, False]):
+                    torch.library.opcheck(backward, (t["reward"], None, needs, *transitions, *discounts))
     transposed = [value.T.contiguous().T for value in values]
-    torch.library.opcheck(forward, (*transposed, t["terminated"].T.contiguous().T, None, None, *discounts))
+    transitions = (t["terminated"].T.contiguous().T, None, None, None, None)
+    torch.library.opcheck(forward, (*transposed, *transitions, *discounts))
 
 
 @BOTH
