@@ -1,4 +1,4 @@
-"""gae and vtrace against torchrl, and policy_gradient_loss in a whole PPO update against one in plain torch.
+"""gae, vtrace and td_lambda against torchrl, and policy_gradient_loss in a whole PPO update against one in plain torch.
 
 torchrl comes with the `bench` extra.
 """
@@ -86,6 +86,56 @@ def test_td_lambda_is_that_of_torchrl(torchrl: Any, name: str, lam: float, steps
     torch.testing.assert_close(
         *(torch.autograd.grad(*pair, upstream)[0] for pair in ((ours, found), (theirs, expected))), **TOLERANCE
     )
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generalized_advantage_estimate",
+        "vec_generalized_advantage_estimate",
+        "td_lambda_return_estimate",
+        "vec_td_lambda_return_estimate",
+        "vtrace_advantage_estimate",
+    ],
+)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_discount_of_each_step_is_that_of_torchrl(torchrl: Any, name: str, steps: int, device: str) -> None:
+    """Values, and gradients of reward, value and next_value. Its vectorised TD(lambda) takes one lambda for all."""
+    reward, value, next_value, terminated, truncated = trajectories(steps, device)
+    done = terminated | truncated
+    gamma, lam = 0.8 + 0.2 * torch.rand(2, 5, steps, device=device)
+    if name == "vec_td_lambda_return_estimate":
+        lam = lam[0, 0]
+    log_pi, log_mu = 0.5 * torch.randn(2, 5, steps, device=device)
+
+    def theirs(reward: Tensor, value: Tensor, next_value: Tensor) -> Any:
+        values, factors = with_feature(value, next_value, reward, done, terminated), [gamma[..., None]]
+        if name.startswith("vtrace"):
+            return getattr(torchrl, name)(*factors, *with_feature(log_pi, log_mu), *values)
+        factors.append(lam if lam.dim() == 0 else lam[..., None])
+        return getattr(torchrl, name)(*factors, *(values if "advantage" in name else values[1:]))
+
+    def ours(reward: Tensor, value: Tensor, next_value: Tensor) -> Any:
+        ends = (terminated, truncated)
+        if name.startswith("vtrace"):
+            return vtrace(log_pi - log_mu, reward, value, next_value, *ends, gamma=gamma)
+        if "advantage" in name:
+            return gae(reward, value, next_value, *ends, gamma=gamma, lam=lam)
+        return td_lambda(reward, next_value, *ends, gamma=gamma, lam=lam)
+
+    def results_and_gradients(function: Any) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (reward, value, next_value)]
+        results = function(*leaves)
+        results = [result.reshape(reward.shape) for result in (results if isinstance(results, tuple) else (results,))]
+        # torchrl's target of vtrace says value_{t+1} where ours says next_value_t: equal, with other gradients.
+        chosen = results[1:] if name.startswith("vtrace") else results
+        gradients = torch.autograd.grad(sum((result * upstream).sum() for result in chosen), leaves, allow_unused=True)
+        return [*results, *(gradient for gradient in gradients if gradient is not None)]
+
+    upstream = torch.randn_like(reward)
+    for one, other in zip(results_and_gradients(ours), results_and_gradients(theirs), strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)
 
 
 def plain_loss(

@@ -34,7 +34,7 @@ struct Tile {
     int64_t first_row = 0, first_step = 0;
     int64_t rows = 0, steps = 0;
     bool one_run = false;
-    int64_t next_tile = 0;  // where the next tile of the same rows lies, in elements, or 0
+    int64_t next_tile = 0;  // how many steps away the next tile of the same rows is, or 0
 
     // Rows that are walked together. Long rows, of which there may be few, are shared out to all threads.
     static int64_t block_rows(int64_t rows, int64_t steps) {
@@ -50,11 +50,11 @@ struct Tile {
         return TimeInner ? row * (one_run ? steps : kInner) + step : step * kInner + row;
     }
 
-    // Asks for the run of the next tile, of which the hardware cannot know: too many rows are read side by side.
+    // Asks for the run of the next tile, of which the hardware cannot know: too many runs are read side by side.
     template <class V>
-    EFE_INLINE void prefetch(const V* run) const {
+    EFE_INLINE void prefetch(const V* run, int64_t stride_time) const {
         if (next_tile == 0) return;
-        const char* next = reinterpret_cast<const char*>(run + next_tile);
+        const char* next = reinterpret_cast<const char*>(run + next_tile * stride_time);
         for (size_t line = 0; line < kInner * sizeof(V); line += 64) __builtin_prefetch(next + line);
     }
 
@@ -100,7 +100,7 @@ template <class V, bool TimeInner>
 EFE_INLINE const V* read_run(const Series& series, const Tile<TimeInner>& tile, int64_t o, V* room) {
     if (series.dense || (series.inner_contiguous && !tile.one_run)) {
         const V* run = static_cast<const V*>(series.data) + tile.offset(series, o);
-        tile.prefetch(run);
+        tile.prefetch(run, series.stride_time);
         return run;
     }
     if (series.data == nullptr)

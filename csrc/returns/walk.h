@@ -160,7 +160,7 @@ void for_tiles_of(int64_t all_rows, int64_t all_steps, const Body& body) {
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 tile.first_step = (Forward ? chunk : chunks - 1 - chunk) * Shape::kTime;
                 tile.steps = std::min<int64_t>(Shape::kTime, all_steps - tile.first_step);
-                tile.next_tile = TimeInner && chunk + 1 < chunks ? (Forward ? Shape::kTime : -Shape::kTime) : 0;
+                tile.next_tile = chunk + 1 < chunks ? (Forward ? Shape::kTime : -Shape::kTime) : 0;
                 body(tile, state);
             }
         }
