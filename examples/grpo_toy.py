@@ -54,11 +54,12 @@ class Policy(nn.Module):
             symbols.append(self(prompt, symbols[-1], torch.full_like(prompt, place)).sample())
         return torch.stack(symbols[1:], 1)
 
-    def log_prob(self, prompt: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each symbol, [N, LENGTH]."""
+    def log_prob(self, prompt: Tensor, symbols: Tensor) -> Tensor:
+        """Of each symbol, [N, LENGTH]."""
         start = torch.full_like(symbols[:, :1], SYMBOLS)
         policy = self(prompt[:, None], torch.cat([start, symbols[:, :-1]], 1), torch.arange(LENGTH))
-        return policy.log_prob(symbols), policy.entropy()
+        log_prob: Tensor = policy.log_prob(symbols)
+        return log_prob
 
 
 def plain_advantage(reward: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def plain_advantage(reward: Tensor) -> Tensor:
 
 
 def plain_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> Tensor:
-    ratio = (log_prob - old_log_prob).exp()
+    ratio, advantage = (log_prob - old_log_prob).exp(), advantage[:, None]
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
 
@@ -93,23 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         reward = reward_of(symbols, answers[prompt])
         rewards.append(float(reward.mean()))
         with torch.no_grad():
-            old_log_prob, _ = policy.log_prob(prompt, symbols)
-        zero = torch.zeros_like(reward)  # no critic
+            old_log_prob = policy.log_prob(prompt, symbols)
         if settings.plain:
             advantage = plain_advantage(reward)
         else:
+            zero = torch.zeros_like(reward)  # no critic
             advantage = rl_advantage(reward, zero, reward_scale=1.0, normalize=None, whiten=True, group_size=GROUP)
-        advantage = advantage[:, None].expand_as(symbols)
         for _ in range(EPOCHS):
-            log_prob, entropy = policy.log_prob(prompt, symbols)
+            log_prob = policy.log_prob(prompt, symbols)
             if settings.plain:
                 loss = plain_loss(log_prob, old_log_prob, advantage)
             else:
-                none = torch.zeros_like(log_prob)
-                loss = policy_gradient_loss(
-                    log_prob, advantage, none, none, entropy, old_log_prob=old_log_prob, clip=CLIP, value_coef=0.0,
-                    entropy_coef=0.0,
-                ).total  # fmt: skip
+                loss = policy_gradient_loss(log_prob, advantage, old_log_prob=old_log_prob, clip=CLIP).total
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -79,13 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         advantage = rl_advantage(
             gain, torch.zeros_like(gain), reward_scale=1.0, normalize=None, whiten=True, group_size=GROUP
         )
-        none = torch.zeros_like(gain)  # no critic: the group's mean gain is the baseline
         for _ in range(EPOCHS):
-            log_prob, entropy = squashed_log_prob(refined.action, *policy(prompt))
-            loss = policy_gradient_loss(
-                log_prob, advantage, none, none, entropy, old_log_prob=refined.log_prob, value_coef=0.0,
-                entropy_coef=0.0,
-            )  # fmt: skip
+            log_prob, _ = squashed_log_prob(refined.action, *policy(prompt))
+            # No critic: the group's mean gain is the baseline.
+            loss = policy_gradient_loss(log_prob, advantage, old_log_prob=refined.log_prob)
             optimizer.zero_grad()
             loss.total.backward()
             optimizer.step()

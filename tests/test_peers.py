@@ -1,4 +1,5 @@
-"""gae, vtrace and td_lambda against torchrl, and policy_gradient_loss in a whole PPO update against one in plain torch.
+"""gae, vtrace and td_lambda against torchrl; policy_gradient_loss against the formulas of other libraries, and in a
+whole PPO update against one in plain torch.
 
 torchrl comes with the `bench` extra.
 """
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.formulas import FORMULAS, Formula, deviations
 from efe_kernels import gae, policy_gradient_loss, td_lambda, vtrace
 from efe_kernels.common.library import INTERPRET
 
@@ -136,6 +138,15 @@ def test_a_discount_of_each_step_is_that_of_torchrl(torchrl: Any, name: str, ste
     upstream = torch.randn_like(reward)
     for one, other in zip(results_and_gradients(ours), results_and_gradients(theirs), strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda formula: f"{formula.library} {formula.name}")
+def test_a_policy_loss_is_that_of_its_library(formula: Formula, dtype: torch.dtype, device: str) -> None:
+    """Sums of some hundred terms of size 1, in another order."""
+    for seed in range(3):
+        assert max(deviations(formula, seed, dtype, device)) < (2e-6 if dtype == torch.float32 else 1e-13)
 
 
 def plain_loss(

@@ -33,8 +33,9 @@ SIGNATURES = {
     "masked_mean_pool": "(hidden, mask)",
     "next_values": "(value, last_value, terminated, truncated=None, final_value=None, *, mask=None, time_dim=-1)",
     "policy_efe": "(state_probs, likelihood, preference_logits)",
-    "policy_gradient_loss": "(log_prob, advantage, value, value_target, entropy, *, old_log_prob=None, clip=0.2,"
-    " value_coef=0.5, entropy_coef=0.01, mask=None)",
+    "policy_gradient_loss": "(log_prob, advantage, value=None, value_target=None, entropy=None, *, old_log_prob=None,"
+    " clip=0.2, clip_high=None, value_clip=None, old_value=None, value_coef=0.5, entropy_coef=0.01, ref_log_prob=None,"
+    " kl_coef=0.0, dual_clip=None, aggregation='mean', normalizer=None, level='token', mask=None)",
     "refine_prompt": "(prompt, mean, log_std, *, noise=None, seed=None, delta_scale=0.2)",
     "rl_advantage": "(reward, value, *, reward_scale=5.0, normalize='tanh', whiten=False, group_size=None, mask=None)",
     "rollout_states": "(initial, transition, policies)",
@@ -48,7 +49,8 @@ FIELDS = {
     "EFELossOutput": ("total", "terms", "mask_ratio", "hard_cell_scale"),
     "PolicyEFE": ("efe", "risk", "ambiguity", "information_gain", "utility"),
     "PolicyLossOutput": (
-        "total", "policy", "value", "entropy", "clip_fraction", "approx_kl", "explained_variance",
+        "total", "policy", "value", "entropy", "clip_fraction", "approx_kl", "explained_variance", "kl",
+        "clip_fraction_low", "clip_fraction_high",
     ),
     "RefinedPrompt": ("prompt", "action", "log_prob", "entropy"),
     "RewardOutput": ("reward", "terms", "before", "after", "mask_ratio"),

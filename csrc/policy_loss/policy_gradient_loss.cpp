@@ -9,30 +9,74 @@
 #include "common/math.h"
 #include "common/moments.h"
 #include "common/parallel.h"
+#include "common/sums.h"
 #include "common/tensor.h"
 
 namespace efe::policy_loss {
 namespace {
 
+// Elements that are computed at once: what is made of them stays in the L1 cache.
+constexpr int64_t kBlock = 256;
+
+template <class A>
+struct Column {
+    const A* data = nullptr;  // [N / length], or null
+    int64_t length = 1;       // consecutive elements that share a value
+
+    explicit operator bool() const { return data != nullptr; }
+};
+
 template <class A>
 struct Inputs {
-    const A *log_prob, *value, *advantage, *value_target;  // [N]
-    const A *entropy, *old_log_prob;                       // [N] or null: backward reads no entropy
-    const uint8_t* mask;                                   // [N] or null
-    A clip;
+    Column<A> entropy, log_prob, advantage, value, value_target, old_log_prob, old_value, ref_log_prob, weight;
+    const uint8_t* mask;  // [N] or null
+    A low, high, dual_clip, value_clip;
+};
+
+// The elements from `begin` on, at most kBlock of them.
+struct Block {
+    int64_t begin, count;
+    const uint8_t* mask;  // of the first of them on, or null
+
+    bool is_whole() const { return mask == nullptr && count == kBlock; }
+
+    // kBlock values of a column; 0 past the last element, and where one does not count.
+    template <class A>
+    EFE_INLINE const A* read(const Column<A>& column, A* __restrict__ buffer) const {
+        if (column.length == 1 && is_whole()) return column.data + begin;
+        for (int64_t first = 0; first < count;) {
+            const int64_t row = (begin + first) / column.length;
+            const int64_t last = std::min(count, (row + 1) * column.length - begin);
+            if (column.length == 1) {
+                std::copy_n(column.data + begin, count, buffer);
+                break;
+            }
+            std::fill(buffer + first, buffer + last, column.data[row]);
+            first = last;
+        }
+        clear_others(mask, count, buffer);
+        std::fill(buffer + count, buffer + kBlock, A(0));
+        return buffer;
+    }
 };
 
 // Sums over the elements that count.
 struct Partial {
-    double policy = 0, squared_error = 0, entropy = 0, outside = 0, divergence = 0;
+    double policy = 0, squared_error = 0, entropy = 0, kl = 0;     // weighted
+    double outside = 0, low = 0, high = 0, divergence = 0;
+    int64_t count = 0;
     Moments error, target;
 
     void merge(const Partial& other) {
         policy += other.policy;
         squared_error += other.squared_error;
         entropy += other.entropy;
+        kl += other.kl;
         outside += other.outside;
+        low += other.low;
+        high += other.high;
         divergence += other.divergence;
+        count += other.count;
         error.merge(other.error);
         target.merge(other.target);
     }
@@ -44,90 +88,141 @@ EFE_INLINE A times(A x, A weight) {
     return weight == 0 && !std::isnan(x) ? A(0) : x * weight;
 }
 
+// exp(x) - 1 - x.
 template <class A>
-EFE_INLINE void load_log_ratio(const Inputs<A>& p, int64_t begin, int64_t count, A* __restrict__ out) {
-    const A *log_prob = p.log_prob + begin, *old_log_prob = p.old_log_prob + begin;
-    for (int64_t i = 0; i < count; ++i) out[i] = log_prob[i] - old_log_prob[i];
+EFE_INLINE A excess(const math::Exponential<A>& exponential, A x) {
+    return std::isinf(exponential.value) ? exponential.value : exponential.minus_one - x;
+}
+
+// value, at most value_clip away from old_value.
+template <class A>
+EFE_INLINE A limited_value(A value, A old_value, A value_clip) {
+    const A step = value - old_value;
+    return step > value_clip ? old_value + value_clip : step < -value_clip ? old_value - value_clip : value;
 }
 
 template <class A>
-EFE_INLINE Partial sum_span(const Inputs<A>& p, int64_t begin, int64_t count) {
-    constexpr int64_t kSize = Spans::kPiece;
-    A loss[kSize], error[kSize], log_ratio[kSize], outside[kSize], divergence[kSize];
-    const A *log_prob = p.log_prob + begin, *advantage = p.advantage + begin;
-    const A *target = p.value_target + begin, *value = p.value + begin;
-    const uint8_t* mask = mask_from(p.mask, begin);
-    const auto total = [&](const A* x) EFE_SIMD_BODY {
-        return sum_members(mask, count, [&](int64_t i) EFE_SIMD_BODY { return double(x[i]); });
-    };
-    Partial partial;
-    for (int64_t i = 0; i < count; ++i) error[i] = target[i] - value[i];
-    if (p.old_log_prob == nullptr) {
-        for (int64_t i = 0; i < count; ++i) loss[i] = times(-log_prob[i], advantage[i]);
-    } else {
-        const A clip = p.clip, low = A(1) - clip, high = A(1) + clip;
-        load_log_ratio(p, begin, count, log_ratio);
-        for (int64_t i = 0; i < count; ++i) {
-            const math::Exponential<A> exponential = math::exponential(log_ratio[i]);
-            const A ratio = exponential.value, distance = std::fabs(exponential.minus_one);
-            const A limited = ratio > high ? high : ratio < low ? low : ratio;
-            const A free_term = times(ratio, advantage[i]), limited_term = times(limited, advantage[i]);
-            loss[i] = limited_term < free_term ? -limited_term : -free_term;
-            outside[i] = distance > clip ? A(1) : A(0);
-            divergence[i] = std::isinf(ratio) ? ratio : exponential.minus_one - log_ratio[i];
-        }
-        partial.outside = total(outside);
-        partial.divergence = total(divergence);
+EFE_INLINE void add_surrogate(const Inputs<A>& p, const Block& block, const A* log_prob, A* loss, Partial& partial) {
+    A advantage_buffer[kBlock], old_buffer[kBlock], outside[kBlock], low[kBlock], high[kBlock], divergence[kBlock];
+    const A* const advantage = block.read(p.advantage, advantage_buffer);
+    if (!p.old_log_prob) {
+        for (int64_t i = 0; i < kBlock; ++i) loss[i] = times(-log_prob[i], advantage[i]);
+        return;
     }
-    partial.policy = total(loss);
-    partial.entropy = total(p.entropy + begin);
-    partial.error = moments_of(error, mask, count);
-    partial.target = moments_of(target, mask, count);
-    partial.squared_error =
-        sum_members(mask, count, [&](int64_t i) EFE_SIMD_BODY { return double(error[i]) * error[i]; });
-    return partial;
+    const A* const old_log_prob = block.read(p.old_log_prob, old_buffer);
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const A log_ratio = log_prob[i] - old_log_prob[i];
+        const math::Exponential<A> exponential = math::exponential(log_ratio);
+        const A ratio = exponential.value;
+        const bool below = ratio < p.low, above = ratio > p.high;
+        const A as_loss = below ? p.low : ratio > p.dual_clip ? p.dual_clip : ratio, as_gain = above ? p.high : ratio;
+        loss[i] = -times(advantage[i] < 0 ? as_loss : as_gain, advantage[i]);
+        outside[i] = below || above ? A(1) : A(0);
+        low[i] = below && advantage[i] < 0 ? A(1) : A(0);
+        high[i] = above && advantage[i] > 0 ? A(1) : A(0);
+        divergence[i] = excess(exponential, log_ratio);
+    }
+    partial.outside += sum_of<kBlock>(outside);
+    partial.low += sum_of<kBlock>(low);
+    partial.high += sum_of<kBlock>(high);
+    partial.divergence += sum_of<kBlock>(divergence);
+}
+
+template <class A>
+EFE_INLINE void add_block(const Inputs<A>& p, const Block& block, Partial& partial) {
+    A log_prob_buffer[kBlock], buffer[kBlock], other_buffer[kBlock], old_buffer[kBlock], weight_buffer[kBlock];
+    A part[kBlock], error[kBlock];
+    const A* const weight = p.weight ? block.read(p.weight, weight_buffer) : nullptr;
+    const auto aggregate = [&](const A* x) EFE_SIMD_BODY {
+        if (weight == nullptr) return sum_of<kBlock>(x);
+        A weighted[kBlock];
+        for (int64_t i = 0; i < kBlock; ++i) weighted[i] = x[i] * weight[i];
+        return sum_of<kBlock>(weighted);
+    };
+    const A* const log_prob = block.read(p.log_prob, log_prob_buffer);
+    add_surrogate(p, block, log_prob, part, partial);
+    partial.policy += aggregate(part);
+    partial.count += count_members(block.mask, block.count);
+    if (p.value) {
+        const A* const value = block.read(p.value, buffer);
+        const A* const target = block.read(p.value_target, other_buffer);
+        for (int64_t i = 0; i < kBlock; ++i) error[i] = target[i] - value[i];
+        partial.error.merge(moments_of(error, block.mask, block.count));
+        partial.target.merge(moments_of(target, block.mask, block.count));
+        for (int64_t i = 0; i < kBlock; ++i) part[i] = error[i] * error[i];
+        if (p.old_value) {
+            const A* const old_value = block.read(p.old_value, old_buffer);
+            for (int64_t i = 0; i < kBlock; ++i) {
+                const A limited = target[i] - limited_value(value[i], old_value[i], p.value_clip);
+                part[i] = std::fabs(limited) > std::fabs(error[i]) ? limited * limited : part[i];
+            }
+        }
+        partial.squared_error += aggregate(part);
+    }
+    if (p.entropy) partial.entropy += aggregate(block.read(p.entropy, buffer));
+    if (p.ref_log_prob) {
+        const A* const ref_log_prob = block.read(p.ref_log_prob, buffer);
+        for (int64_t i = 0; i < kBlock; ++i) {
+            const A log_ratio = ref_log_prob[i] - log_prob[i];
+            part[i] = excess(math::exponential(log_ratio), log_ratio);
+        }
+        partial.kl += aggregate(part);
+    }
+}
+
+// body(block) for the blocks of a span.
+template <class Body>
+EFE_INLINE void for_blocks(const uint8_t* mask, int64_t begin, int64_t count, const Body& body) {
+    for (int64_t i = begin; i < begin + count; i += kBlock)
+        body(Block{i, std::min(kBlock, begin + count - i), mask_from(mask, i)});
 }
 
 // What both directions read: tensors that stay alive, and pointers into them.
 struct Tensors {
-    Tensor log_prob, value, advantage, value_target, entropy, old_log_prob, mask;
-
-    Tensors(const Tensor& log_prob, const Tensor& value, const Tensor& advantage, const Tensor& value_target,
-            Tensor entropy, const OptionalTensor& old_log_prob, const OptionalTensor& mask, ScalarType type)
-        : log_prob(contiguous_as(log_prob, type)),
-          value(contiguous_as(value, type)),
-          advantage(contiguous_as(advantage, type)),
-          value_target(contiguous_as(value_target, type)),
-          entropy(std::move(entropy)),
-          old_log_prob(contiguous_as(old_log_prob, type)),
-          mask(contiguous_as(mask, ScalarType::Bool)) {}
+    Tensor entropy, log_prob, advantage, value, value_target, old_log_prob, old_value, ref_log_prob, mask, weight;
 
     template <class A>
-    Inputs<A> inputs(double clip) const {
-        return {log_prob.data<A>(), value.data<A>(),        advantage.data<A>(), value_target.data<A>(),
-                entropy.data<A>(),  old_log_prob.data<A>(), bytes_of(mask),      static_cast<A>(clip)};
+    Column<A> column(const Tensor& tensor) const {
+        if (!tensor.defined()) return {};
+        return {tensor.data<A>(), std::max<int64_t>(log_prob.numel() / std::max<int64_t>(tensor.numel(), 1), 1)};
+    }
+
+    template <class A>
+    Inputs<A> inputs(double low, double high, double dual_clip, double value_clip) const {
+        const auto at = [&](const Tensor& tensor) { return column<A>(tensor); };
+        return {at(entropy), at(log_prob), at(advantage), at(value), at(value_target), at(old_log_prob), at(old_value),
+                at(ref_log_prob), at(weight), bytes_of(mask), static_cast<A>(low), static_cast<A>(high),
+                static_cast<A>(dual_clip), static_cast<A>(value_clip)};
     }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss_forward(
-    const Tensor& entropy, const Tensor& log_prob, const Tensor& value, const Tensor& advantage,
-    const Tensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip,
-    double value_coef, double entropy_coef) {
+constexpr int64_t kDiagnostics = 6, kCount = 5;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss_forward(
+    const OptionalTensor& entropy, const Tensor& log_prob, const Tensor& advantage, const OptionalTensor& value,
+    const OptionalTensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& old_value,
+    const OptionalTensor& ref_log_prob, const OptionalTensor& mask, const OptionalTensor& weight, double low,
+    double high, double dual_clip, double value_clip, double value_coef, double entropy_coef, double kl_coef,
+    double normalizer) {
     const ScalarType type = arithmetic_type(log_prob);
-    const Tensors tensors(log_prob, value, advantage, value_target, contiguous_as(entropy, type), old_log_prob, mask,
-                          type);
+    const auto as = [&](const auto& tensor) { return contiguous_as(tensor, type); };
+    const Tensors tensors{as(entropy), as(log_prob), as(advantage), as(value), as(value_target), as(old_log_prob),
+                          as(old_value), as(ref_log_prob), contiguous_as(mask, ScalarType::Bool), as(weight)};
     const Spans spans(log_prob.numel(), 0);
     std::vector<Partial> partials(spans.count());
     for_arithmetic(type, [&](auto zero) {
-        const auto inputs = tensors.inputs<decltype(zero)>(clip);
+        const auto inputs = tensors.inputs<decltype(zero)>(low, high, dual_clip, value_clip);
         spans.for_each([&](int64_t span, int64_t begin, int64_t size) EFE_SIMD_BODY {
-            partials[span] = sum_span(inputs, begin, size);
+            for_blocks(inputs.mask, begin, size,
+                       [&](const Block& block) EFE_SIMD_BODY { add_block(inputs, block, partials[span]); });
         });
     });
     Partial all;
     for (const Partial& partial : partials) all.merge(partial);
-    const double count = all.error.count, some = std::max(count, 1.0);
-    const double policy = all.policy / some, value_loss = all.squared_error / some, mean_entropy = all.entropy / some;
+    const double count = static_cast<double>(all.count), some = std::max(count, 1.0);
+    const double divisor = normalizer != 0 ? normalizer : some;
+    const double policy = all.policy / divisor, value_loss = all.squared_error / divisor;
+    const double mean_entropy = all.entropy / divisor, kl = all.kl / divisor;
     const double explained = all.target.squares == 0 ? 0 : 1 - all.error.squares / all.target.squares;
     const auto tensor = [&](std::initializer_list<int64_t> sizes, std::initializer_list<double> numbers) {
         Tensor out = empty(sizes, type, log_prob);
@@ -136,9 +231,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_gradient_loss_forward(
         });
         return out;
     };
-    const double total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef);
+    const double total = policy + times(value_loss, value_coef) - times(mean_entropy, entropy_coef) + times(kl, kl_coef);
     return {tensor({}, {total}), tensor({}, {policy}), tensor({}, {value_loss}), tensor({}, {mean_entropy}),
-            tensor({4}, {all.outside / some, all.divergence / some, explained, count})};
+            tensor({}, {kl}),
+            tensor({kDiagnostics}, {all.outside / some, all.divergence / some, explained, all.low / some,
+                                    all.high / some, count})};
 }
 
 template <class A>
@@ -146,55 +243,91 @@ struct Gradients {
     A *entropy, *log_prob, *value;  // [N], or null where it is not asked for
 };
 
-// What arrives at each element: upstream gradients over the number of those that count.
+// What arrives at each element of weight 1: upstream gradients over what the sums are divided by.
 template <class A>
 struct Upstream {
-    A policy, value, entropy;
+    A policy, value, entropy, kl;
 };
 
+// d/d log_prob of the surrogate, for an upstream gradient of 1 · weight.
 template <class A>
-EFE_INLINE void differentiate_span(const Inputs<A>& p, const Upstream<A>& upstream, const Gradients<A>& gradients,
-                                   int64_t begin, int64_t count) {
-    const uint8_t* mask = mask_from(p.mask, begin);
+EFE_INLINE void differentiate_surrogate(const Inputs<A>& p, const Block& block, const A* log_prob, A* __restrict__ out) {
+    A buffer[kBlock], old_buffer[kBlock];
+    const A* const advantage = block.read(p.advantage, buffer);
+    if (!p.old_log_prob) {
+        for (int64_t i = 0; i < kBlock; ++i) out[i] = advantage[i];
+        return;
+    }
+    const A* const old_log_prob = block.read(p.old_log_prob, old_buffer);
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const A ratio = math::exp(log_prob[i] - old_log_prob[i]), slope = times(ratio, advantage[i]);
+        const bool held = advantage[i] < 0 ? ratio < p.low || ratio > p.dual_clip : ratio > p.high;
+        out[i] = held ? A(0) : slope;
+    }
+}
+
+template <class A>
+EFE_INLINE void differentiate_block(const Inputs<A>& p, const Upstream<A>& upstream, const Gradients<A>& gradients,
+                                    const Block& block) {
+    A buffer[kBlock], other_buffer[kBlock], old_buffer[kBlock], weight_buffer[kBlock], slope[kBlock], found[kBlock];
+    const A* const weight = p.weight ? block.read(p.weight, weight_buffer) : nullptr;
+    // out [N] at the block = times(slope, what arrives).
+    const auto store = [&](const A* values, A* out) EFE_SIMD_BODY {
+        std::copy_n(values, block.count, out + block.begin);
+        clear_others(block.mask, block.count, out + block.begin);
+    };
+    const auto scale = [&](A arrives) EFE_SIMD_BODY {
+        if (weight == nullptr)
+            for (int64_t i = 0; i < kBlock; ++i) slope[i] = times(slope[i], arrives);
+        else
+            for (int64_t i = 0; i < kBlock; ++i) slope[i] = times(slope[i], arrives * weight[i]);
+    };
     if (gradients.log_prob != nullptr) {
-        A* const __restrict__ out = gradients.log_prob + begin;
-        const A* advantage = p.advantage + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = times(advantage[i], -upstream.policy);
-        if (p.old_log_prob != nullptr) {
-            A log_ratio[Spans::kPiece];
-            load_log_ratio(p, begin, count, log_ratio);
-            const A low = A(1) - p.clip, high = A(1) + p.clip;
-            for (int64_t i = 0; i < count; ++i) {
-                const A ratio = math::exp(log_ratio[i]), slope = times(ratio, out[i]);
-                // The clamp is the minimum above high for a gain, and below low for a loss.
-                const A limit = advantage[i] < 0 ? -low : high;
-                const A signed_ratio = advantage[i] < 0 ? -ratio : ratio;
-                out[i] = signed_ratio > limit ? A(0) : slope;
-            }
+        const A* const log_prob = block.read(p.log_prob, buffer);
+        differentiate_surrogate(p, block, log_prob, slope);
+        scale(-upstream.policy);
+        if (p.ref_log_prob) {
+            std::copy_n(slope, kBlock, found);
+            const A* const ref_log_prob = block.read(p.ref_log_prob, other_buffer);
+            for (int64_t i = 0; i < kBlock; ++i) slope[i] = math::exponential(ref_log_prob[i] - log_prob[i]).minus_one;
+            scale(-upstream.kl);
+            for (int64_t i = 0; i < kBlock; ++i) slope[i] += found[i];
         }
-        clear_others(mask, count, out);
+        store(slope, gradients.log_prob);
     }
     if (gradients.value != nullptr) {
-        A* const __restrict__ out = gradients.value + begin;
-        const A *target = p.value_target + begin, *found = p.value + begin;
-        for (int64_t i = 0; i < count; ++i) out[i] = times(A(2) * (found[i] - target[i]), upstream.value);
-        clear_others(mask, count, out);
+        const A *value = block.read(p.value, buffer), *target = block.read(p.value_target, other_buffer);
+        for (int64_t i = 0; i < kBlock; ++i) slope[i] = A(2) * (value[i] - target[i]);
+        if (p.old_value) {
+            const A* const old_value = block.read(p.old_value, old_buffer);
+            for (int64_t i = 0; i < kBlock; ++i) {
+                const A limited = limited_value(value[i], old_value[i], p.value_clip);
+                slope[i] = std::fabs(limited - target[i]) > std::fabs(value[i] - target[i]) ? A(0) : slope[i];
+            }
+        }
+        scale(upstream.value);
+        store(slope, gradients.value);
     }
     if (gradients.entropy != nullptr) {
-        std::fill_n(gradients.entropy + begin, count, upstream.entropy);
-        clear_others(mask, count, gradients.entropy + begin);
+        std::fill_n(slope, kBlock, A(1));
+        scale(upstream.entropy);
+        store(slope, gradients.entropy);
     }
 }
 
 std::vector<Tensor> policy_gradient_loss_backward(
     const OptionalTensor& grad_total, const OptionalTensor& grad_policy, const OptionalTensor& grad_value,
-    const OptionalTensor& grad_entropy, const std::vector<bool>& needs, const Tensor& diagnostics,
-    const Tensor& log_prob, const Tensor& value, const Tensor& advantage, const Tensor& value_target,
-    const OptionalTensor& old_log_prob, const OptionalTensor& mask, double clip, double value_coef,
-    double entropy_coef) {
+    const OptionalTensor& grad_entropy, const OptionalTensor& grad_kl, const std::vector<bool>& needs,
+    const Tensor& diagnostics, const Tensor& log_prob, const Tensor& advantage, const OptionalTensor& value,
+    const OptionalTensor& value_target, const OptionalTensor& old_log_prob, const OptionalTensor& old_value,
+    const OptionalTensor& ref_log_prob, const OptionalTensor& mask, const OptionalTensor& weight, double low,
+    double high, double dual_clip, double value_clip, double value_coef, double entropy_coef, double kl_coef,
+    double normalizer) {
     const ScalarType type = diagnostics.scalar_type();
-    const Tensors tensors(log_prob, value, advantage, value_target, {}, old_log_prob, mask, type);
-    const double share = 1 / std::max(number_in(diagnostics, 3), 1.0);
+    const auto as = [&](const auto& tensor) { return contiguous_as(tensor, type); };
+    const Tensors tensors{{}, as(log_prob), as(advantage), as(value), as(value_target), as(old_log_prob),
+                          as(old_value), as(ref_log_prob), contiguous_as(mask, ScalarType::Bool), as(weight)};
+    const double share = 1 / (normalizer != 0 ? normalizer : std::max(number_in(diagnostics, kCount), 1.0));
     const auto number = [](const OptionalTensor& grad) { return grad.has_value() ? number_in(*grad) : 0.0; };
     const double total = number(grad_total);
     Tensor found[3];
@@ -202,14 +335,17 @@ std::vector<Tensor> policy_gradient_loss_backward(
         if (needs[i]) found[i] = empty(log_prob, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
-        const Inputs<A> inputs = tensors.inputs<A>(clip);
+        const Inputs<A> inputs = tensors.inputs<A>(low, high, dual_clip, value_clip);
         const Gradients<A> gradients{found[0].mutable_data<A>(), found[1].mutable_data<A>(),
                                      found[2].mutable_data<A>()};
         const Upstream<A> upstream{static_cast<A>((total + number(grad_policy)) * share),
                                    static_cast<A>((total * value_coef + number(grad_value)) * share),
-                                   static_cast<A>((number(grad_entropy) - total * entropy_coef) * share)};
+                                   static_cast<A>((number(grad_entropy) - total * entropy_coef) * share),
+                                   static_cast<A>((total * kl_coef + number(grad_kl)) * share)};
         Spans(log_prob.numel(), 0).for_each([&](int64_t, int64_t begin, int64_t size) EFE_SIMD_BODY {
-            differentiate_span(inputs, upstream, gradients, begin, size);
+            for_blocks(inputs.mask, begin, size, [&](const Block& block) EFE_SIMD_BODY {
+                differentiate_block(inputs, upstream, gradients, block);
+            });
         });
     });
     std::vector<Tensor> wanted;

@@ -7,6 +7,7 @@ A page asks for it with a comment, which nobody sees who reads the file itself:
     <!-- recordings -->         every recording in bench/results
     <!-- goals -->              the performance section of the README
     <!-- examples -->           a list of the examples, each of which gets a page
+    <!-- formulas -->           the policy losses of other libraries beside ours, as bench.formulas finds them
 
 CONTRIBUTING.md and CHANGELOG.md are pages, too. Links between files of the repository lead to their pages.
 """
@@ -18,6 +19,8 @@ import ast
 import html
 import posixpath
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         "recordings": lambda _: recordings(),
         "goals": lambda _: goals(uri),
         "examples": lambda _: examples(),
+        "formulas": lambda _: formulas(),
     }
     origin = next((path for path, made in PLACES.items() if made == uri and path in PAGES), f"docs/{uri}")
     markdown = LINK.sub(lambda found: site_link(found[0], origin, uri), markdown)
@@ -130,6 +134,12 @@ def goals(uri: str) -> str:
 def examples() -> str:
     lines = [f"- [{path.name}](examples/{path.stem}.md): {docstring(path).splitlines()[0]}" for path in EXAMPLES]
     return "\n".join(lines)
+
+
+def formulas() -> str:
+    """In a process of its own: bench is no part of what is installed."""
+    command = [sys.executable, "-m", "bench.formulas"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def example_page(path: Path) -> str:

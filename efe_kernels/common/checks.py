@@ -166,7 +166,9 @@ def interval(low: float, high: float, above: bool, finite: bool) -> str:
     """The range of a number, in words."""
     if math.isfinite(low) and math.isfinite(high):
         return f"in {'(' if above else '['}{low:g}, {high:g}]"
-    bound = "" if math.isinf(low) else "positive" if above and low == 0 else f"at least {low:g}"
+    bound = (
+        "" if math.isinf(low) else "positive" if above and low == 0 else f"{'above' if above else 'at least'} {low:g}"
+    )
     return " and ".join(word for word in (bound, "finite" if finite else "not NaN") if word)
 
 

@@ -3,12 +3,13 @@
 One launch where all elements fit a tile; otherwise one program per tile leaves partial sums, which a second launch adds
 up in a fixed order. The backward pass recomputes from the inputs in one launch.
 
-The tensors come to a kernel in the tuples below and in the reference's Inputs, whose tensors are all [N].
+The tensors come to a kernel in the tuples below and in the reference's Inputs, whose tensors are [N]; its advantage and
+weight may be those of rows, and have one element for each so many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efe_kernels.common.launch import PreparedLaunch
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     add_rows,
@@ -29,7 +31,7 @@ from efe_kernels.common.moments import (
     store_row,
 )
 from efe_kernels.common.triton import OPTIONS, flat, launch_guard, load, members, store
-from efe_kernels.policy_loss.reference import Inputs, Settings
+from efe_kernels.policy_loss.reference import COUNT, DIAGNOSTICS, Inputs, Settings
 
 TILE_LIMIT = 4096
 # Of so many parts at a time the second launch adds up the sums; its registers hold no more.
@@ -43,6 +45,7 @@ class Losses(NamedTuple):
     policy: Any  # []
     value: Any  # []
     entropy: Any  # []
+    kl: Any  # []
 
 
 class Gradients(NamedTuple):
@@ -53,24 +56,37 @@ class Gradients(NamedTuple):
     value: Any  # [N]
 
 
+class Sizes(NamedTuple):
+    """How many elements there are, and how many share an advantage and a weight."""
+
+    numel: int
+    advantage: int
+    weight: int
+
+
 class Sums(NamedTuple):
-    """Over the elements that count."""
+    """Over the elements that count; the first four weighted."""
 
     policy: Any
     value: Any
     entropy: Any
+    kl: Any
     clipped: Any
+    low: Any
+    high: Any
     divergence: Any
+    count: Any
 
 
 NUM_SUMS = tl.constexpr(len(Sums._fields))
+COUNT_PLACE = tl.constexpr(COUNT)
 
 
 class Partial(NamedTuple):
     """What the parts leave to the second launch."""
 
     sums: Any  # [parts, NUM_SUMS]
-    moments: Any  # [2, parts, NUM_MOMENTS], those of the critic's error and of its target
+    moments: Any  # [2, parts, NUM_MOMENTS], those of the critic's error and of its target, or None
     parts: int
 
 
@@ -82,13 +98,20 @@ def total_of(x):
 
 @triton.jit
 def excess_exponential(x):
-    """exp(x) - 1 - x, the estimate of the KL divergence, by its series where the difference would cancel."""
+    """exp(x) - 1 - x, the estimate of a KL divergence, by its series where the difference would cancel."""
     series = 1.0 / 720.0
     series = series * x + 1.0 / 120.0
     series = series * x + 1.0 / 24.0
     series = series * x + 1.0 / 6.0
     series = (series * x + 0.5) * x * x
-    return tl.where(tl.abs(x) < 0.1, series, tl.exp(x) - 1.0 - x)
+    exponential = tl.exp(x)
+    found = tl.where(tl.abs(x) < 0.1, series, exponential - 1.0 - x)
+    return tl.where(exponential == float("inf"), exponential, found)
+
+
+@triton.jit
+def exponential_minus_one(x):
+    return tl.where(tl.abs(x) < 0.1, excess_exponential(x) + x, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -98,77 +121,151 @@ def times(x, weight):
 
 
 @triton.jit
-def surrogate(inputs, offset, member, advantage, clip):
-    """Loss, clipped or not and KL estimate of each element; 0 where it does not count."""
+def load_of_row(
+    ptr,  # [N / length]
+    offset,
+    length,
+    ok,
+):
+    """What each element at the offset shares with the others of its row; 0 where not ok."""
+    return load(ptr, offset // length, ok)
+
+
+@triton.jit
+def limited_value(value, old_value, value_clip):
+    """value, at most value_clip away from old_value."""
+    step = value - old_value
+    return tl.where(
+        step > value_clip, old_value + value_clip, tl.where(step < -value_clip, old_value - value_clip, value)
+    )
+
+
+@triton.jit
+def aggregate(x, weight, member):
+    return total_of(tl.where(member, x * weight, 0.0))
+
+
+@triton.jit
+def squared_error(inputs, offset, member, value, target, value_clip):
+    error = value - target
+    error *= error
+    if inputs.old_value is not None:
+        held = limited_value(value, load(inputs.old_value, offset, member), value_clip) - target
+        held *= held
+        error = tl.where(held > error, held, error)
+    return error
+
+
+@triton.jit
+def sums_of(
+    entropy_ptr,  # [N] or None
+    inputs,
+    offset,
+    member,
+    squares,
+    sizes,
+    settings,
+):
+    """The Sums of a tile. squares: of the critic's errors."""
+    zero = tl.zeros(offset.shape, tl.float32)
+    weight = zero + 1.0
+    if inputs.weight is not None:
+        weight = load_of_row(inputs.weight, offset, sizes.weight, member)
     log_prob = load(inputs.log_prob, offset, member)
-    if inputs.old_log_prob is None:
-        loss = -times(log_prob, advantage)
-        clipped = tl.zeros_like(loss)
-        divergence = tl.zeros_like(loss)
-    else:
+    advantage = load_of_row(inputs.advantage, offset, sizes.advantage, member)
+    factor, clipped, low, high, divergence = log_prob, zero, zero, zero, zero
+    if inputs.old_log_prob is not None:
         log_ratio = log_prob - load(inputs.old_log_prob, offset, member)
         ratio = tl.exp(log_ratio)
-        limited = tl.where(ratio > 1.0 + clip, 1.0 + clip, tl.where(ratio < 1.0 - clip, 1.0 - clip, ratio))
-        loss = -tl.minimum(times(ratio, advantage), times(limited, advantage))
-        clipped = (tl.abs(ratio - 1.0) > clip).to(tl.float32)
-        divergence = tl.where(ratio == float("inf"), ratio, excess_exponential(log_ratio))
-    return tl.where(member, loss, 0.0), tl.where(member, clipped, 0.0), tl.where(member, divergence, 0.0)
+        below = ratio < settings.low
+        above = ratio > settings.high
+        as_loss = tl.where(below, settings.low, tl.where(ratio > settings.dual_clip, settings.dual_clip, ratio))
+        factor = tl.where(advantage < 0.0, as_loss, tl.where(above, settings.high, ratio))
+        clipped = tl.where(member & (below | above), 1.0, 0.0)
+        low = tl.where(member & below & (advantage < 0.0), 1.0, 0.0)
+        high = tl.where(member & above & (advantage > 0.0), 1.0, 0.0)
+        divergence = tl.where(member, excess_exponential(log_ratio), 0.0)
+    kl = zero
+    if inputs.ref_log_prob is not None:
+        kl = excess_exponential(load(inputs.ref_log_prob, offset, member) - log_prob)
+    return Sums(
+        -aggregate(times(factor, advantage), weight, member),
+        aggregate(squares, weight, member),
+        aggregate(load(entropy_ptr, offset, member), weight, member),
+        aggregate(kl, weight, member),
+        total_of(clipped),
+        total_of(low),
+        total_of(high),
+        total_of(divergence),
+        total_of(member.to(tl.float32)),
+    )
 
 
 @triton.jit
 def store_losses(
     losses,
-    diagnostics_ptr,  # [4]
+    diagnostics_ptr,  # [6]
     sums,
     error,
     target,
     settings,
 ):
-    """error, target: the Moments [1] of the critic's error and of its target."""
-    count = tl.sum(error.count, axis=0)
-    unexplained = tl.sum(error.squares, axis=0)
-    variance = tl.sum(target.squares, axis=0)
-    some = tl.maximum(count, 1.0)
-    policy = sums.policy / some
-    value = sums.value / some
-    entropy = sums.entropy / some
-    tl.store(losses.total, policy + times(value, settings.value_coef) - times(entropy, settings.entropy_coef))
+    """error, target: the Moments [1] of the critic's error and of its target, or None."""
+    some = tl.maximum(sums.count, 1.0)
+    divisor = tl.where(settings.normalizer > 0.0, settings.normalizer, some)
+    policy = sums.policy / divisor
+    value = sums.value / divisor
+    entropy = sums.entropy / divisor
+    kl = sums.kl / divisor
+    total = policy + times(value, settings.value_coef) - times(entropy, settings.entropy_coef)
+    tl.store(losses.total, total + times(kl, settings.kl_coef))
     tl.store(losses.policy, policy)
     tl.store(losses.value, value)
     tl.store(losses.entropy, entropy)
-    explained = 1.0 - unexplained / tl.where(variance == 0, 1.0, variance)
-    explained = tl.where(variance == 0, 0.0, explained)
-    store_row(diagnostics_ptr, (sums.clipped / some, sums.divergence / some, explained, count))
+    tl.store(losses.kl, kl)
+    explained = 0.0
+    if error is not None:
+        unexplained = tl.sum(error.squares, axis=0)
+        variance = tl.sum(target.squares, axis=0)
+        explained = 1.0 - unexplained / tl.where(variance == 0, 1.0, variance)
+        explained = tl.where(variance == 0, 0.0, explained)
+    store_row(
+        diagnostics_ptr,
+        (sums.clipped / some, sums.divergence / some, explained, sums.low / some, sums.high / some, sums.count),
+    )
 
 
 @triton.jit
 def policy_gradient_loss_kernel(
-    entropy_ptr,  # [N]
+    entropy_ptr,  # [N] or None
     inputs,
     partial,  # or None: one program has everything
     losses,
-    diagnostics_ptr,  # [4]
-    numel,
+    diagnostics_ptr,  # [6]
+    sizes,
     settings,
     TILE: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
     offset = part * TILE + tl.arange(0, TILE)[None, :]
-    member = members(inputs.mask, offset, offset < numel)
-    advantage = load(inputs.advantage, offset, member)
-    loss, clipped, divergence = surrogate(inputs, offset, member, advantage, settings.clip)
-    value_target = load(inputs.value_target, offset, member)
-    error = value_target - load(inputs.value, offset, member)
-    error_moments = moments(error, member)
-    target_moments = moments(value_target, member)
-    entropy_sum = total_of(load(entropy_ptr, offset, member))
-    sums = Sums(total_of(loss), total_of(error * error), entropy_sum, total_of(clipped), total_of(divergence))
+    member = members(inputs.mask, offset, offset < sizes.numel)
+    error = None
+    target = None
+    squares = tl.zeros(offset.shape, tl.float32)
+    if inputs.value is not None:
+        value = load(inputs.value, offset, member)
+        value_target = load(inputs.value_target, offset, member)
+        squares = squared_error(inputs, offset, member, value, value_target, settings.value_clip)
+        error = moments(value_target - value, member)
+        target = moments(value_target, member)
+    sums = sums_of(entropy_ptr, inputs, offset, member, squares, sizes, settings)
     if partial is None:
-        store_losses(losses, diagnostics_ptr, sums, error_moments, target_moments, settings)
+        store_losses(losses, diagnostics_ptr, sums, error, target, settings)
     else:
         store_row(partial.sums + part * NUM_SUMS, sums)
-        store_moments(partial.moments + part * NUM_MOMENTS, error_moments)
-        store_moments(partial.moments + (partial.parts + part) * NUM_MOMENTS, target_moments)
+        if error is not None:
+            store_moments(partial.moments + part * NUM_MOMENTS, error)
+            store_moments(partial.moments + (partial.parts + part) * NUM_MOMENTS, target)
 
 
 # One program: each lane adds up every PARTS-th part, then the lanes are added up. A round of the loop stands for
@@ -177,105 +274,169 @@ def policy_gradient_loss_kernel(
 def policy_gradient_loss_finish_kernel(
     partial,
     losses,
-    diagnostics_ptr,  # [4]
+    diagnostics_ptr,  # [6]
     settings,
     PARTS: tl.constexpr,
 ):
     parts = partial.parts
     part = tl.arange(0, PARTS)[None, :]
-    target_ptr = partial.moments + parts.to(tl.int64) * NUM_MOMENTS
     sums = load_rows(partial.sums, part, parts, NUM_SUMS)
-    error = load_moments(partial.moments, part, parts)
-    target = load_moments(target_ptr, part, parts)
     for first in range(PARTS, parts, PARTS):
         sums = add_rows(sums, load_rows(partial.sums, first + part, parts, NUM_SUMS))
-        error = join_moments(error, load_moments(partial.moments, first + part, parts))
-        target = join_moments(target, load_moments(target_ptr, first + part, parts))
-    policy, value, entropy, clipped, divergence = sums
-    sums = Sums(total_of(policy), total_of(value), total_of(entropy), total_of(clipped), total_of(divergence))
-    store_losses(losses, diagnostics_ptr, sums, merge_moments(error), merge_moments(target), settings)
+    policy, value, entropy, kl, clipped, low, high, divergence, count = sums
+    sums = Sums(
+        total_of(policy), total_of(value), total_of(entropy), total_of(kl), total_of(clipped), total_of(low),
+        total_of(high), total_of(divergence), total_of(count),
+    )  # fmt: skip
+    if partial.moments is None:
+        store_losses(losses, diagnostics_ptr, sums, None, None, settings)
+    else:
+        target_ptr = partial.moments + parts.to(tl.int64) * NUM_MOMENTS
+        error = load_moments(partial.moments, part, parts)
+        target = load_moments(target_ptr, part, parts)
+        for first in range(PARTS, parts, PARTS):
+            error = join_moments(error, load_moments(partial.moments, first + part, parts))
+            target = join_moments(target, load_moments(target_ptr, first + part, parts))
+        store_losses(losses, diagnostics_ptr, sums, merge_moments(error), merge_moments(target), settings)
 
 
 @triton.jit
-def gradient_of_mean(
+def gradient_of(
     grad_total_ptr,  # [] or None
     grad_part_ptr,  # [] or None
-    weight,
-    count,
+    coefficient,
+    scale,
 ):
-    """Gradient of one element of a part from those of the total, in which it has a weight, and of the part itself."""
+    """Gradient of an element of a part from those of the total, in which it has a coefficient, and of the part."""
     gradient = 0.0
     if grad_total_ptr is not None:
-        gradient += weight * tl.load(grad_total_ptr)
+        gradient += coefficient * tl.load(grad_total_ptr)
     if grad_part_ptr is not None:
         gradient += tl.load(grad_part_ptr)
-    return gradient / tl.maximum(count, 1.0)
+    return gradient * scale
 
 
-# Over n elements that count, with ratio = exp(log_prob - old_log_prob), so d ratio = ratio d log_prob:
-#   policy  = mean of -min(ratio A, clamp(ratio) A): -A ratio / n where the minimum is not the constant clamp, which it
-#             is for A > 0 above 1 + clip and for A < 0 below 1 - clip; without old_log_prob -A / n
-#   value   = mean of (value - target)²: 2 (value - target) / n
-#   entropy = mean of entropy: 1 / n
-# each times the gradient of its own output and of the total, in which the weights are 1, value_coef and -entropy_coef.
+@triton.jit
+def policy_slope(inputs, offset, member, log_prob, sizes, settings):
+    """-d/d log_prob of the surrogate of each element."""
+    slope = load_of_row(inputs.advantage, offset, sizes.advantage, member)
+    if inputs.old_log_prob is not None:
+        ratio = tl.exp(log_prob - load(inputs.old_log_prob, offset, member))
+        held_gain = (slope > 0.0) & (ratio > settings.high)
+        held_loss = (slope < 0.0) & ((ratio < settings.low) | (ratio > settings.dual_clip))
+        slope = tl.where(held_gain | held_loss, 0.0, times(ratio, slope))
+    return slope
+
+
+# Sums over the elements that count, each times the weight of its row, over a divisor: their number or a constant. With
+# ratio = exp(log_prob - old_log_prob), so d ratio = ratio d log_prob, and s = weight / divisor:
+#   policy  = sum of -f A s, where f is the ratio, or constant: for A > 0 above `high` and for A < 0 below `low` and
+#             above `dual_clip`: -A ratio s, or 0; without old_log_prob f = log_prob: -A s
+#   value   = sum of (value - target)² s: 2 (value - target) s, or 0 where the larger error is that of the limited value
+#   entropy = sum of entropy s: s
+#   kl      = sum of (exp(d) - 1 - d) s with d = ref_log_prob - log_prob: -(exp(d) - 1) s
+# each times the gradient of its own output and of the total, in which the coefficients are 1, value_coef, -entropy_coef
+# and kl_coef.
 @triton.jit
 def policy_gradient_loss_backward_kernel(
     upstream,
-    diagnostics_ptr,  # [4]
+    diagnostics_ptr,  # [6]
     inputs,
     gradients,
-    numel,
+    sizes,
     settings,
     TILE: tl.constexpr,
 ):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = offset < numel
+    inside = offset < sizes.numel
     member = members(inputs.mask, offset, inside)
-    count = tl.load(diagnostics_ptr + 3)
+    count = tl.maximum(tl.load(diagnostics_ptr + COUNT_PLACE), 1.0)
+    scale = 1.0 / tl.where(settings.normalizer > 0.0, settings.normalizer, count)
+    if inputs.weight is not None:
+        scale *= load_of_row(inputs.weight, offset, sizes.weight, member)
     if gradients.log_prob is not None:
-        slope = load(inputs.advantage, offset, member)
-        if inputs.old_log_prob is not None:
-            ratio = tl.exp(load(inputs.log_prob, offset, member) - load(inputs.old_log_prob, offset, member))
-            clip = settings.clip
-            clipped = ((slope > 0) & (ratio > 1.0 + clip)) | ((slope < 0) & (ratio < 1.0 - clip))
-            slope = tl.where(clipped, 0.0, times(ratio, slope))
-        gradient = -times(slope, gradient_of_mean(upstream.total, upstream.policy, 1.0, count))
+        log_prob = load(inputs.log_prob, offset, member)
+        slope = policy_slope(inputs, offset, member, log_prob, sizes, settings)
+        gradient = -times(slope, gradient_of(upstream.total, upstream.policy, 1.0, scale))
+        if inputs.ref_log_prob is not None:
+            slope = exponential_minus_one(load(inputs.ref_log_prob, offset, member) - log_prob)
+            gradient -= times(slope, gradient_of(upstream.total, upstream.kl, settings.kl_coef, scale))
         store(gradients.log_prob, offset, tl.where(member, gradient, 0.0), inside)
     if gradients.value is not None:
-        error = load(inputs.value, offset, member) - load(inputs.value_target, offset, member)
-        gradient = times(2.0 * error, gradient_of_mean(upstream.total, upstream.value, settings.value_coef, count))
+        value = load(inputs.value, offset, member)
+        target = load(inputs.value_target, offset, member)
+        slope = 2.0 * (value - target)
+        if inputs.old_value is not None:
+            limited = limited_value(value, load(inputs.old_value, offset, member), settings.value_clip)
+            slope = tl.where(tl.abs(limited - target) > tl.abs(value - target), 0.0, slope)
+        gradient = times(slope, gradient_of(upstream.total, upstream.value, settings.value_coef, scale))
         store(gradients.value, offset, tl.where(member, gradient, 0.0), inside)
     if gradients.entropy is not None:
-        gradient = gradient_of_mean(upstream.total, upstream.entropy, -settings.entropy_coef, count)
+        gradient = gradient_of(upstream.total, upstream.entropy, -settings.entropy_coef, scale)
         store(gradients.entropy, offset, tl.where(member, gradient, 0.0), inside)
 
 
+LAUNCHES: dict[Hashable, PreparedLaunch] = {}
+MOST_LAUNCHES = 4096
+
+
+def launch_of(
+    function: Any, grid: tuple[int, ...], tensors: Sequence[Any], sizes: Sizes, **constants: int
+) -> PreparedLaunch:
+    """The one for flat tensors that look the same, of these sizes."""
+    key = (function.__name__, grid, sizes, tensors[0].device, *constants.values(), *map(form_of, tensors))
+    found = LAUNCHES.get(key)
+    if found is None:
+        if len(LAUNCHES) == MOST_LAUNCHES:
+            LAUNCHES.clear()
+        found = LAUNCHES[key] = PreparedLaunch(function, grid, {**OPTIONS, **constants})
+    return found
+
+
+def form_of(tensor: Tensor | None) -> Hashable:
+    """What Triton compiles differently for, of a flat tensor."""
+    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+
+def sizes_of(inputs: Inputs) -> Sizes:
+    numel = inputs.log_prob.numel()
+
+    def length(tensor: Tensor | None) -> int:
+        return 1 if tensor is None else max(numel // max(tensor.numel(), 1), 1)
+
+    return Sizes(numel, length(inputs.advantage), length(inputs.weight))
+
+
 def policy_gradient_loss_forward(
-    entropy: Tensor, inputs: Inputs, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    entropy: Tensor | None, inputs: Inputs, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the reference."""
-    numel = entropy.numel()
-    tile = min(max(triton.next_power_of_2(numel), 128), TILE_LIMIT)
-    parts = max(triton.cdiv(numel, tile), 1)
+    entropy, inputs, sizes = flat(entropy), Inputs(*map(flat, inputs)), sizes_of(inputs)
+    device = inputs.log_prob.device
+    tile = min(max(triton.next_power_of_2(sizes.numel), 128), TILE_LIMIT)
+    parts = max(triton.cdiv(sizes.numel, tile), 1)
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=entropy.device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
-    losses, diagnostics = Losses(new(), new(), new(), new()), new(4)
+    losses, diagnostics = Losses(new(), new(), new(), new(), new()), new(len(DIAGNOSTICS))
     partial = None
     if parts > 1:
-        partial = Partial(new(parts, NUM_SUMS.value), new(2, parts, NUM_MOMENTS.value), parts)
-    warps = 8 if tile == TILE_LIMIT else 4
-    with launch_guard(entropy):
-        policy_gradient_loss_kernel[(parts,)](
-            flat(entropy), Inputs(*map(flat, inputs)), partial, losses, diagnostics, numel, settings,
-            TILE=tile, num_warps=warps, **OPTIONS,
-        )  # fmt: skip
+        both = None if inputs.value is None else new(2, parts, NUM_MOMENTS.value)
+        partial = Partial(new(parts, NUM_SUMS.value), both, parts)
+    tensors = (inputs.log_prob, entropy, *inputs[1:])
+    with launch_guard(inputs.log_prob):
+        launch = launch_of(
+            policy_gradient_loss_kernel, (parts,), tensors, sizes, TILE=tile, num_warps=8 if tile == TILE_LIMIT else 4
+        )
+        launch(entropy, inputs, partial, losses, diagnostics, sizes, settings)
         if partial is not None:
-            policy_gradient_loss_finish_kernel[(1,)](
-                partial, losses, diagnostics, settings,
-                PARTS=min(triton.next_power_of_2(parts), PARTS_LIMIT), num_warps=4, **OPTIONS,
+            lanes = min(triton.next_power_of_2(parts), PARTS_LIMIT)
+            launch = launch_of(
+                policy_gradient_loss_finish_kernel, (1,), (partial.sums, partial.moments), sizes, PARTS=lanes,
+                num_warps=4,
             )  # fmt: skip
+            launch(partial, losses, diagnostics, settings)
     return *losses, diagnostics
 
 
@@ -284,12 +445,13 @@ def policy_gradient_loss_backward(
 ) -> list[Tensor]:
     """See the reference."""
     log_prob = inputs.log_prob
-    numel = log_prob.numel()
     found = Gradients(*[log_prob.new_empty(log_prob.shape) if need else None for need in needs])
-    if numel > 0:
+    inputs, sizes = Inputs(*map(flat, inputs)), sizes_of(inputs)
+    if sizes.numel > 0:
         with launch_guard(log_prob):
-            policy_gradient_loss_backward_kernel[(triton.cdiv(numel, 1024),)](
-                Losses(*grads), diagnostics, Inputs(*map(flat, inputs)), found, numel, settings,
-                TILE=1024, num_warps=4, **OPTIONS,
+            launch = launch_of(
+                policy_gradient_loss_backward_kernel, (triton.cdiv(sizes.numel, 1024),),
+                (*inputs, *grads, diagnostics, *found), sizes, TILE=1024, num_warps=4,
             )  # fmt: skip
+            launch(Losses(*grads), diagnostics, inputs, found, sizes, settings)
     return [gradient for gradient in found if gradient is not None]

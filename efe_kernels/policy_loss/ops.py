@@ -11,10 +11,10 @@ from efe_kernels.common.op import differentiable_op
 from efe_kernels.policy_loss import reference
 
 
-def policy_gradient_loss_fake(entropy: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(entropy)
-    losses = [entropy.new_empty((), dtype=dtype) for _ in range(4)]
-    return *losses, entropy.new_empty(4, dtype=dtype)
+def policy_gradient_loss_fake(_: Tensor | None, log_prob: Tensor, *__: Any) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(log_prob)
+    losses = [log_prob.new_empty((), dtype=dtype) for _ in range(5)]
+    return *losses, log_prob.new_empty(len(reference.DIAGNOSTICS), dtype=dtype)
 
 
 policy_gradient_loss = differentiable_op(

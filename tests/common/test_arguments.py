@@ -55,6 +55,11 @@ BEYOND = (2**64, -(2**64))
 NUMBERS: list[tuple[Callable[..., Any], str, tuple[Any, ...]]] = [
     (loss, "hard_cell_min_ratio", NEVER),
     (policy_loss, "clip", (math.nan, -math.inf, 0, -0.1)),
+    (policy_loss, "clip_high", (math.nan, -math.inf, 0, -0.1)),
+    (policy_loss, "value_clip", (math.nan, -math.inf, 0, -0.1)),
+    (policy_loss, "dual_clip", (math.nan, -math.inf, 0, 1)),
+    (policy_loss, "kl_coef", NEVER),
+    (lambda **s: policy_loss(aggregation="constant", **s), "normalizer", (*NEVER, 0, -1)),
     (policy_loss, "value_coef", NEVER),
     (policy_loss, "entropy_coef", NEVER),
     (gae, "gamma", (*NEVER, -0.1, 1.1, 2**40)),
@@ -85,7 +90,7 @@ def refusals() -> list[Any]:
     found = [(call, name, value) for call, name, more in NUMBERS for value in (*NOT_A_NUMBER, *more)]
     found += [(call, name, value) for call, name, more in INTEGERS for value in (*NOT_AN_INTEGER, *more)]
     found += [(call, name, value) for call, name in FLAG_SETTINGS for value in (None, "yes", 2, torch.tensor(True))]
-    optional = ("group_size", "seed")
+    optional = ("group_size", "seed", "clip_high", "value_clip", "dual_clip")
     return [
         pytest.param(call, name, value, id=f"{name} {value!r:.30}")
         for call, name, value in found

@@ -58,6 +58,34 @@ CASES = {
         ),
         ((4, 5), (4, 5), (4, 5)),
     ),
+    "policy_gradient_loss, every term": Case(
+        lambda log_prob, v, e: (
+            efe_kernels.policy_gradient_loss(
+                log_prob,
+                CONSTANT[:, 0],
+                v,
+                CONSTANT,
+                e,
+                old_log_prob=CONSTANT,
+                old_value=CONSTANT,
+                value_clip=0.2,
+                ref_log_prob=CONSTANT,
+                kl_coef=0.3,
+                dual_clip=3.0,
+                aggregation="sequence_mean",
+                mask=FLAGS,
+            ).total
+        ),
+        ((4, 5), (4, 5), (4, 5)),
+    ),
+    "policy_gradient_loss of sequences": Case(
+        lambda log_prob, e: (
+            efe_kernels.policy_gradient_loss(
+                log_prob, CONSTANT[:, 0], entropy=e, old_log_prob=CONSTANT, level="sequence", mask=FLAGS
+            ).total
+        ),
+        ((4, 5), (4, 5)),
+    ),
     "masked_mean_pool": Case(lambda h: squares((efe_kernels.masked_mean_pool(h, FLAGS),)), ((4, 5, 6),)),
     "refine_prompt": Case(
         lambda p, m, s: squares(efe_kernels.refine_prompt(p, m, s, noise=CONSTANT)), ((4, 4), (4, 5), (5,))
@@ -204,7 +232,7 @@ def test_a_transform_inside_of_a_compiled_function(name: str) -> None:
     assert_same((found,), (results,))
 
 
-@pytest.mark.parametrize("setting", ["entropy_coef", "value_coef", "clip"])
+@pytest.mark.parametrize("setting", ["entropy_coef", "value_coef", "clip", "clip_high"])
 def test_a_setting_that_changes_is_compiled_once_and_for_all(setting: str) -> None:
     """torch.compile makes a number symbolic when it meets a second value."""
     torch._dynamo.reset()  # which counts how often one function was compiled, over all tests

@@ -186,10 +186,10 @@ class Draw:
 
     def number(
         self, name: str, usual: Sequence[float], low: float = -math.inf, high: float = math.inf, *, above: bool = False,
-        finite: bool = True,
+        finite: bool = True, optional: bool = False,
     ) -> None:  # fmt: skip
         """A setting, often left at its default. usual: values within the contract."""
-        self.parameters[name] = Parameter("number", low=low, high=high, above=above, finite=finite)
+        self.parameters[name] = Parameter("number", optional, low=low, high=high, above=above, finite=finite)
         if self.rarely():
             self.arguments[name] = self.choice([*usual, np.float32(usual[0])])
 

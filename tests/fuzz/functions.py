@@ -191,14 +191,37 @@ def rl_advantage(draw: Draw) -> None:
 
 
 def policy_gradient_loss(draw: Draw) -> None:
-    dims = draw.choice(("B", "", "B T", "A B T"))
-    for name in ("log_prob", "advantage", "value", "value_target", "entropy"):
-        draw.floating(name, dims)
-    draw.floating("old_log_prob", dims, optional=True)
+    rows, length = draw.choice((("", "B"), ("", ""), ("B", " T"), ("A B", " T")))
+    dims = rows + length
+    draw.floating("log_prob", dims)
+    draw.sizes["1"] = 1
+    by_row = rows != "" and draw.often()
+    draw.floating("advantage", draw.choice((rows, f"{rows} 1")) if by_row else dims)
+    clips = (0.2, 1.0, 1e-6, 3.5, math.inf)
+    if draw.often():
+        for name in ("value", "value_target"):
+            draw.floating(name, dims)
+        if draw.rarely():
+            draw.floating("old_value", dims)
+            draw.number("value_clip", clips, 0, above=True, finite=False, optional=True)
+            draw.arguments.setdefault("value_clip", 0.2)
+    draw.floating("entropy", dims, optional=True)
+    draw.floating("ref_log_prob", dims, optional=True)
+    draw.number("kl_coef", SCALES)
     draw.mask("mask", dims, optional=True)
-    draw.number("clip", (0.2, 1.0, 1e-6, 3.5, math.inf), 0, above=True, finite=False)
+    sequences = by_row and draw.rarely()
+    draw.floating("old_log_prob", dims, optional=not sequences)
+    draw.number("clip", clips, 0, above=True, finite=False)
+    draw.number("clip_high", clips, 0, above=True, finite=False, optional=True)
+    draw.number("dual_clip", (3.0, 1.5, math.inf), 1, above=True, finite=False, optional=True)
     draw.number("value_coef", SCALES)
     draw.number("entropy_coef", SCALES)
+    draw.arguments["level"] = "sequence" if sequences else "token"
+    draw.other("aggregation", ("mean", "sequence_mean"))
+    if draw.rarely():
+        draw.arguments["aggregation"] = "constant"
+        draw.number("normalizer", (40.0, 1e-3), 0, above=True)
+        draw.arguments.setdefault("normalizer", 7.0)
 
 
 def masked_mean_pool(draw: Draw) -> None:
@@ -478,7 +501,8 @@ FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
         (
             Function(
                 "policy_gradient_loss", efe_kernels.policy_gradient_loss,
-                constants=("advantage", "value_target", "old_log_prob"), addends=1, loss=True,
+                constants=("advantage", "value_target", "old_log_prob", "old_value", "ref_log_prob"), addends=1,
+                loss=True,
             ),
             policy_gradient_loss,
         ),

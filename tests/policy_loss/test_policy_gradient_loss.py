@@ -27,31 +27,81 @@ def batch(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> dict[
 def definition(
     log_prob: Tensor,
     advantage: Tensor,
-    value: Tensor,
-    value_target: Tensor,
-    entropy: Tensor,
+    value: Tensor | None = None,
+    value_target: Tensor | None = None,
+    entropy: Tensor | None = None,
+    *,
     old_log_prob: Tensor | None = None,
     clip: float = 0.2,
+    clip_high: float | None = None,
+    value_clip: float | None = None,
+    old_value: Tensor | None = None,
     value_coef: float = 0.5,
     entropy_coef: float = 0.01,
+    ref_log_prob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    dual_clip: float | None = None,
+    aggregation: str = "mean",
+    normalizer: float | None = None,
+    level: str = "token",
     mask: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """As training scripts write it; the elements that count are picked out first."""
+    """As the papers and training scripts write it; the elements that count are picked out row by row."""
+    length = log_prob.shape[-1]
     mask = torch.ones_like(log_prob, dtype=torch.bool) if mask is None else mask
-    log_prob, advantage, value, target, entropy = (
-        tensor[mask] for tensor in (log_prob, advantage, value, value_target, entropy)
-    )
+    rows = [row.nonzero()[:, 0] for row in mask.view(-1, length)]
+
+    def picked(tensor: Tensor) -> list[Tensor]:
+        if tensor.shape != log_prob.shape:
+            tensor = tensor.reshape(-1, 1).expand(-1, length)
+        return [row[places] for row, places in zip(tensor.reshape(-1, length), rows, strict=True) if len(places)]
+
+    def aggregate(parts: list[Tensor]) -> Tensor:
+        if aggregation == "sequence_mean":
+            return torch.stack([part.mean() for part in parts]).mean()
+        return torch.cat(parts).sum() / normalizer if aggregation == "constant" else torch.cat(parts).mean()
+
     zero = torch.zeros((), dtype=log_prob.dtype, device=log_prob.device)
-    policy, clip_fraction, approx_kl = -(log_prob * advantage).mean(), zero, zero
-    if old_log_prob is not None:
-        ratio = (log_prob - old_log_prob[mask]).exp()
-        policy = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-        clip_fraction = ((ratio - 1).abs() > clip).to(ratio.dtype).mean()
+    value_loss = mean_entropy = kl = clip_fraction = approx_kl = explained = low = high = zero
+    new, gains = picked(log_prob), picked(advantage)
+    if old_log_prob is None:
+        policy = aggregate([-one * gain for one, gain in zip(new, gains, strict=True)])
+    else:
+        up = 1 + (clip if clip_high is None else clip_high)
+        ratios = [(one - old).exp() for one, old in zip(new, picked(old_log_prob), strict=True)]
+        if level == "sequence":
+            ratios = [ratio.log().mean().exp().expand_as(ratio) for ratio in ratios]
+        objectives = []
+        for ratio, gain in zip(ratios, gains, strict=True):
+            objective = torch.min(ratio * gain, ratio.clamp(1 - clip, up) * gain)
+            if dual_clip is not None:
+                objective = torch.where(gain < 0, torch.max(objective, dual_clip * gain), objective)
+            objectives.append(objective)
+        policy = aggregate([-objective for objective in objectives])
+        if level == "sequence":
+            ratios, gains = [ratio[:1] for ratio in ratios], [gain[:1] for gain in gains]
+        ratio, gain = torch.cat(ratios), torch.cat(gains)
+        low, high = ((ratio < 1 - clip) & (gain < 0)).to(zero).mean(), ((ratio > up) & (gain > 0)).to(zero).mean()
+        clip_fraction = ((ratio < 1 - clip) | (ratio > up)).to(zero).mean()
         approx_kl = (ratio - 1 - ratio.log()).mean()
-    value_loss = torch.nn.functional.mse_loss(value, target)
-    total = policy + value_coef * value_loss - entropy_coef * entropy.mean()
-    explained = 1 - (target - value).var(correction=0) / target.var(correction=0)
-    return PolicyLossOutput(total, policy, value_loss, entropy.mean(), clip_fraction, approx_kl, explained)
+    if value is not None:
+        values, targets = picked(value), picked(value_target)
+        errors = [(one - goal).square() for one, goal in zip(values, targets, strict=True)]
+        if value_clip is not None:
+            moved = [old + (one - old).clamp(-value_clip, value_clip)
+                     for one, old in zip(values, picked(old_value), strict=True)]  # fmt: skip
+            held = [(one - goal).square() for one, goal in zip(moved, targets, strict=True)]
+            errors = [torch.max(*pair) for pair in zip(errors, held, strict=True)]
+        value_loss = aggregate(errors)
+        value, target = torch.cat(values), torch.cat(targets)
+        explained = 1 - (target - value).var(correction=0) / target.var(correction=0)
+    if entropy is not None:
+        mean_entropy = aggregate(picked(entropy))
+    if ref_log_prob is not None:
+        away = [ref - one for one, ref in zip(new, picked(ref_log_prob), strict=True)]
+        kl = aggregate([one.exp() - 1 - one for one in away])
+    total = policy + value_coef * value_loss - entropy_coef * mean_entropy + kl_coef * kl
+    return PolicyLossOutput(total, policy, value_loss, mean_entropy, clip_fraction, approx_kl, explained, kl, low, high)
 
 
 def exact(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,6 +146,89 @@ def test_value_and_gradient(
         # Below float16's normal range, which starts at 6e-5, the unit in the last place is 6e-8.
         atol = 1e-15 if tight else 6e-8 if dtype == torch.float16 else 1e-8
         torch.testing.assert_close(gradient.double(), wanted, rtol=rtol, atol=atol)
+
+
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "clip_high": {"old_log_prob": 0.5, "clip": 0.1, "clip_high": 0.4},
+    "dual_clip": {"old_log_prob": 1.5, "dual_clip": 3.0},
+    "value_clip": {"old_value": 0.5, "value_clip": 0.3, "value_coef": 0.7},
+    "kl": {"ref_log_prob": 0.5, "kl_coef": 0.3},
+    "kl beside the ratio": {"old_log_prob": 0.5, "ref_log_prob": 0.5, "kl_coef": 0.3},
+    "everything": {
+        "old_log_prob": 1.0, "clip": 0.1, "clip_high": 0.4, "dual_clip": 2.0, "old_value": 0.5, "value_clip": 0.3,
+        "ref_log_prob": 0.5, "kl_coef": 0.3, "entropy_coef": 0.2,
+    },
+    "sequences": {"level": "sequence", "old_log_prob": 1.5, "clip": 0.1, "clip_high": 0.4, "dual_clip": 1.5},
+    "sequences with everything": {
+        "level": "sequence", "old_log_prob": 1.5, "ref_log_prob": 0.5, "kl_coef": 0.3, "entropy_coef": 0.2,
+        "old_value": 0.5, "value_clip": 0.3,
+    },
+}  # fmt: skip
+AGGREGATIONS: list[dict[str, Any]] = [
+    {"aggregation": "mean"}, {"aggregation": "sequence_mean"}, {"aggregation": "constant", "normalizer": 50.0},
+]  # fmt: skip
+PAST = {"old_log_prob": "log_prob", "ref_log_prob": "log_prob", "old_value": "value"}
+
+
+def combined(
+    name: str, shape: tuple[int, ...], per_row: bool, critic: bool, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """Tensors and settings; a number in place of a past tensor is how far it lies from the present one."""
+    tensors: dict[str, Any] = batch(*shape, device=device, dtype=dtype)
+    del tensors["old_log_prob"]
+    for setting, given in COMBINATIONS[name].items():
+        now = tensors.get(PAST.get(setting, ""))
+        tensors[setting] = given if now is None else now + given * torch.randn(shape, device=device).to(dtype)
+    if per_row:
+        tensors["advantage"] = tensors["advantage"][..., :1] if shape[-1] % 2 else tensors["advantage"][..., 0]
+    if not critic:
+        for missing in ("value", "value_target", "entropy", "old_value", "value_clip"):
+            tensors.pop(missing, None)
+    return tensors
+
+
+def lengths_mask(shape: tuple[int, ...], device: str) -> Tensor:
+    """Answers of other lengths, the second of which is empty."""
+    lengths = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), device=device)
+    lengths.view(-1)[1] = 0
+    return torch.arange(shape[-1], device=device) < lengths
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda found: found["aggregation"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("critic", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 400)])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_combinations(
+    name: str, shape: tuple[int, ...], critic: bool, masked: bool, aggregation: dict[str, Any], dtype: torch.dtype,
+    device: str,
+) -> None:  # fmt: skip
+    """One tile and several, with an advantage for each row in half of the cases and in all of sequences."""
+    torch.manual_seed(len(name))
+    per_row = critic == masked or name.startswith("sequences")
+    arguments = combined(name, shape, per_row, critic, dtype, device) | aggregation
+    arguments["mask"] = lengths_mask(shape, device) if masked else None
+    tensors64 = {key: one.double() if isinstance(one, Tensor) and key != "mask" else one
+                 for key, one in arguments.items()}  # fmt: skip
+    differentiable = [key for key in ("log_prob", "value", "entropy") if key in arguments]
+    for given in (arguments, tensors64):
+        for key in differentiable:
+            given[key].requires_grad_()
+    found, expected = policy_gradient_loss(**arguments), definition(**tensors64)
+    # Ratios and divergences of size 10 come from differences of size 5, each rounded in float32.
+    tight = dtype == torch.float64
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if tight else {"rtol": 1e-5, "atol": 1e-5}
+    assert_close(found, expected, **tolerance)
+    upstream = sum(factor * part for factor, part in zip((1.0, 0.5, 0.3, -0.2), (*found[:3], found.kl), strict=True))
+    wanted = sum(
+        factor * part for factor, part in zip((1.0, 0.5, 0.3, -0.2), (*expected[:3], expected.kl), strict=True)
+    )
+    gradients = torch.autograd.grad(upstream, [arguments[key] for key in differentiable], allow_unused=True)
+    exacts = torch.autograd.grad(wanted, [tensors64[key] for key in differentiable], allow_unused=True)
+    for one, other in zip(gradients, exacts, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-12 if tight else 1e-5, atol=1e-14 if tight else 1e-7)
 
 
 @pytest.mark.parametrize("numel", [1024, 1025, 2900])
@@ -229,6 +362,101 @@ def test_gradcheck(old: bool, device: str) -> None:
     torch.autograd.gradcheck(losses, leaves(tensors))
 
 
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda found: found["aggregation"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradcheck_of_everything(level: str, aggregation: dict[str, Any], device: str) -> None:
+    name = "everything" if level == "token" else "sequences with everything"
+    arguments = combined(name, (3, 4), True, True, torch.float64, device) | aggregation
+    arguments["mask"] = torch.arange(12, device=device).view(3, 4) % 5 != 3
+    inputs = [arguments.pop(key).requires_grad_() for key in ("log_prob", "value", "entropy")]
+
+    def losses(log_prob: Tensor, value: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+        found = policy_gradient_loss(log_prob, value=value, entropy=entropy, **arguments)
+        return *found[:4], found.kl
+
+    torch.autograd.gradcheck(losses, inputs)
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda found: found["aggregation"])
+def test_padding_may_hold_anything(aggregation: dict[str, Any], level: str, device: str) -> None:
+    name = "everything" if level == "token" else "sequences with everything"
+    arguments = combined(name, (4, 6), True, True, torch.float32, device) | aggregation
+    arguments["mask"] = mask = lengths_mask((4, 6), device)
+    clean = policy_gradient_loss(**arguments)
+    for i, tensor in enumerate(arguments.values()):
+        if isinstance(tensor, Tensor) and tensor.shape == mask.shape and tensor is not mask:
+            tensor[~mask] = (torch.nan, torch.inf, -torch.inf)[i % 3]
+    arguments["advantage"][1] = torch.nan  # of a row without an element
+    inputs = leaves(arguments)
+    found = policy_gradient_loss(**arguments)
+    assert all(torch.equal(one, other) for one, other in zip(found, clean, strict=True))
+    for gradient in torch.autograd.grad(found.total, inputs):
+        assert (gradient[~mask] == 0).all() and (gradient[mask] != 0).any()
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 3)])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda found: found["aggregation"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_answers_of_nothing_are_zero(
+    level: str, aggregation: dict[str, Any], shape: tuple[int, ...], device: str
+) -> None:
+    tensors = batch(*shape, device=device)
+    tensors["advantage"] = torch.ones(shape[0], device=device)
+    inputs = leaves(tensors)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    for absent in (mask, None) if 0 in shape else (mask,):
+        output = policy_gradient_loss(**tensors, **aggregation, level=level, mask=absent)
+        assert all(value.item() == 0 for value in output)
+        assert all((gradient == 0).all() for gradient in torch.autograd.grad(output.total, inputs))
+
+
+@pytest.mark.usefixtures("served_by")
+def test_what_is_absent_is_as_if_it_were_zero(device: str) -> None:
+    tensors = batch(5, 40, device=device)
+    zero = torch.zeros(5, 40, device=device)
+    log_prob, advantage, old = (tensors[name] for name in ("log_prob", "advantage", "old_log_prob"))
+    log_prob.requires_grad_()
+    outputs = [
+        policy_gradient_loss(log_prob, advantage, old_log_prob=old),
+        policy_gradient_loss(log_prob, advantage, zero, zero, zero, old_log_prob=old),
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+    assert torch.equal(*(torch.autograd.grad(output.total, log_prob)[0] for output in outputs))
+
+
+@pytest.mark.usefixtures("served_by")
+def test_the_sides_of_the_clip_are_told_apart(device: str) -> None:
+    old = torch.zeros(8, device=device)
+    log_prob = torch.tensor([0.5, 0.5, 0.5, -0.5, -0.5, 0.0, 0.25, -0.15], device=device)
+    advantage = torch.tensor([1.0, -1.0, 2.0, -1.0, 1.0, 1.0, 1.0, -1.0], device=device)
+    output = policy_gradient_loss(log_prob, advantage, old_log_prob=old, clip=0.1, clip_high=0.4)
+    assert output.clip_fraction.item() == pytest.approx(6 / 8)
+    assert output.clip_fraction_low.item() == pytest.approx(2 / 8)
+    assert output.clip_fraction_high.item() == pytest.approx(2 / 8)
+    assert not output.clip_fraction_low.requires_grad and output.kl.item() == 0
+
+
+@pytest.mark.usefixtures("served_by")
+def test_clips_hold_the_gradient_where_they_hold_the_objective(device: str) -> None:
+    old = torch.zeros(4, device=device)
+    log_prob = torch.tensor([1.0, 1.5, 1.5, -1.0], device=device, requires_grad=True)  # ratios 2.7, 4.5, 4.5, 0.4
+    advantage = torch.tensor([-1.0, -1.0, 1.0, 1.0], device=device)
+    value = torch.tensor([1.0, 1.0, 1.0, 0.1], device=device, requires_grad=True)
+    target = torch.tensor([2.0, 0.0, 0.9, 0.0], device=device)  # limited, the first three values are 0.2
+    output = policy_gradient_loss(
+        log_prob, advantage, value, target, old_log_prob=old, dual_clip=3.0, old_value=old, value_clip=0.2
+    )
+    assert output.policy.item() == pytest.approx((math.e + 3 - 1.2 - math.exp(-1)) / 4)
+    assert output.value.item() == pytest.approx((1.8**2 + 1 + 0.7**2 + 0.1**2) / 4)
+    to_log_prob, to_value = torch.autograd.grad(output.total, (log_prob, value))
+    assert (to_log_prob != 0).tolist() == [True, False, False, True]
+    assert (to_value != 0).tolist() == [False, True, False, True]
+
+
 def test_second_derivative_is_a_clear_error(device: str) -> None:
     tensors = batch(6, device=device)
     (value,) = [tensors["value"].requires_grad_()]
@@ -275,12 +503,16 @@ def test_opcheck(device: str) -> None:
     mask = torch.rand(2, 3, device=device) > 0.5
     forward = torch.ops.efe.policy_gradient_loss_forward.default
     backward = torch.ops.efe.policy_gradient_loss_backward.default
-    scalar, diagnostics = torch.ones((), device=device), torch.ones(4, device=device)
-    inputs = tuple(tensors[name] for name in ("log_prob", "value", "advantage", "value_target"))
-    for optional in ((tensors["old_log_prob"], mask), (None, None)):
-        arguments = (*inputs, *optional, 0.2, 0.5, 0.01)
-        torch.library.opcheck(forward, (tensors["entropy"], *arguments))
-        torch.library.opcheck(backward, (scalar, None, scalar, None, [True, False, True], diagnostics, *arguments))
+    scalar, diagnostics = torch.ones((), device=device), torch.ones(6, device=device)
+    log_prob, value, target, old = (tensors[name] for name in ("log_prob", "value", "value_target", "old_log_prob"))
+    rows = torch.ones(2, device=device)
+    settings = (0.8, 1.2, 3.0, 0.2, 0.5, 0.01, 0.1, 2.0)
+    everything = (log_prob, rows, value, target, old, old, old, mask, rows, *settings)
+    torch.library.opcheck(forward, (tensors["entropy"], *everything))
+    torch.library.opcheck(backward, (scalar, None, scalar, None, scalar, [True, False, True], diagnostics, *everything))
+    little = (log_prob, tensors["advantage"], *[None] * 7, *settings)
+    torch.library.opcheck(forward, (None, *little))
+    torch.library.opcheck(backward, (None, scalar, *[None] * 3, [False, True, False], diagnostics, *little))
 
 
 def test_compiles_as_one_graph(device: str) -> None:
@@ -310,10 +542,35 @@ def test_clear_errors(device: str) -> None:
         (ValueError, "old_log_prob must have the shape of log_prob", {"old_log_prob": tensors["value"][:1]}),
         (ValueError, "clip must be positive and not NaN, it was 0", {"clip": 0}),
         (ValueError, "clip must be positive and not NaN, it was nan", {"clip": math.nan}),
+        (ValueError, "ref_log_prob must have the shape of log_prob", {"ref_log_prob": tensors["value"][:1]}),
     ]
     for error, message, replaced in wrong:
         with pytest.raises(error, match=message):
             policy_gradient_loss(**{**tensors, **replaced})
+
+
+def test_one_argument_asks_for_another(device: str) -> None:
+    tensors = batch(3, 4, device=device)
+    rows = {**tensors, "advantage": tensors["advantage"][:, 0]}
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("value_target must be given with value, it was None", {**tensors, "value_target": None}),
+        ("value must be given with value_target, it was None", {**tensors, "value": None}),
+        ("old_value must be given with value_clip, it was None", {**tensors, "value_clip": 0.2}),
+        ("normalizer must be given with aggregation='constant', it was None", {**tensors, "aggregation": "constant"}),
+        ("normalizer must be None with aggregation='mean', it was 3", {**tensors, "normalizer": 3}),
+        ("normalizer must be positive", {**tensors, "aggregation": "constant", "normalizer": 0}),
+        ("aggregation must be one of 'mean', 'sequence_mean', 'constant', it was 0", {**tensors, "aggregation": 0}),
+        ("level must be one of 'token', 'sequence', it was 'row'", {**tensors, "level": "row"}),
+        ("dual_clip must be above 1 and not NaN, it was 1", {**tensors, "dual_clip": 1}),
+        (r"advantage must have the shape \[3\], one for each row of log_prob, .*it was \[3, 4\]",
+         {**tensors, "level": "sequence"}),
+        ("old_log_prob must be given with level='sequence'", {**rows, "old_log_prob": None, "level": "sequence"}),
+        (r"advantage must have the shape of log_prob = \[3, 4\], it was \[4\]",
+         {**tensors, "advantage": tensors["advantage"][0]}),
+    ]  # fmt: skip
+    for message, arguments in wrong:
+        with pytest.raises(ValueError, match=message):
+            policy_gradient_loss(**arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
