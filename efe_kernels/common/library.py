@@ -107,19 +107,18 @@ def with_groups(function: Callable[..., Any], reference: Callable[..., Any] | No
     kinds = [hints[name] for name in inspect.signature(declared).parameters]
     if not any(map(is_group, kinds)):
         return function
+    places: list[tuple[Any, int, int]] = []  # the group, or None, and where its fields are
+    start = 0
+    for kind in kinds:
+        stop = start + (len(kind._fields) if is_group(kind) else 1)
+        places.append((kind if is_group(kind) else None, start, stop))
+        start = stop
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        grouped, start = [], 0
-        for kind in kinds:
-            if is_group(kind):
-                stop = start + len(kind._fields)
-                grouped.append(kind(*arguments[start:stop]))
-            else:
-                stop = start + 1
-                grouped.append(arguments[start])
-            start = stop
-        return function(*grouped)
+        return function(
+            *[arguments[start] if group is None else group(*arguments[start:stop]) for group, start, stop in places]
+        )
 
     return call
 
