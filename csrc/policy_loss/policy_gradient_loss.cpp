@@ -85,7 +85,8 @@ struct Partial {
 // x · weight, and 0 where the weight is 0, also for an infinite x: an advantage of 0 asks for nothing.
 template <class A>
 EFE_INLINE A times(A x, A weight) {
-    return weight == 0 && !std::isnan(x) ? A(0) : x * weight;
+    const A product = x * weight, nothing = x == x ? A(0) : x;
+    return weight == 0 ? nothing : product;
 }
 
 // exp(x) - 1 - x.
@@ -101,26 +102,57 @@ EFE_INLINE A limited_value(A value, A old_value, A value_clip) {
     return step > value_clip ? old_value + value_clip : step < -value_clip ? old_value - value_clip : value;
 }
 
+// As moments_of in common/moments.h, in A: a block is short.
+template <class A>
+EFE_INLINE Moments block_moments(const A* x, const Block& block) {
+    const int64_t members = count_members(block.mask, block.count);
+    if (members == 0) return {};
+    A values[kBlock];
+    const auto sum_of_members = [&]() EFE_SIMD_BODY {
+        clear_others(block.mask, block.count, values);
+        std::fill(values + block.count, values + kBlock, A(0));
+        return sum_of<kBlock>(values);
+    };
+    const A shift = x[first_member(block.mask, block.count)];
+    for (int64_t i = 0; i < kBlock; ++i) values[i] = x[i] == shift ? A(0) : x[i] - shift;
+    const A mean = sum_of_members() / static_cast<A>(members);
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const A deviation = (x[i] == shift ? A(0) : x[i] - shift) - mean;
+        values[i] = deviation * deviation;
+    }
+    return {static_cast<double>(members), static_cast<double>(shift) + mean, sum_of_members()};
+}
+
 template <class A>
 EFE_INLINE void add_surrogate(const Inputs<A>& p, const Block& block, const A* log_prob, A* loss, Partial& partial) {
-    A advantage_buffer[kBlock], old_buffer[kBlock], outside[kBlock], low[kBlock], high[kBlock], divergence[kBlock];
+    A advantage_buffer[kBlock], old_buffer[kBlock], ratio[kBlock], outside[kBlock], low[kBlock], high[kBlock],
+        divergence[kBlock];
     const A* const advantage = block.read(p.advantage, advantage_buffer);
     if (!p.old_log_prob) {
         for (int64_t i = 0; i < kBlock; ++i) loss[i] = times(-log_prob[i], advantage[i]);
         return;
     }
     const A* const old_log_prob = block.read(p.old_log_prob, old_buffer);
+    const A floor = p.low, ceiling = p.high, dual_clip = p.dual_clip;
     for (int64_t i = 0; i < kBlock; ++i) {
         const A log_ratio = log_prob[i] - old_log_prob[i];
         const math::Exponential<A> exponential = math::exponential(log_ratio);
-        const A ratio = exponential.value;
-        const bool below = ratio < p.low, above = ratio > p.high;
-        const A as_loss = below ? p.low : ratio > p.dual_clip ? p.dual_clip : ratio, as_gain = above ? p.high : ratio;
-        loss[i] = -times(advantage[i] < 0 ? as_loss : as_gain, advantage[i]);
-        outside[i] = below || above ? A(1) : A(0);
-        low[i] = below && advantage[i] < 0 ? A(1) : A(0);
-        high[i] = above && advantage[i] > 0 ? A(1) : A(0);
+        ratio[i] = exponential.value;
         divergence[i] = excess(exponential, log_ratio);
+    }
+    // What is selected between is computed first, and no condition leaves another one out: else nothing is vectorised.
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const A gain = advantage[i], at_least = ratio[i] < floor ? floor : ratio[i];
+        const A as_loss = at_least > dual_clip ? dual_clip : at_least;
+        const A as_gain = ratio[i] > ceiling ? ceiling : ratio[i];
+        loss[i] = -times(gain < 0 ? as_loss : as_gain, gain);
+    }
+    for (int64_t i = 0; i < kBlock; ++i) {
+        const A below = ratio[i] < floor ? A(1) : A(0), above = ratio[i] > ceiling ? A(1) : A(0);
+        const A is_loss = advantage[i] < 0 ? A(1) : A(0), is_gain = advantage[i] > 0 ? A(1) : A(0);
+        outside[i] = below + above;
+        low[i] = below * is_loss;
+        high[i] = above * is_gain;
     }
     partial.outside += sum_of<kBlock>(outside);
     partial.low += sum_of<kBlock>(low);
@@ -147,8 +179,8 @@ EFE_INLINE void add_block(const Inputs<A>& p, const Block& block, Partial& parti
         const A* const value = block.read(p.value, buffer);
         const A* const target = block.read(p.value_target, other_buffer);
         for (int64_t i = 0; i < kBlock; ++i) error[i] = target[i] - value[i];
-        partial.error.merge(moments_of(error, block.mask, block.count));
-        partial.target.merge(moments_of(target, block.mask, block.count));
+        partial.error.merge(block_moments(error, block));
+        partial.target.merge(block_moments(target, block));
         for (int64_t i = 0; i < kBlock; ++i) part[i] = error[i] * error[i];
         if (p.old_value) {
             const A* const old_value = block.read(p.old_value, old_buffer);
@@ -252,17 +284,20 @@ struct Upstream {
 // d/d log_prob of the surrogate, for an upstream gradient of 1 · weight.
 template <class A>
 EFE_INLINE void differentiate_surrogate(const Inputs<A>& p, const Block& block, const A* log_prob, A* __restrict__ out) {
-    A buffer[kBlock], old_buffer[kBlock];
+    A buffer[kBlock], old_buffer[kBlock], ratio[kBlock];
     const A* const advantage = block.read(p.advantage, buffer);
     if (!p.old_log_prob) {
         for (int64_t i = 0; i < kBlock; ++i) out[i] = advantage[i];
         return;
     }
     const A* const old_log_prob = block.read(p.old_log_prob, old_buffer);
+    const A floor = p.low, ceiling = p.high, dual_clip = p.dual_clip;
+    for (int64_t i = 0; i < kBlock; ++i) ratio[i] = math::exp(log_prob[i] - old_log_prob[i]);
     for (int64_t i = 0; i < kBlock; ++i) {
-        const A ratio = math::exp(log_prob[i] - old_log_prob[i]), slope = times(ratio, advantage[i]);
-        const bool held = advantage[i] < 0 ? ratio < p.low || ratio > p.dual_clip : ratio > p.high;
-        out[i] = held ? A(0) : slope;
+        const A gain = advantage[i], slope = times(ratio[i], gain);
+        const A as_loss = ratio[i] < floor ? A(0) : slope, as_gain = ratio[i] > ceiling ? A(0) : slope;
+        const A limited = ratio[i] > dual_clip ? A(0) : as_loss;
+        out[i] = gain < 0 ? limited : as_gain;
     }
 }
 

@@ -34,6 +34,7 @@ from efe_kernels.common.triton import OPTIONS, flat, launch_guard, load, members
 from efe_kernels.policy_loss.reference import COUNT, DIAGNOSTICS, Inputs, Settings
 
 TILE_LIMIT = 4096
+BACKWARD_TILE = 1024
 # Of so many parts at a time the second launch adds up the sums; its registers hold no more.
 PARTS_LIMIT = 1024
 
@@ -383,19 +384,15 @@ MOST_LAUNCHES = 4096
 def launch_of(
     function: Any, grid: tuple[int, ...], tensors: Sequence[Any], sizes: Sizes, **constants: int
 ) -> PreparedLaunch:
-    """The one for flat tensors that look the same, of these sizes."""
-    key = (function.__name__, grid, sizes, tensors[0].device, *constants.values(), *map(form_of, tensors))
+    """The one for flat tensors that look the same, of these sizes: what Triton compiles differently for."""
+    forms = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    key = (function.__name__, grid, sizes, tensors[0].device, *constants.values(), *forms)
     found = LAUNCHES.get(key)
     if found is None:
         if len(LAUNCHES) == MOST_LAUNCHES:
             LAUNCHES.clear()
         found = LAUNCHES[key] = PreparedLaunch(function, grid, {**OPTIONS, **constants})
     return found
-
-
-def form_of(tensor: Tensor | None) -> Hashable:
-    """What Triton compiles differently for, of a flat tensor."""
-    return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0)
 
 
 def sizes_of(inputs: Inputs) -> Sizes:
@@ -407,14 +404,19 @@ def sizes_of(inputs: Inputs) -> Sizes:
     return Sizes(numel, length(inputs.advantage), length(inputs.weight))
 
 
+def tiles_of(numel: int) -> tuple[int, int]:
+    """Elements of a tile, a power of two, and how many tiles there are."""
+    tile = min(max(1 << (numel - 1).bit_length(), 128), TILE_LIMIT) if numel > 0 else 128
+    return tile, max(-(-numel // tile), 1)
+
+
 def policy_gradient_loss_forward(
     entropy: Tensor | None, inputs: Inputs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See the reference."""
     entropy, inputs, sizes = flat(entropy), Inputs(*map(flat, inputs)), sizes_of(inputs)
     device = inputs.log_prob.device
-    tile = min(max(triton.next_power_of_2(sizes.numel), 128), TILE_LIMIT)
-    parts = max(triton.cdiv(sizes.numel, tile), 1)
+    tile, parts = tiles_of(sizes.numel)
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -450,8 +452,8 @@ def policy_gradient_loss_backward(
     if sizes.numel > 0:
         with launch_guard(log_prob):
             launch = launch_of(
-                policy_gradient_loss_backward_kernel, (triton.cdiv(sizes.numel, 1024),),
-                (*inputs, *grads, diagnostics, *found), sizes, TILE=1024, num_warps=4,
+                policy_gradient_loss_backward_kernel, (-(-sizes.numel // BACKWARD_TILE),),
+                (*inputs, *grads, diagnostics, *found), sizes, TILE=BACKWARD_TILE, num_warps=4,
             )  # fmt: skip
             launch(Losses(*grads), diagnostics, inputs, found, sizes, settings)
     return [gradient for gradient in found if gradient is not None]
