@@ -9,7 +9,7 @@ weight may be those of rows, and have one element for each so many.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import PreparedLaunch
+from efe_kernels.common.launch import launch
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     add_rows,
@@ -377,24 +377,6 @@ def policy_gradient_loss_backward_kernel(
         store(gradients.entropy, offset, tl.where(member, gradient, 0.0), inside)
 
 
-LAUNCHES: dict[Hashable, PreparedLaunch] = {}
-MOST_LAUNCHES = 4096
-
-
-def launch_of(
-    function: Any, grid: tuple[int, ...], tensors: Sequence[Any], sizes: Sizes, **constants: int
-) -> PreparedLaunch:
-    """The one for flat tensors that look the same, of these sizes: what Triton compiles differently for."""
-    forms = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
-    key = (function.__name__, grid, sizes, tensors[0].device, *constants.values(), *forms)
-    found = LAUNCHES.get(key)
-    if found is None:
-        if len(LAUNCHES) == MOST_LAUNCHES:
-            LAUNCHES.clear()
-        found = LAUNCHES[key] = PreparedLaunch(function, grid, {**OPTIONS, **constants})
-    return found
-
-
 def sizes_of(inputs: Inputs) -> Sizes:
     numel = inputs.log_prob.numel()
 
@@ -426,19 +408,17 @@ def policy_gradient_loss_forward(
     if parts > 1:
         both = None if inputs.value is None else new(2, parts, NUM_MOMENTS.value)
         partial = Partial(new(parts, NUM_SUMS.value), both, parts)
-    tensors = (inputs.log_prob, entropy, *inputs[1:])
     with launch_guard(inputs.log_prob):
-        launch = launch_of(
-            policy_gradient_loss_kernel, (parts,), tensors, sizes, TILE=tile, num_warps=8 if tile == TILE_LIMIT else 4
-        )
-        launch(entropy, inputs, partial, losses, diagnostics, sizes, settings)
+        launch(
+            policy_gradient_loss_kernel, (parts,), entropy, inputs, partial, losses, diagnostics, sizes, settings,
+            TILE=tile, num_warps=8 if tile == TILE_LIMIT else 4, **OPTIONS,
+        )  # fmt: skip
         if partial is not None:
             lanes = min(triton.next_power_of_2(parts), PARTS_LIMIT)
-            launch = launch_of(
-                policy_gradient_loss_finish_kernel, (1,), (partial.sums, partial.moments), sizes, PARTS=lanes,
-                num_warps=4,
+            launch(
+                policy_gradient_loss_finish_kernel, (1,), partial, losses, diagnostics, settings,
+                PARTS=lanes, num_warps=4, **OPTIONS,
             )  # fmt: skip
-            launch(partial, losses, diagnostics, settings)
     return *losses, diagnostics
 
 
@@ -451,9 +431,8 @@ def policy_gradient_loss_backward(
     inputs, sizes = Inputs(*map(flat, inputs)), sizes_of(inputs)
     if sizes.numel > 0:
         with launch_guard(log_prob):
-            launch = launch_of(
-                policy_gradient_loss_backward_kernel, (-(-sizes.numel // BACKWARD_TILE),),
-                (*inputs, *grads, diagnostics, *found), sizes, TILE=BACKWARD_TILE, num_warps=4,
+            launch(
+                policy_gradient_loss_backward_kernel, (-(-sizes.numel // BACKWARD_TILE),), Losses(*grads), diagnostics,
+                inputs, found, sizes, settings, TILE=BACKWARD_TILE, num_warps=4, **OPTIONS,
             )  # fmt: skip
-            launch(Losses(*grads), diagnostics, inputs, found, sizes, settings)
     return [gradient for gradient in found if gradient is not None]
