@@ -206,9 +206,11 @@ def test_a_call_keeps_none_of_its_tensors() -> None:
     given = [torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) < 0.5]
     reward, value, mask = given
     advantage, statistics = torch.ops.efe.rl_advantage_forward(reward, value, mask, 1.0, "tanh", 6, False)
-    gradients = torch.ops.efe.trace_backward(advantage, None, [True, True], mask, mask, None, 0.9, 0.9, 1.0, 1.0, 1.0)
+    transitions = (mask, mask, None, None, None)
+    settings = (0.9, 0.9, 1.0, 1.0, 1.0)
+    gradients = torch.ops.efe.trace_backward(advantage, None, [True, True, False], *transitions, *settings)
     alive = [weakref.ref(tensor) for tensor in (*given, advantage, statistics, *gradients)]
-    del given, reward, value, mask, advantage, statistics, gradients
+    del given, reward, value, mask, transitions, advantage, statistics, gradients
     assert [tensor() for tensor in alive] == [None] * 7
 
 

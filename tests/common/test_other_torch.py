@@ -33,8 +33,9 @@ torch.manual_seed(0)
 reward, value, mask = torch.randn(3, 8), torch.randn(3, 8), torch.rand(3, 8) < 0.7
 for normalize in (None, "tanh", "clamp"):
     check("rl_advantage_forward", reward, value, mask, 0.5, normalize, 4, False)
-check("trace_forward", value, value.T.clone().T, reward, mask, None, None, 0.9, 0.8, 1.0, 1.0, 1.0)
-check("trace_backward", reward, None, [True, False], mask, None, None, 0.9, 0.8, 1.0, 1.0, 1.0)
+transitions, settings = (mask, None, None, value.sigmoid(), None), (0.9, 0.8, 1.0, 1.0, 1.0)
+check("trace_forward", value, value.T.clone().T, reward, *transitions, *settings)
+check("trace_backward", reward, None, [True, False, True], *transitions, *settings)
 check("masked_mean_pool_forward", torch.randn(3, 8, 5).bfloat16(), mask)
 check("refine_prompt_forward", value, reward.new_zeros(3, 9), reward.new_zeros(9), None, torch.tensor(7), 0.1)
 logits, target = torch.randn(2, 3, 4, 4, 10, requires_grad=True), torch.randint(0, 10, (2, 4, 4))
