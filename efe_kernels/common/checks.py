@@ -114,9 +114,12 @@ def check_device(name: str, tensor: torch.Tensor, of: str, device: torch.device)
 def check_alike(**tensors: torch.Tensor) -> None:
     """Floating-point tensors with the shape and on the device of the first."""
     first_name, first = next(iter(tensors.items()))
+    check_floating(first_name, first)
+    shape, device = first.shape, first.device
     for name, tensor in tensors.items():
         check_floating(name, tensor)
-        check_beside(name, tensor, first_name, first)
+        if tensor.shape != shape or tensor.device != device:
+            check_beside(name, tensor, first_name, first)
 
 
 def check_mask(name: str, mask: torch.Tensor | None, like_name: str, like: torch.Tensor) -> None:
