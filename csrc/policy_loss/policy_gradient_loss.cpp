@@ -306,29 +306,31 @@ EFE_INLINE void differentiate_block(const Inputs<A>& p, const Upstream<A>& upstr
                                     const Block& block) {
     A buffer[kBlock], other_buffer[kBlock], old_buffer[kBlock], weight_buffer[kBlock], slope[kBlock], found[kBlock];
     const A* const weight = p.weight ? block.read(p.weight, weight_buffer) : nullptr;
-    // out [N] at the block = times(slope, what arrives).
-    const auto store = [&](const A* values, A* out) EFE_SIMD_BODY {
-        std::copy_n(values, block.count, out + block.begin);
-        clear_others(block.mask, block.count, out + block.begin);
-    };
-    const auto scale = [&](A arrives) EFE_SIMD_BODY {
-        if (weight == nullptr)
-            for (int64_t i = 0; i < kBlock; ++i) slope[i] = times(slope[i], arrives);
+    const auto scale = [&](A arrives, A* __restrict__ out) EFE_SIMD_BODY {
+        if (weight != nullptr)
+            for (int64_t i = 0; i < kBlock; ++i) out[i] = times(slope[i], arrives * weight[i]);
+        else if (arrives != 0)
+            for (int64_t i = 0; i < kBlock; ++i) out[i] = slope[i] * arrives;
         else
-            for (int64_t i = 0; i < kBlock; ++i) slope[i] = times(slope[i], arrives * weight[i]);
+            for (int64_t i = 0; i < kBlock; ++i) out[i] = times(slope[i], arrives);
+    };
+    // gradient [N] at the block = times(slope, what arrives).
+    const auto store = [&](A arrives, A* gradient) EFE_SIMD_BODY {
+        if (block.is_whole()) return scale(arrives, gradient + block.begin);
+        scale(arrives, found);
+        std::copy_n(found, block.count, gradient + block.begin);
+        clear_others(block.mask, block.count, gradient + block.begin);
     };
     if (gradients.log_prob != nullptr) {
         const A* const log_prob = block.read(p.log_prob, buffer);
         differentiate_surrogate(p, block, log_prob, slope);
-        scale(-upstream.policy);
         if (p.ref_log_prob) {
-            std::copy_n(slope, kBlock, found);
             const A* const ref_log_prob = block.read(p.ref_log_prob, other_buffer);
-            for (int64_t i = 0; i < kBlock; ++i) slope[i] = math::exponential(ref_log_prob[i] - log_prob[i]).minus_one;
-            scale(-upstream.kl);
-            for (int64_t i = 0; i < kBlock; ++i) slope[i] += found[i];
+            for (int64_t i = 0; i < kBlock; ++i) found[i] = math::exponential(ref_log_prob[i] - log_prob[i]).minus_one;
+            for (int64_t i = 0; i < kBlock; ++i)
+                slope[i] = times(slope[i], -upstream.policy) + times(found[i], -upstream.kl);
         }
-        store(slope, gradients.log_prob);
+        store(p.ref_log_prob ? A(1) : -upstream.policy, gradients.log_prob);
     }
     if (gradients.value != nullptr) {
         const A *value = block.read(p.value, buffer), *target = block.read(p.value_target, other_buffer);
@@ -340,13 +342,11 @@ EFE_INLINE void differentiate_block(const Inputs<A>& p, const Upstream<A>& upstr
                 slope[i] = std::fabs(limited - target[i]) > std::fabs(value[i] - target[i]) ? A(0) : slope[i];
             }
         }
-        scale(upstream.value);
-        store(slope, gradients.value);
+        store(upstream.value, gradients.value);
     }
     if (gradients.entropy != nullptr) {
         std::fill_n(slope, kBlock, A(1));
-        scale(upstream.entropy);
-        store(slope, gradients.entropy);
+        store(upstream.entropy, gradients.entropy);
     }
 }
 
