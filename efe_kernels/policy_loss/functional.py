@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.policy_loss import ops
 from efe_kernels.policy_loss.reference import Inputs, Outputs, Settings
 
-AGGREGATIONS = ("mean", "sequence_mean", "constant")
-LEVELS = ("token", "sequence")
+Aggregation = Literal["mean", "sequence_mean", "constant"]
+Level = Literal["token", "sequence"]
+AGGREGATIONS, LEVELS = get_args(Aggregation), get_args(Level)
 
 
 class PolicyLossOutput(NamedTuple):
@@ -67,9 +68,9 @@ def policy_gradient_loss(
     ref_log_prob: Tensor | None = None,
     kl_coef: float = 0.0,
     dual_clip: float | None = None,
-    aggregation: str = "mean",
+    aggregation: Aggregation = "mean",
     normalizer: float | None = None,
-    level: str = "token",
+    level: Level = "token",
     mask: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Policy-gradient loss: the clipped surrogate of PPO, and where asked for a critic's error, entropy bonus and KL.
