@@ -17,6 +17,7 @@ from torch import Tensor
 import efe_kernels
 
 ANSWERS, LENGTH = 12, 40
+MOST = 64  # tokens that an answer may have, whatever the longest one has
 SEEDS = 5
 LOW, HIGH, BETA, DUAL, VALUE_CLIP = 0.2, 0.28, 0.04, 3.0, 0.2
 
@@ -40,7 +41,7 @@ class Formula:
     tensors: tuple[str, ...] = TOKENS
 
     def ours(self, answers: Tensors) -> Tensor:
-        settings: dict[str, Any] = eval(f"dict({self.arguments})", {"R": ANSWERS, "L": LENGTH})
+        settings: dict[str, Any] = eval(f"dict({self.arguments})", {"R": ANSWERS, "M": MOST})
         return efe_kernels.policy_gradient_loss(**{name: answers[name] for name in self.tensors}, **settings).total
 
 
@@ -99,8 +100,12 @@ def over_answers(each: Tensor, mask: Tensor) -> Tensor:
     return ((each * mask).sum(1) / mask.sum(1)).mean()
 
 
+def over_answers_of_sums(each: Tensor, mask: Tensor) -> Tensor:
+    return (each * mask).sum(1).mean()
+
+
 def over_constant(each: Tensor, mask: Tensor) -> Tensor:
-    return (each * mask).sum() / (ANSWERS * LENGTH)
+    return (each * mask).sum() / (ANSWERS * MOST)
 
 
 def grpo(
@@ -153,16 +158,12 @@ def verl_critic(answers: Tensors) -> Tensor:
     return over_tokens(policy, answers["mask"]) + 0.5 * over_tokens(each, answers["mask"])
 
 
-def over_answers_of_sums(each: Tensor, mask: Tensor) -> Tensor:
-    return (each * mask).sum(1).mean()
-
-
 WITH_REFERENCE = (*TOKENS, "ref_log_prob")
 FORMULAS = (
     Formula("TRL", 'loss_type="grpo"', grpo(over_answers), 'aggregation="sequence_mean"'),
     Formula("TRL", 'loss_type="bnpo"', grpo(over_tokens), ""),
     Formula("TRL", 'loss_type="dapo", epsilon_high=0.28', grpo(over_tokens, high=HIGH), "clip_high=0.28"),
-    Formula("TRL", 'loss_type="dr_grpo"', grpo(over_constant), 'aggregation="constant", normalizer=R * L'),
+    Formula("TRL", 'loss_type="dr_grpo"', grpo(over_constant), 'aggregation="constant", normalizer=R * M'),
     Formula(
         "TRL", 'loss_type="grpo", beta=0.04', grpo(over_answers, beta=BETA),
         'aggregation="sequence_mean", kl_coef=0.04', WITH_REFERENCE,
@@ -199,7 +200,7 @@ FORMULAS = (
     ),
     Formula(
         "Liger", 'loss_type="dr_grpo", beta=0.04', grpo(over_constant, beta=BETA),
-        'aggregation="constant", normalizer=R * L, kl_coef=0.04', WITH_REFERENCE,
+        'aggregation="constant", normalizer=R * M, kl_coef=0.04', WITH_REFERENCE,
     ),
 )  # fmt: skip
 

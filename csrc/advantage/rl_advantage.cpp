@@ -61,21 +61,23 @@ EFE_INLINE Statistics<A> group_statistics(const A* x, const uint8_t* mask, int64
     return {static_cast<A>(moments.count), static_cast<A>(moments.mean), static_cast<A>(std)};
 }
 
-// What a group is multiplied by once its mean is taken off.
 template <class A>
-EFE_INLINE A scale_of(const Statistics<A>& statistics, bool center) {
-    return center ? A(1) : A(1) / (statistics.std + static_cast<A>(kWhitenEps));
+EFE_INLINE A scale_of(const Statistics<A>& statistics) {
+    return A(1) / (statistics.std + static_cast<A>(kWhitenEps));
 }
 
-// x -> (x - mean) · scale of the members, 0 of a group of equal ones.
+// x -> x - mean of the members, without `center` times the scale; 0 of a group of equal ones.
 template <class A>
 EFE_INLINE void whiten(const Statistics<A>& statistics, bool center, const uint8_t* mask, int64_t size, A* x) {
-    if (statistics.std == 0) {
+    const A mean = statistics.mean;
+    if (center) {
+        for (int64_t i = 0; i < size; ++i) x[i] = x[i] == mean ? A(0) : x[i] - mean;  // infinities that are equal, too
+    } else if (statistics.std == 0) {
         std::fill_n(x, size, A(0));
-        return;
+    } else {
+        const A scale = scale_of(statistics);
+        for (int64_t i = 0; i < size; ++i) x[i] = (x[i] - mean) * scale;
     }
-    const A mean = statistics.mean, scale = scale_of(statistics, center);
-    for (int64_t i = 0; i < size; ++i) x[i] = (x[i] - mean) * scale;
     clear_others(mask, size, x);
 }
 
@@ -138,7 +140,7 @@ EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Sta
         whiten(statistics, center, mask, size, out);
         const double product_sum =
             sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; });
-        const A scale = scale_of(statistics, center);
+        const A scale = scale_of(statistics);
         const A slope = static_cast<A>(product_sum / ((statistics.count - 1) * statistics.std));
         for (int64_t i = 0; i < size; ++i) out[i] = out[i] * slope - (grad[i] - mean) * scale;
     }

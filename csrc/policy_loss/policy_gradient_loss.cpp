@@ -95,11 +95,12 @@ EFE_INLINE A excess(const math::Exponential<A>& exponential, A x) {
     return std::isinf(exponential.value) ? exponential.value : exponential.minus_one - x;
 }
 
-// value, at most value_clip away from old_value.
+// value, at most value_clip away from old_value; NaN where one of them is.
 template <class A>
 EFE_INLINE A limited_value(A value, A old_value, A value_clip) {
     const A step = value - old_value;
-    return step > value_clip ? old_value + value_clip : step < -value_clip ? old_value - value_clip : value;
+    const A inside = step == step ? value : step;
+    return step > value_clip ? old_value + value_clip : step < -value_clip ? old_value - value_clip : inside;
 }
 
 // As moments_of in common/moments.h, in A: a block is short.
@@ -186,7 +187,7 @@ EFE_INLINE void add_block(const Inputs<A>& p, const Block& block, Partial& parti
             const A* const old_value = block.read(p.old_value, old_buffer);
             for (int64_t i = 0; i < kBlock; ++i) {
                 const A limited = target[i] - limited_value(value[i], old_value[i], p.value_clip);
-                part[i] = std::fabs(limited) > std::fabs(error[i]) ? limited * limited : part[i];
+                part[i] = std::fabs(limited) <= std::fabs(error[i]) ? part[i] : limited * limited;
             }
         }
         partial.squared_error += aggregate(part);

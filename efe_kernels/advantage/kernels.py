@@ -19,6 +19,7 @@ from efe_kernels.common.moments import (
     NUM_MOMENTS,
     Moments,
     add_rows,
+    difference,
     join_moments,
     load_moments,
     load_rows,
@@ -206,11 +207,11 @@ def rl_advantage_kernel(
 
 @triton.jit
 def whiten(inputs, advantage, member, statistics):
-    std = statistics.std[:, None]
-    whitened = advantage - statistics.mean[:, None]
+    whitened = difference(advantage, statistics.mean[:, None])
     if not inputs.center:
-        whitened = whitened / (std + EPS)
-    return tl.where(member & (std != 0), whitened, 0.0)
+        std = statistics.std[:, None]
+        whitened = tl.where(std == 0, 0.0, whitened / (std + EPS))
+    return tl.where(member, whitened, 0.0)
 
 
 @triton.jit

@@ -74,7 +74,9 @@ def rl_advantage_forward(
 def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor, center: bool) -> Tensor:
     """advantage, mask [G, S] and statistics [G, 3] -> [G, S]."""
     _, mean, std = statistics[:, :, None].unbind(1)
-    whitened = torch.where(std == 0, 0, (advantage - mean) / (1 if center else std + WHITEN_EPS))
+    whitened = torch.where(advantage.isinf() & (advantage == mean), 0, advantage - mean)
+    if not center:
+        whitened = torch.where(std == 0, 0, whitened / (std + WHITEN_EPS))
     return whitened if mask is None else torch.where(mask, whitened, 0)
 
 

@@ -93,8 +93,7 @@ def policy_gradient_loss(
         log_prob: log-probability of the action taken, any shape; float32, float16, bfloat16 or float64. The shape is
             that of every other tensor. Rows are those of its last dimension, such as the tokens of an answer.
         advantage: advantage of the action, whitened by the caller where that is wanted; for log_prob [..., L] of at
-            least two dimensions also one for each row, [...] or [..., 1]. Of two readings the first one counts: beside
-            [L, 1] it is [L, 1].
+            least two dimensions also one for each row, [...] or [..., 1].
         value: the critic's estimate.
         value_target: what it should be; given with value.
         entropy: entropy of the policy.
@@ -106,13 +105,14 @@ def policy_gradient_loss(
         value_coef: weight of the critic's error.
         entropy_coef: weight of the entropy.
         ref_log_prob: log-probability of the action under the policy that this one is to stay near.
-        kl_coef: weight of the KL divergence from that policy.
+        kl_coef: weight of the KL divergence from that policy; other than 0 it needs ref_log_prob.
         dual_clip: above 1, the ratio from which on a loss grows no further; None: it grows.
         aggregation: "mean" over the elements that count; "sequence_mean": over those of each row, then over the rows
             that have one; "constant": the sum divided by `normalizer`. Of policy, value, entropy and kl alike.
         normalizer: positive; with aggregation="constant" only.
         level: "sequence": every element of a row has the ratio exp(mean of log_prob - old_log_prob over the row's
-            elements that count). Needs old_log_prob and an advantage for each row.
+            elements that count). Needs old_log_prob and an advantage for each row. Such a ratio stays close to 1: its
+            authors clip at some 1e-4.
         mask: bool; elements that are False count nowhere and get gradient 0, whatever they hold. Without an element
             that counts every result is 0.
 
@@ -130,8 +130,6 @@ def policy_gradient_loss(
     if (value is None) != (value_target is None):
         given, missing = ("value", "value_target") if value_target is None else ("value_target", "value")
         raise ValueError(f"{missing} must be given with {given}, it was None.")
-    if value_clip is None:
-        old_value = None
     tensors = {
         "value": value, "entropy": entropy, "value_target": value_target, "old_log_prob": old_log_prob,
         "old_value": old_value, "ref_log_prob": ref_log_prob,
@@ -151,7 +149,11 @@ def policy_gradient_loss(
         normalizer_of(aggregation, normalizer),
     )
     checks.check_choice("level", level, LEVELS)
-    if value_clip is not None and value is not None and old_value is None:
+    if settings.kl_coef != 0 and ref_log_prob is None:
+        raise ValueError("ref_log_prob must be given with kl_coef, it was None.")
+    if value_clip is None:
+        old_value = None
+    elif value is not None and old_value is None:
         raise ValueError("old_value must be given with value_clip, it was None.")
     # In the order of Inputs.
     constants = (advantage, value_target, old_log_prob, old_value, ref_log_prob)
@@ -170,10 +172,18 @@ def policy_gradient_loss(
 def check_advantage(advantage: Tensor, log_prob: Tensor) -> None:
     """One for each element, or for each row."""
     checks.check_floating("advantage", advantage)
-    rows = log_prob.shape[:-1]
-    if log_prob.dim() < 2 or advantage.shape not in (rows, (*rows, 1)):
-        checks.check_beside("advantage", advantage, "log_prob", log_prob)
+    if advantage.shape != log_prob.shape and not is_of_rows(advantage, log_prob):
+        of_rows = f" or one for each row, {list(log_prob.shape[:-1])}" if log_prob.dim() > 1 else ""
+        raise ValueError(
+            f"advantage must have the shape of log_prob = {list(log_prob.shape)}{of_rows}, it was "
+            f"{list(advantage.shape)}."
+        )
     checks.check_device("advantage", advantage, "log_prob", log_prob.device)
+
+
+def is_of_rows(advantage: Tensor, log_prob: Tensor) -> bool:
+    rows = log_prob.shape[:-1]
+    return log_prob.dim() > 1 and advantage.shape in (rows, (*rows, 1))
 
 
 def normalizer_of(aggregation: str, normalizer: float | None) -> float:
@@ -205,7 +215,11 @@ def sequence_level(entropy: Tensor | None, inputs: Inputs, settings: Settings, a
     if old_log_prob is None:
         raise ValueError("old_log_prob must be given with level='sequence', it was None.")
     rows = log_prob.shape[:-1]
-    if log_prob.dim() < 2 or advantage.shape not in (rows, (*rows, 1)):
+    if log_prob.dim() < 2:
+        raise ValueError(
+            f"log_prob must have at least two dimensions with level='sequence', its shape was {list(log_prob.shape)}."
+        )
+    if not is_of_rows(advantage, log_prob):
         raise ValueError(
             f"advantage must have the shape {list(rows)}, one for each row of log_prob, with level='sequence', it was "
             f"{list(advantage.shape)}."

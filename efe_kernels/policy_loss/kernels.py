@@ -134,10 +134,11 @@ def load_of_row(
 
 @triton.jit
 def limited_value(value, old_value, value_clip):
-    """value, at most value_clip away from old_value."""
+    """value, at most value_clip away from old_value; NaN where one of them is."""
     step = value - old_value
+    inside = tl.where(step == step, value, step)
     return tl.where(
-        step > value_clip, old_value + value_clip, tl.where(step < -value_clip, old_value - value_clip, value)
+        step > value_clip, old_value + value_clip, tl.where(step < -value_clip, old_value - value_clip, inside)
     )
 
 
@@ -153,7 +154,7 @@ def squared_error(inputs, offset, member, value, target, value_clip):
     if inputs.old_value is not None:
         held = limited_value(value, load(inputs.old_value, offset, member), value_clip) - target
         held *= held
-        error = tl.where(held > error, held, error)
+        error = tl.where(held <= error, error, held)
     return error
 
 

@@ -108,7 +108,7 @@ def policy_gradient_loss_forward(entropy: Tensor | None, inputs: Inputs, setting
         kl = aggregate(excess_exponential(counted(inputs.ref_log_prob) - log_prob))
     total = policy + times(value_loss, settings.value_coef) - times(mean_entropy, settings.entropy_coef)
     total = total + times(kl, settings.kl_coef)
-    diagnostics = torch.stack([clip_fraction, approx_kl, explained, low, high, count])
+    diagnostics = torch.stack([clip_fraction, approx_kl, explained, low, high, count]).detach()
     return Outputs(total, policy, value_loss, mean_entropy, kl, diagnostics)
 
 
@@ -171,10 +171,11 @@ def limited_ratio(log_ratio: Tensor, advantage: Tensor, settings: Settings) -> T
 
 
 def limited_value(value: Tensor, old_value: Tensor, value_clip: float) -> Tensor:
-    """value, at most value_clip away from old_value."""
+    """value, at most value_clip away from old_value; NaN where one of them is."""
     step = value - old_value
+    inside = torch.where(step.isnan(), step, value)
     return torch.where(
-        step > value_clip, old_value + value_clip, torch.where(step < -value_clip, old_value - value_clip, value)
+        step > value_clip, old_value + value_clip, torch.where(step < -value_clip, old_value - value_clip, inside)
     )
 
 
@@ -188,7 +189,7 @@ def value_error(value: Tensor, target: Tensor, old_value: Tensor | None, value_c
     if old_value is None:
         return value - target
     limited = limited_value(value, old_value, value_clip).detach()
-    return torch.where(is_held(value, target, old_value, value_clip), limited, value) - target
+    return torch.where(is_held(value, target, old_value, value_clip) | limited.isnan(), limited, value) - target
 
 
 def variance_of(x: Tensor, members: Tensor, count: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def next_values(
             of the step before.
         final_value: [..., T], value of the last observation of an episode, read where a step is truncated. None: 0, so
             that a cut counts as an end.
-        mask: as in `gae`. The last step before padding is a last step too: after it comes last_value.
+        mask: as in `gae`. Where no later step of a row counts, a step is its last one: after it comes last_value.
         time_dim: which dimension is time.
 
     Returns:
@@ -245,7 +245,8 @@ def next_values(
     with without_autocast(value):  # which refuses to cat float16 on the CPU
         following = torch.cat([value, last_value.unsqueeze(axis)], axis).narrow(axis, 1, value.shape[axis])
     if mask is not None:
-        following = torch.where(mask.roll(-1, axis), following, last_value.unsqueeze(axis))
+        later = mask.flip(axis).cumsum(axis).flip(axis) > mask  # of those from a step on, one beside itself
+        following = torch.where(later, following, last_value.unsqueeze(axis))
     if truncated is not None:
         following = torch.where(nonzero(truncated), 0 if final_value is None else final_value, following)
     stop = nonzero(terminated)
@@ -289,7 +290,7 @@ def factor_of(name: str, factor: float | Tensor, reward: Tensor) -> tuple[float,
 
 
 def factors_of(reward: Tensor, axis: int, *factors: Tensor | None) -> list[Tensor | None]:
-    """Rows [N, T] of each of the factors that is a tensor, which are views of it, in the dtype of the arithmetic."""
+    """Rows [N, T] of each of the factors that is a tensor, in the dtype of the arithmetic; views where possible."""
     dtype = accumulate_dtype(reward)
     return [None if factor is None else rows_of(factor.to(dtype).expand(reward.shape), axis) for factor in factors]
 

@@ -167,6 +167,25 @@ def test_equal_rewards_of_very_many_parts_get_exactly_zero(common: float, device
     assert advantage.abs().max().item() == 0.0
 
 
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_centring_needs_no_spread(scale: float, device: str) -> None:
+    """Equal advantages have a gradient, and the squares of small ones are not asked for."""
+    reward, upstream = scale * torch.arange(4.0, device=device), torch.arange(4.0, device=device)
+    settings: dict[str, Any] = {"reward_scale": 1.0, "normalize": None, "whiten": "center"}
+    zero = torch.zeros(4, device=device, requires_grad=True)
+    found = rl_advantage(reward, zero.detach(), **settings)
+    torch.testing.assert_close(found / scale, torch.tensor([-1.5, -0.5, 0.5, 1.5], device=device))
+    equal = rl_advantage(torch.ones_like(reward), zero, **settings)
+    (gradient,) = torch.autograd.grad(equal, zero, upstream)
+    assert gradient.tolist() == [1.5, 0.5, -0.5, -1.5]
+
+    def centred(value: Tensor) -> Tensor:
+        return (rl_advantage(torch.ones_like(reward), value, **settings) * upstream).sum()
+
+    assert torch.equal(torch.func.grad(centred)(zero.detach()), gradient)
+
+
 def test_almost_equal_rewards_do_not_explode(device: str) -> None:
     reward = torch.full((8,), 0.1, device=device)
     reward[0] += 1e-8
@@ -286,12 +305,15 @@ def test_compiles_as_one_graph(device: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("whiten", [True, "center"])
 @pytest.mark.parametrize("size", [8, 5000, 50_000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_equal_rewards_that_overflow_when_scaled_are_equal(dtype: torch.dtype, size: int, device: str) -> None:
+def test_equal_rewards_that_overflow_when_scaled_are_equal(
+    dtype: torch.dtype, size: int, whiten: Any, device: str
+) -> None:
     reward = torch.full((size,), 6e4, dtype=dtype, device=device)
     value = torch.zeros_like(reward).requires_grad_()
-    advantage = rl_advantage(reward, value, reward_scale=1e36, normalize=None, whiten=True)
+    advantage = rl_advantage(reward, value, reward_scale=1e36, normalize=None, whiten=whiten)
     assert not advantage.any()
     (gradient,) = torch.autograd.grad(advantage.sum(), value)
     assert not gradient.any()

@@ -92,7 +92,8 @@ def define_next_values(
     for t in range(steps):
         found = last_value
         if t < steps - 1:
-            found = torch.where(counts.select(time_dim, t + 1), value.select(time_dim, t + 1), last_value)
+            later = counts.movedim(time_dim, -1)[..., t + 1 :].any(-1)
+            found = torch.where(later, value.select(time_dim, t + 1), last_value)
         if truncated is not None:
             final = torch.zeros_like(found) if final_value is None else final_value.select(time_dim, t)
             found = torch.where(truncated.select(time_dim, t) != 0, final, found)

@@ -556,6 +556,11 @@ def test_one_argument_asks_for_another(device: str) -> None:
         ("value_target must be given with value, it was None", {**tensors, "value_target": None}),
         ("value must be given with value_target, it was None", {**tensors, "value": None}),
         ("old_value must be given with value_clip, it was None", {**tensors, "value_clip": 0.2}),
+        (r"old_value must have the shape of log_prob = \[3, 4\], it was \[3\]",
+         {**tensors, "old_value": rows["advantage"]}),
+        ("ref_log_prob must be given with kl_coef, it was None", {**tensors, "kl_coef": 0.1}),
+        (r"advantage must have the shape of log_prob = \[3, 4\] or one for each row, \[3\], it was \[4\]",
+         {**tensors, "advantage": tensors["advantage"][0]}),
         ("normalizer must be given with aggregation='constant', it was None", {**tensors, "aggregation": "constant"}),
         ("normalizer must be None with aggregation='mean', it was 3", {**tensors, "normalizer": 3}),
         ("normalizer must be positive", {**tensors, "aggregation": "constant", "normalizer": 0}),
@@ -565,12 +570,33 @@ def test_one_argument_asks_for_another(device: str) -> None:
         (r"advantage must have the shape \[3\], one for each row of log_prob, .*it was \[3, 4\]",
          {**tensors, "level": "sequence"}),
         ("old_log_prob must be given with level='sequence'", {**rows, "old_log_prob": None, "level": "sequence"}),
-        (r"advantage must have the shape of log_prob = \[3, 4\], it was \[4\]",
-         {**tensors, "advantage": tensors["advantage"][0]}),
+        (r"log_prob must have at least two dimensions with level='sequence', its shape was \[4\]",
+         {**{name: tensor[0] for name, tensor in tensors.items()}, "level": "sequence"}),
     ]  # fmt: skip
     for message, arguments in wrong:
         with pytest.raises(ValueError, match=message):
             policy_gradient_loss(**arguments)
+
+
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("name", ["value", "old_value", "value_target"])
+def test_nan_in_the_critics_term_is_not_hidden(name: str, device: str) -> None:
+    """Whichever of the two errors is the larger."""
+    tensors = {which: torch.ones(3, device=device) for which in ("value", "old_value", "value_target")}
+    tensors[name][1] = torch.nan
+    nothing = torch.zeros(3, device=device)
+    assert policy_gradient_loss(nothing, nothing, **tensors, value_clip=0.2).value.isnan()
+
+
+def test_diagnostics_are_constants_of_the_transforms_too(device: str) -> None:
+    tensors = {name: tensor.detach() for name, tensor in batch(6, device=device).items()}
+
+    def diagnostics(log_prob: Tensor, value: Tensor) -> Tensor:
+        output = policy_gradient_loss(**{**tensors, "log_prob": log_prob, "value": value})
+        return output.approx_kl + output.explained_variance
+
+    gradients = torch.func.grad(diagnostics, (0, 1))(tensors["log_prob"], tensors["value"])
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

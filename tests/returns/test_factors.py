@@ -200,6 +200,13 @@ def test_the_last_step_before_padding_looks_ahead_to_the_last_value() -> None:
     assert torch.equal(time_major.t(), found)
 
 
+def test_a_step_before_a_gap_looks_ahead_to_the_step_in_it() -> None:
+    """Not to last_value: that belongs to another state."""
+    value, nowhere = torch.tensor([1.0, 2, 3, 4, 5]), torch.zeros(5)
+    mask = torch.tensor([True, True, False, True, True])
+    assert next_values(value, torch.tensor(9.0), nowhere, mask=mask).tolist() == [2, 3, 0, 5, 9]
+
+
 @pytest.mark.usefixtures("served_by")
 @ALL
 def test_gradcheck(call: Call, device: str) -> None:
