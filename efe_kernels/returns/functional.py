@@ -55,8 +55,8 @@ def gae(
             them from [B, T].
 
     `next_values` makes next_value of the buffers that most training loops keep. Without other dimensions one
-    trajectory [T] is taken. Any strides; [T, B] is read and written as it lies, without a copy. On CUDA an input whose
-    strides are not those of reward is copied first.
+    trajectory [T] is taken. Any strides; [T, B] is read and written as it lies, without a copy. [A, T, B], with time in
+    between, is copied first, and so is on CUDA an input whose strides are not those of reward.
 
     Returns:
         (advantage, value_target), [..., T] in the dtype to which reward, value and next_value promote. Arithmetic is
