@@ -137,12 +137,11 @@ def policy_gradient_loss(
     checks.check_alike(log_prob=log_prob, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
     checks.check_mask("mask", mask, "log_prob", log_prob)
     check_advantage(advantage, log_prob)
-    clip = checks.number("clip", clip, 0, above=True, finite=False)
     settings = Settings(
-        1 - clip,
-        1 + (clip if clip_high is None else checks.number("clip_high", clip_high, 0, above=True, finite=False)),
-        math.inf if dual_clip is None else checks.number("dual_clip", dual_clip, 1, above=True, finite=False),
-        math.inf if value_clip is None else checks.number("value_clip", value_clip, 0, above=True, finite=False),
+        1 - limit("clip", clip, 0),
+        1 + (limit("clip", clip, 0) if clip_high is None else limit("clip_high", clip_high, 0)),
+        math.inf if dual_clip is None else limit("dual_clip", dual_clip, 1),
+        math.inf if value_clip is None else limit("value_clip", value_clip, 0),
         checks.number("value_coef", value_coef),
         checks.number("entropy_coef", entropy_coef),
         checks.number("kl_coef", kl_coef),
@@ -167,6 +166,11 @@ def policy_gradient_loss(
     return PolicyLossOutput(
         total, policy, value_loss, mean_entropy, clip_fraction, approx_kl, explained_variance, kl, low, high
     )
+
+
+def limit(name: str, value: float, low: float) -> float:
+    """A number above `low`, perhaps infinite."""
+    return checks.number(name, value, low, above=True, finite=False)
 
 
 def check_advantage(advantage: Tensor, log_prob: Tensor) -> None:
