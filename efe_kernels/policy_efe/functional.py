@@ -66,7 +66,7 @@ def rollout_states(initial: Tensor, transition: Tensor, policies: Tensor) -> Ten
             taken = transition[:, :, actions[:, step]]  # [S, S, P]
             states = torch.einsum("ijp,...pj->...pi", taken, states)
             reached.append(states)
-    return torch.stack(reached, -2) if reached else states[..., None, :].narrow(-2, 0, 0)
+    return torch.stack(reached, -2) if reached else states[..., None, :].narrow(-2, 0, 0).clone()
 
 
 def policy_efe(

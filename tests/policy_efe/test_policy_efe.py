@@ -114,6 +114,10 @@ def test_a_policy_without_steps_costs_nothing() -> None:
     states = rollout_states(arguments["initial"], arguments["transition"], torch.empty(POLICIES, 0, dtype=torch.long))
     assert states.shape == (POLICIES, 0, STATES)
     assert all((part == 0).all() for part in policy_efe(states, arguments["likelihood"], [torch.zeros(3)]))
+    with torch.no_grad():
+        belief = arguments["initial"].detach().requires_grad_()
+        none = rollout_states(belief, arguments["transition"], torch.empty(POLICIES, 0, dtype=torch.long))
+    assert not none.requires_grad
 
 
 def test_certain_worlds_have_finite_gradients() -> None:
