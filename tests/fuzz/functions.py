@@ -208,7 +208,8 @@ def policy_gradient_loss(draw: Draw) -> None:
             draw.arguments.setdefault("value_clip", 0.2)
     draw.floating("entropy", dims, optional=True)
     draw.floating("ref_log_prob", dims, optional=True)
-    draw.number("kl_coef", SCALES)
+    if draw.arguments["ref_log_prob"] is not None:
+        draw.number("kl_coef", SCALES)
     draw.mask("mask", dims, optional=True)
     sequences = by_row and draw.rarely()
     draw.floating("old_log_prob", dims, optional=not sequences)
