@@ -80,7 +80,7 @@ def refine_prompt(
     Args:
         prompt: [B, D], float32, float16, bfloat16 or float64.
         mean: [B, D+1], the D components of Δ and then α, before squashing.
-        log_std: [D+1] or [B, D+1], logarithm of the standard deviation of u.
+        log_std: [D+1] or [B, D+1], logarithm of the standard deviation of u, which below 2e-38 may be taken for 0.
         noise: [B, D+1] standard normal noise, a constant to the gradient. Give it to capture a CUDA graph, which would
             replay one seed for ever.
         seed: in [0, 2^63), the key of the counter-based noise (Philox4x32-10), which takes no state: one seed gives the

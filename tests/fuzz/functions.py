@@ -246,7 +246,8 @@ def policy(draw: Draw, anchor: str) -> None:
 
 def refine_prompt(draw: Draw) -> None:
     policy(draw, "prompt")
-    draw.floating("noise", "B? D+1", optional=True)
+    # Times a standard deviation that a kernel takes for 0.
+    draw.floating("noise", "B? D+1", optional=True, change=lambda values: within(values, 1e30))
     if draw.arguments["noise"] is None:
         draw.count("seed", (0, 1, 2**63 - 1), low=0, optional=True)
     draw.number("delta_scale", (0.5, 1e-30, 1e30, 1), 0, above=True)
