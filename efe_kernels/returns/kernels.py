@@ -55,28 +55,28 @@ class Rows(NamedTuple):
     steps: Any  # a constant where they are few
     stride_row: int
     stride_time: int
-
-
-class Factor(NamedTuple):
-    """gammas or lams."""
-
-    ptr: Any  # [N, T], any strides
-    stride_row: int
-    stride_time: int
+    gamma_row: int  # strides of gammas and lams
+    gamma_time: int
+    lam_row: int
+    lam_time: int
 
 
 class At(NamedTuple):
-    """Elements of [N, T]."""
+    """Offsets of elements of [N, T], and of their gammas and lams."""
 
     offset: Any
-    row: Any
-    t: Any
+    gamma: Any
+    lam: Any
 
 
 @triton.jit
 def at_step(rows, row, t):
     t = tl.cast(t, tl.int64)
-    return At(row * rows.stride_row + t * rows.stride_time, row, t)
+    return At(
+        row * rows.stride_row + t * rows.stride_time,
+        row * rows.gamma_row + t * rows.gamma_time,
+        row * rows.lam_row + t * rows.lam_time,
+    )
 
 
 @triton.jit
@@ -126,20 +126,22 @@ def ended(ends, at, ok):
 
 
 @triton.jit
-def factor_of(factor, setting, at, ok):
-    """The setting, or in its place that of each step."""
-    found = setting
-    if factor is not None:
-        found = tl.load(factor.ptr + at.row * factor.stride_row + at.t * factor.stride_time, mask=ok, other=0.0)
-    return found
+def gamma_and_lam(ends, at, ok, settings):
+    """The settings, or in their place those of each step."""
+    gamma = settings.gamma
+    if ends.gammas is not None:
+        gamma = load(ends.gammas, at.gamma, ok)
+    lam = settings.lam
+    if ends.lams is not None:
+        lam = load(ends.lams, at.lam, ok)
+    return gamma, lam
 
 
 @triton.jit
 def discounts(ends, at, ok, settings):
     """Of the next state's value, and of what follows; 0 where the one or the other ends."""
     terminated, stop = ended(ends, at, ok)
-    gamma = factor_of(ends.gammas, settings.gamma, at, ok)
-    lam = factor_of(ends.lams, settings.lam, at, ok)
+    gamma, lam = gamma_and_lam(ends, at, ok, settings)
     return tl.where(terminated, 0.0, gamma), tl.where(stop, 0.0, gamma * lam)
 
 
@@ -251,7 +253,7 @@ def store_gradients(upstream, transitions, gradients, at, ok, s, settings):
     if gradients.value is not None:
         store(gradients.value, at.offset, load(upstream.target, at.offset, ok) - grad_error, ok)
     if gradients.next_value is not None:
-        gamma = factor_of(transitions.gammas, settings.gamma, at, ok)
+        gamma, _ = gamma_and_lam(transitions, at, ok, settings)
         bootstrap = tl.where(is_set(transitions.terminated, at.offset, ok), 0.0, gamma)
         store(gradients.next_value, at.offset, advance(bootstrap, 0.0, grad_error), ok)
     if gradients.reward is not None:
@@ -298,15 +300,17 @@ def form(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16)
 
 
-def factor(tensor: Tensor | None) -> Factor | None:
-    return None if tensor is None else Factor(tensor, *tensor.stride())
+def strides(factor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if factor is None else factor.stride()
 
 
 LAUNCHES: dict[Hashable, tuple[PreparedLaunch, Rows]] = {}
 MAX_LAUNCHES = 4096
 
 
-def prepared(serial: Any, scan: Any, like: Tensor) -> tuple[PreparedLaunch, Rows]:
+def prepared(
+    serial: Any, scan: Any, like: Tensor, gammas: Tensor | None, lams: Tensor | None
+) -> tuple[PreparedLaunch, Rows]:
     """Of the kernel that suits the number of steps, and how its tensors lie."""
     count, steps = like.shape
     if steps <= SERIAL_STEPS:
@@ -317,7 +321,8 @@ def prepared(serial: Any, scan: Any, like: Tensor) -> tuple[PreparedLaunch, Rows
         constants = {"ROWS": SCAN_TILE // time, "TIME": time, "CHUNKS": triton.cdiv(steps, time), "num_warps": 4}
         kernel, length = scan, steps
     grid = (triton.cdiv(count, constants["ROWS"]),)
-    return PreparedLaunch(kernel, grid, {**constants, **OPTIONS}), Rows(count, length, *like.stride())
+    rows = Rows(count, length, *like.stride(), *strides(gammas), *strides(lams))
+    return PreparedLaunch(kernel, grid, {**constants, **OPTIONS}), rows
 
 
 def launch(serial: Any, scan: Any, read: Any, ends: Transitions | Ends, written: Any, settings: Any) -> None:
@@ -333,14 +338,14 @@ def launch(serial: Any, scan: Any, read: Any, ends: Transitions | Ends, written:
     if found is None:
         if len(LAUNCHES) == MAX_LAUNCHES:
             LAUNCHES.clear()
-        found = LAUNCHES[key] = prepared(serial, scan, like)
+        found = LAUNCHES[key] = prepared(serial, scan, like, gammas, lams)
     run, rows = found
     if run.launch is None:  # what compiles looks at the dtype of flags
         others = [
             as_bytes(tensor) if tensor is not None and tensor.dtype == torch.bool else tensor for tensor in others
         ]
     with launch_guard(like):
-        run(read, type(ends)(*others, factor(gammas), factor(lams)), written, rows, settings)
+        run(read, type(ends)(*others, gammas, lams), written, rows, settings)
 
 
 def trace_forward(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efe_kernels.common.triton import load, store
-from efe_kernels.returns.kernels import advance, at_step, chain, ended, factor_of, last_of, launch, tile_of_chunk
+from efe_kernels.returns.kernels import advance, at_step, chain, ended, gamma_and_lam, last_of, launch, tile_of_chunk
 from efe_kernels.returns.reference import Ends, TDLambdaSettings
 
 
@@ -43,8 +43,7 @@ class Gradients(NamedTuple):
 def factors(ends, at, ok, last, settings):
     """Of next_value_t, and k_t."""
     terminated, stop = ended(ends, at, ok)
-    gamma = factor_of(ends.gammas, settings.gamma, at, ok)
-    lam = factor_of(ends.lams, settings.lam, at, ok)
+    gamma, lam = gamma_and_lam(ends, at, ok, settings)
     own = tl.where(last | stop, gamma, gamma * (1.0 - lam))
     return tl.where(terminated, 0.0, own), tl.where(stop, 0.0, gamma * lam)
 
