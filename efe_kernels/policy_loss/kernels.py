@@ -87,7 +87,7 @@ class Partial(NamedTuple):
     """What the parts leave to the second launch."""
 
     sums: Any  # [parts, NUM_SUMS]
-    moments: Any  # [2, parts, NUM_MOMENTS], those of the critic's error and of its target, or None
+    moments: Any  # [2, parts, NUM_MOMENTS], those of the critic's error and of its target
     parts: int
 
 
@@ -204,15 +204,23 @@ def sums_of(
 
 
 @triton.jit
+def explained_variance(error, target):
+    """Of the Moments [1] of the critic's error and of its target."""
+    unexplained = tl.sum(error.squares, axis=0)
+    variance = tl.sum(target.squares, axis=0)
+    explained = 1.0 - unexplained / tl.where(variance == 0, 1.0, variance)
+    return tl.where(variance == 0, 0.0, explained)
+
+
+@triton.jit
 def store_losses(
     losses,
     diagnostics_ptr,  # [6]
     sums,
-    error,
-    target,
+    explained,
     settings,
 ):
-    """error, target: the Moments [1] of the critic's error and of its target, or None."""
+    """explained: what share of the variance of the critic's target it explains."""
     some = tl.maximum(sums.count, 1.0)
     divisor = tl.where(settings.normalizer > 0.0, settings.normalizer, some)
     policy = sums.policy / divisor
@@ -225,12 +233,6 @@ def store_losses(
     tl.store(losses.value, value)
     tl.store(losses.entropy, entropy)
     tl.store(losses.kl, kl)
-    explained = 0.0
-    if error is not None:
-        unexplained = tl.sum(error.squares, axis=0)
-        variance = tl.sum(target.squares, axis=0)
-        explained = 1.0 - unexplained / tl.where(variance == 0, 1.0, variance)
-        explained = tl.where(variance == 0, 0.0, explained)
     store_row(
         diagnostics_ptr,
         (sums.clipped / some, sums.divergence / some, explained, sums.low / some, sums.high / some, sums.count),
@@ -251,8 +253,7 @@ def policy_gradient_loss_kernel(
     part = tl.program_id(0).to(tl.int64)
     offset = part * TILE + tl.arange(0, TILE)[None, :]
     member = members(inputs.mask, offset, offset < sizes.numel)
-    error = None
-    target = None
+    explained = 0.0
     squares = tl.zeros(offset.shape, tl.float32)
     if inputs.value is not None:
         value = load(inputs.value, offset, member)
@@ -260,12 +261,13 @@ def policy_gradient_loss_kernel(
         squares = squared_error(inputs, offset, member, value, value_target, settings.value_clip)
         error = moments(value_target - value, member)
         target = moments(value_target, member)
+        explained = explained_variance(error, target)
     sums = sums_of(entropy_ptr, inputs, offset, member, squares, sizes, settings)
     if partial is None:
-        store_losses(losses, diagnostics_ptr, sums, error, target, settings)
+        store_losses(losses, diagnostics_ptr, sums, explained, settings)
     else:
         store_row(partial.sums + part * NUM_SUMS, sums)
-        if error is not None:
+        if inputs.value is not None:
             store_moments(partial.moments + part * NUM_MOMENTS, error)
             store_moments(partial.moments + (partial.parts + part) * NUM_MOMENTS, target)
 
@@ -278,6 +280,7 @@ def policy_gradient_loss_finish_kernel(
     losses,
     diagnostics_ptr,  # [6]
     settings,
+    CRITIC: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     parts = partial.parts
@@ -290,8 +293,8 @@ def policy_gradient_loss_finish_kernel(
         total_of(policy), total_of(value), total_of(entropy), total_of(kl), total_of(clipped), total_of(low),
         total_of(high), total_of(divergence), total_of(count),
     )  # fmt: skip
-    if partial.moments is None:
-        store_losses(losses, diagnostics_ptr, sums, None, None, settings)
+    if not CRITIC:
+        store_losses(losses, diagnostics_ptr, sums, 0.0, settings)
     else:
         target_ptr = partial.moments + parts.to(tl.int64) * NUM_MOMENTS
         error = load_moments(partial.moments, part, parts)
@@ -299,7 +302,8 @@ def policy_gradient_loss_finish_kernel(
         for first in range(PARTS, parts, PARTS):
             error = join_moments(error, load_moments(partial.moments, first + part, parts))
             target = join_moments(target, load_moments(target_ptr, first + part, parts))
-        store_losses(losses, diagnostics_ptr, sums, merge_moments(error), merge_moments(target), settings)
+        explained = explained_variance(merge_moments(error), merge_moments(target))
+        store_losses(losses, diagnostics_ptr, sums, explained, settings)
 
 
 @triton.jit
@@ -407,8 +411,8 @@ def policy_gradient_loss_forward(
     losses, diagnostics = Losses(new(), new(), new(), new(), new()), new(len(DIAGNOSTICS))
     partial = None
     if parts > 1:
-        both = None if inputs.value is None else new(2, parts, NUM_MOMENTS.value)
-        partial = Partial(new(parts, NUM_SUMS.value), both, parts)
+        # Without a critic its moments are not written. Triton 3.5 compares no tuple that holds None with None.
+        partial = Partial(new(parts, NUM_SUMS.value), new(2, parts, NUM_MOMENTS.value), parts)
     with launch_guard(inputs.log_prob):
         launch(
             policy_gradient_loss_kernel, (parts,), entropy, inputs, partial, losses, diagnostics, sizes, settings,
@@ -418,7 +422,7 @@ def policy_gradient_loss_forward(
             lanes = min(triton.next_power_of_2(parts), PARTS_LIMIT)
             launch(
                 policy_gradient_loss_finish_kernel, (1,), partial, losses, diagnostics, settings,
-                PARTS=lanes, num_warps=4, **OPTIONS,
+                CRITIC=inputs.value is not None, PARTS=lanes, num_warps=4, **OPTIONS,
             )  # fmt: skip
     return *losses, diagnostics
 
