@@ -113,10 +113,11 @@ def check_device(name: str, tensor: torch.Tensor, of: str, device: torch.device)
 
 def check_alike(**tensors: torch.Tensor) -> None:
     """Floating-point tensors with the shape and on the device of the first."""
-    first_name, first = next(iter(tensors.items()))
+    others = iter(tensors.items())
+    first_name, first = next(others)
     check_floating(first_name, first)
     shape, device = first.shape, first.device
-    for name, tensor in tensors.items():
+    for name, tensor in others:
         check_floating(name, tensor)
         if tensor.shape != shape or tensor.device != device:
             check_beside(name, tensor, first_name, first)
@@ -169,9 +170,11 @@ def interval(low: float, high: float, above: bool, finite: bool) -> str:
     """The range of a number, in words."""
     if math.isfinite(low) and math.isfinite(high):
         return f"in {'(' if above else '['}{low:g}, {high:g}]"
-    bound = (
-        "" if math.isinf(low) else "positive" if above and low == 0 else f"{'above' if above else 'at least'} {low:g}"
-    )
+    bound = f"{'above' if above else 'at least'} {low:g}"
+    if math.isinf(low):
+        bound = ""
+    elif above and low == 0:
+        bound = "positive"
     return " and ".join(word for word in (bound, "finite" if finite else "not NaN") if word)
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 PREPARED: dict[Hashable, PreparedLaunch] = {}
-MAX_PREPARED = 4096
+MOST_KEPT = 4096
+Kept = TypeVar("Kept")
+
+
+def kept(store: dict[Hashable, Kept], key: Hashable, make: Callable[[], Kept]) -> Kept:
+    """store[key], made where it is not there. A full store begins anew, so that none grows without end."""
+    found = store.get(key)
+    if found is None:
+        if len(store) >= MOST_KEPT:
+            store.clear()
+        found = store[key] = make()
+    return found
 
 
 def launch(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -19,24 +30,21 @@ def launch(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: A
     constants: the others, and Triton's options.
     """
     key = (function.__name__, grid, specialised(arguments), *constants.values())
-    prepared = PREPARED.get(key)
-    if prepared is None:
-        if len(PREPARED) == MAX_PREPARED:
-            PREPARED.clear()
-        prepared = PREPARED[key] = PreparedLaunch(function, grid, constants)
-    prepared(*arguments)
+    kept(PREPARED, key, lambda: PreparedLaunch(function, grid, constants))(*arguments)
 
 
 def specialised(argument: Any) -> Hashable:
     """What Triton compiles differently for, of an argument of a kernel."""
+    kind = type(argument)
+    if kind is float:  # an argument of the compiled kernel, whatever it is
+        return float
+    if kind is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     if isinstance(argument, Tensor):
         return argument.dtype, argument.device, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):
-        return tuple(map(specialised, argument))
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    # A number is an argument of the compiled kernel. A constant, or None, is compiled into it.
-    return float if isinstance(argument, float) else argument
+        return tuple([specialised(one) for one in argument])
+    return argument  # a constant, or None: compiled into the kernel
 
 
 def signature(tensor: Tensor | None) -> Hashable:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import PreparedLaunch, signature
+from efe_kernels.common.launch import PreparedLaunch, kept, signature
 from efe_kernels.common.triton import APPROXIMATE, launch_guard
 from efe_kernels.efe_loss import cells, kernels, reduction
 from efe_kernels.efe_loss.cells import Array, Shape
@@ -85,10 +85,7 @@ class Layout:
         """The launch of `function` on this layout. key: what of its arguments it is specialised on beside the inputs.
         block: its remaining constants, and options of Triton."""
         place = (function.__name__, key)  # Triton hashes the function itself by its source
-        found = self.launches.get(place)
-        if found is None:
-            found = self.launches[place] = PreparedLaunch(function, grid, {**OPTIONS, **block})
-        return found
+        return kept(self.launches, place, lambda: PreparedLaunch(function, grid, {**OPTIONS, **block}))
 
 
 def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
@@ -110,18 +107,12 @@ def array(tensor: Tensor | None, dims: str | None) -> Array | None:
 
 
 LAYOUTS: dict[Hashable, Layout] = {}
-MAX_LAYOUTS = 4096
 
 
 def layout_of(inputs: Inputs) -> Layout:
     """The one of inputs that look the same, so that their launches are prepared once."""
     key = tuple([signature(tensor) for tensor in inputs])
-    layout = LAYOUTS.get(key)
-    if layout is None:
-        if len(LAYOUTS) == MAX_LAYOUTS:
-            LAYOUTS.clear()
-        layout = LAYOUTS[key] = Layout(inputs)
-    return layout
+    return kept(LAYOUTS, key, lambda: Layout(inputs))
 
 
 class Forward:

@@ -97,7 +97,7 @@ def test_a_launch_is_prepared_for_what_triton_compiles_alike(monkeypatch: pytest
 
 def test_what_is_prepared_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "PREPARED", {})
-    monkeypatch.setattr(launching, "MAX_PREPARED", 2)
+    monkeypatch.setattr(launching, "MOST_KEPT", 2)
     function = Function(interpreted=False)
     for grid in range(1, 6):
         launching.launch(function, (grid,), 7, STRIDE=(3, 1), BLOCK=64)
