@@ -50,7 +50,9 @@ def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
     reward, value, mask = inputs["reward"], inputs["value"], inputs["mask"]
     group = group_of(case)
-    advantage = advantage_reference.plain_advantage(reward, value, mask, 5.0, "tanh")
+    advantage = advantage_reference.plain_advantage(
+        advantage_reference.Inputs(reward, value, mask), advantage_reference.Settings(5.0, "tanh", group or 0, False)
+    )
     if group is not None:
         groups = advantage.view(-1, group)
         members = None if mask is None else mask.view(-1, group)
@@ -64,10 +66,11 @@ def launch(
 ) -> None:
     grad, reward, value = empties(3, numel)
     mask = torch.empty(reward.shape, dtype=torch.bool) if masked else None
-    arguments = (reward, value.bfloat16() if masked else value, mask)
-    _, statistics = kernels.rl_advantage_forward(*arguments, 5.0, normalize, group_size, center)
+    inputs = advantage_reference.Inputs(reward, value.bfloat16() if masked else value, mask)
+    settings = advantage_reference.Settings(5.0, normalize, group_size, center)
+    _, statistics = kernels.rl_advantage_forward(inputs, settings)
     begin("backward")
-    kernels.rl_advantage_backward(grad, *arguments, statistics, 5.0, normalize, group_size, center)
+    kernels.rl_advantage_backward(grad, inputs, statistics, settings)
 
 
 def variant(group_size: int, normalize: str | None, masked: bool = True, center: bool = False) -> Variant:

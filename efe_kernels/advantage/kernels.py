@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.advantage.reference import WHITEN_EPS
+from efe_kernels.advantage import reference
+from efe_kernels.advantage.reference import Settings
 from efe_kernels.common.launch import launch
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
@@ -30,7 +31,7 @@ from efe_kernels.common.moments import (
 )
 from efe_kernels.common.triton import OPTIONS, flat, launch_guard, load, members, store, unit_clamp
 
-EPS = tl.constexpr(WHITEN_EPS)
+EPS = tl.constexpr(reference.WHITEN_EPS)
 
 TILE_LIMIT = 4096
 # A group of up to so many tiles is gone through twice by one program: cheaper than a second launch.
@@ -42,7 +43,7 @@ MERGED_AT_ONCE = 1024
 
 
 class Inputs(NamedTuple):
-    """The arguments of the reference's plain_advantage, and how it is whitened."""
+    """Those of the reference and what the kernels look at of its settings."""
 
     reward: Any  # [groups * group_size]
     value: Any  # [groups * group_size]
@@ -337,11 +338,9 @@ def merged(rows: Tensor, kernel: Any) -> Partial:
     return Partial(rows, parts, tl.constexpr(triton.next_power_of_2(parts)))
 
 
-def kernel_inputs(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None, center: bool
-) -> Inputs:
-    constant = None if normalize is None else tl.constexpr(normalize)
-    return Inputs(flat(reward), flat(value), flat(mask), reward_scale, constant, tl.constexpr(center))
+def kernel_inputs(inputs: reference.Inputs, settings: Settings) -> Inputs:
+    normalize = None if settings.normalize is None else tl.constexpr(settings.normalize)
+    return Inputs(*map(flat, inputs), settings.reward_scale, normalize, tl.constexpr(settings.center))
 
 
 def new_rows(like: Tensor, width: tl.constexpr, *rows: int) -> Tensor:
@@ -349,67 +348,51 @@ def new_rows(like: Tensor, width: tl.constexpr, *rows: int) -> Tensor:
     return torch.empty(*rows, width.value, dtype=torch.float32, device=like.device)
 
 
-def rl_advantage_forward(
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    reward_scale: float,
-    normalize: str | None,
-    group_size: int,
-    center: bool,
-) -> tuple[Tensor, Tensor]:
+def rl_advantage_forward(inputs: reference.Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """See the reference. One launch; two where a group is larger than MOST_TILES tiles, three beyond MOST_PARTS."""
-    numel = reward.numel()
+    reward, value, _ = inputs
+    numel, group_size = reward.numel(), settings.group_size
     out = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
     statistics = new_rows(reward, NUM_STATISTICS, numel // group_size if group_size else 0)
     if numel == 0:
         return out, statistics
-    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize, center)
+    arrays = kernel_inputs(inputs, settings)
     programs, groups, constants, warps = cover(numel, group_size)
     tiles, partial = 1, None
-    with launch_guard(reward):
+    with launch_guard(value):
         if group_size and 1 < groups.parts <= MOST_TILES:
             tiles, warps = groups.parts, 16
             programs, groups = programs // tiles, groups._replace(parts=1)
         elif group_size and groups.parts > 1:
             options = {**constants, "num_warps": warps, **OPTIONS}
             rows = new_rows(reward, NUM_MOMENTS, groups.count, groups.parts)
-            launch(rl_advantage_moments_kernel, (programs,), inputs, rows, groups, **options)
+            launch(rl_advantage_moments_kernel, (programs,), arrays, rows, groups, **options)
             partial = merged(rows, rl_advantage_merge_moments_kernel)
         launch(
-            rl_advantage_kernel, (programs,), inputs, partial, statistics if group_size else None, out, groups,
+            rl_advantage_kernel, (programs,), arrays, partial, statistics if group_size else None, out, groups,
             **constants, TILES=tiles, num_warps=warps, **OPTIONS,
         )  # fmt: skip
     return out, statistics
 
 
-def rl_advantage_backward(
-    grad: Tensor,
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    statistics: Tensor,
-    reward_scale: float,
-    normalize: str | None,
-    group_size: int,
-    center: bool,
-) -> Tensor:
+def rl_advantage_backward(grad: Tensor, inputs: reference.Inputs, statistics: Tensor, settings: Settings) -> Tensor:
     """See the reference. One launch; two where a group is larger than a tile, three beyond MOST_PARTS of them."""
-    numel = reward.numel()
+    value = inputs.value
+    numel, group_size = value.numel(), settings.group_size
     out = value.new_empty(value.shape)
     if numel == 0:
         return out
-    inputs = kernel_inputs(reward, value, mask, reward_scale, normalize, center)
+    arrays = kernel_inputs(inputs, settings)
     programs, groups, constants, warps = cover(numel, group_size)
     options = {**constants, "num_warps": warps, **OPTIONS}
     grad, partial = grad.contiguous(), None
-    with launch_guard(reward):
+    with launch_guard(value):
         if group_size and groups.parts > 1:
-            rows = new_rows(reward, NUM_SUMS, groups.count, groups.parts)
-            launch(rl_advantage_sums_kernel, (programs,), grad, inputs, statistics, rows, groups, **options)
+            rows = new_rows(value, NUM_SUMS, groups.count, groups.parts)
+            launch(rl_advantage_sums_kernel, (programs,), grad, arrays, statistics, rows, groups, **options)
             partial = merged(rows, rl_advantage_merge_sums_kernel)
         launch(
-            rl_advantage_backward_kernel, (programs,), grad, inputs, partial, statistics if group_size else None, out,
+            rl_advantage_backward_kernel, (programs,), grad, arrays, partial, statistics if group_size else None, out,
             groups, **options,
         )  # fmt: skip
     return out

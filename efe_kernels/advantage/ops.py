@@ -6,19 +6,13 @@ import torch
 from torch import Tensor
 
 from efe_kernels.advantage import reference
+from efe_kernels.advantage.reference import Inputs, Settings
 from efe_kernels.common.op import differentiable_op
 
 
-def rl_advantage_fake(
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    reward_scale: float,
-    normalize: str | None,
-    group_size: int,
-    center: bool,
-) -> tuple[Tensor, Tensor]:
-    groups = reward.numel() // group_size if group_size else 0
+def rl_advantage_fake(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    reward, value, _ = inputs
+    groups = reward.numel() // settings.group_size if settings.group_size else 0
     dtype = torch.float64 if torch.float64 in (reward.dtype, value.dtype) else torch.float32
     advantage = reward.new_empty(reward.shape, dtype=torch.promote_types(reward.dtype, value.dtype))
     return advantage, reward.new_empty(groups, 3, dtype=dtype)

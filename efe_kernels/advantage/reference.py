@@ -10,15 +10,29 @@ from torch import Tensor
 WHITEN_EPS = 1e-4
 
 
-def plain_advantage(
-    reward: Tensor, value: Tensor, mask: Tensor | None, reward_scale: float, normalize: str | None
-) -> Tensor:
+class Inputs(NamedTuple):
+    """All of one shape."""
+
+    reward: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+class Settings(NamedTuple):
+    reward_scale: float
+    normalize: str | None
+    group_size: int  # consecutive elements in row-major order that are whitened together; 0: no whitening
+    center: bool  # whether whitening leaves the scale
+
+
+def plain_advantage(inputs: Inputs, settings: Settings) -> Tensor:
     """Normalised reward minus value in the dtype of the arithmetic; 0 where mask is False."""
+    reward, value, mask = inputs
     dtype = torch.float64 if torch.float64 in (reward.dtype, value.dtype) else torch.float32
-    scaled = reward.to(dtype) * reward_scale
-    if normalize == "tanh":
+    scaled = reward.to(dtype) * settings.reward_scale
+    if settings.normalize == "tanh":
         scaled = scaled.tanh()
-    elif normalize == "clamp":
+    elif settings.normalize == "clamp":
         scaled = scaled.clamp(-1, 1)
     advantage = scaled - value.to(dtype)
     return advantage if mask is None else torch.where(mask, advantage, 0)
@@ -44,29 +58,20 @@ class Advantage(NamedTuple):
     statistics: Tensor
 
 
-def rl_advantage_forward(
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    reward_scale: float,
-    normalize: str | None,
-    group_size: int,
-    center: bool,
-) -> Advantage:
+def rl_advantage_forward(inputs: Inputs, settings: Settings) -> Advantage:
     """Advantage in the shape of reward and, with group_size > 0, the statistics [numel / group_size, 3] of the groups.
-
-    A group is group_size consecutive elements in row-major order.
 
     Whitening: (advantage - mean) / (std + WHITEN_EPS) within each group, with `center` the difference alone; 0 in a
     group whose members are equal.
     """
-    advantage = plain_advantage(reward, value, mask, reward_scale, normalize)
+    reward, value, mask = inputs
+    advantage = plain_advantage(inputs, settings)
     statistics = advantage.new_empty(0, 3)
-    if group_size > 0:
-        groups = advantage.reshape(-1, group_size)
-        members = None if mask is None else mask.reshape(-1, group_size)
+    if settings.group_size > 0:
+        groups = advantage.reshape(-1, settings.group_size)
+        members = None if mask is None else mask.reshape(-1, settings.group_size)
         statistics = group_statistics(groups, members)
-        advantage = whiten(groups, members, statistics, center).view(reward.shape)
+        advantage = whiten(groups, members, statistics, settings.center).view(reward.shape)
     dtype = torch.promote_types(reward.dtype, value.dtype)
     return Advantage(advantage.to(dtype).contiguous(), statistics)
 
@@ -80,28 +85,18 @@ def whiten(advantage: Tensor, mask: Tensor | None, statistics: Tensor, center: b
     return whitened if mask is None else torch.where(mask, whitened, 0)
 
 
-def rl_advantage_backward(
-    grad_advantage: Tensor,
-    reward: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    statistics: Tensor,
-    reward_scale: float,
-    normalize: str | None,
-    group_size: int,
-    center: bool,
-) -> Tensor:
+def rl_advantage_backward(grad_advantage: Tensor, inputs: Inputs, statistics: Tensor, settings: Settings) -> Tensor:
     """Gradient of value; the derivation stands beside the kernel."""
-    dtype = statistics.dtype
+    _, value, mask = inputs
+    dtype, size = statistics.dtype, settings.group_size
     grad = grad_advantage.to(dtype) if mask is None else torch.where(mask, grad_advantage.to(dtype), 0)
-    if group_size > 0:
-        members = None if mask is None else mask.reshape(-1, group_size)
-        grad_groups = grad.reshape(-1, group_size)
+    if size > 0:
+        members = None if mask is None else mask.reshape(-1, size)
+        grad_groups = grad.reshape(-1, size)
         count, _, std = statistics[:, :, None].unbind(1)
         centered = grad_groups - grad_groups.sum(1, keepdim=True) / count.clamp(min=1)
-        if not center:
-            advantage = plain_advantage(reward, value, mask, reward_scale, normalize).reshape(-1, group_size)
-            whitened = whiten(advantage, members, statistics, center)
+        if not settings.center:
+            whitened = whiten(plain_advantage(inputs, settings).reshape(-1, size), members, statistics, False)
             product = (grad_groups * whitened).sum(1, keepdim=True)
             centered = centered / (std + WHITEN_EPS) - whitened * product / ((count - 1) * std)
             centered = torch.where(std == 0, 0, centered)

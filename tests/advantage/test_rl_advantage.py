@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efe_kernels import rl_advantage
+from efe_kernels.advantage.reference import Inputs, Settings
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -139,8 +140,9 @@ def test_what_a_program_reads_of_its_group_does_not_grow_with_the_group(monkeypa
     monkeypatch.setattr(kernels, "launch", launch)
     for numel in (2048, 4096, 65536):
         x, statistics = torch.zeros(numel), torch.zeros(1, 3)
-        kernels.rl_advantage_forward(x, x, None, 5.0, "tanh", numel, False)
-        kernels.rl_advantage_backward(x, x, x, None, statistics, 5.0, "tanh", numel, False)
+        inputs, settings = Inputs(x, x, None), Settings(5.0, "tanh", numel, False)
+        kernels.rl_advantage_forward(inputs, settings)
+        kernels.rl_advantage_backward(x, inputs, statistics, settings)
     assert read == [2, 2, 1, 1, 1, 1]
 
 
