@@ -137,7 +137,7 @@ EFE_INLINE void group_gradient(const Inputs<A>& inputs, const A* grad, const Sta
         for (int64_t i = 0; i < size; ++i) out[i] = mean - grad[i];
     } else {
         inputs.subtract_value(begin, size, out);
-        whiten(statistics, center, mask, size, out);
+        whiten(statistics, false, mask, size, out);
         const double product_sum =
             sum_members(mask, size, [&](int64_t i) EFE_SIMD_BODY { return double(grad[i]) * out[i]; });
         const A scale = scale_of(statistics);

@@ -43,16 +43,16 @@ struct Block {
     // kBlock values of a column; 0 past the last element, and where one does not count.
     template <class A>
     EFE_INLINE const A* read(const Column<A>& column, A* __restrict__ buffer) const {
-        if (column.length == 1 && is_whole()) return column.data + begin;
-        for (int64_t first = 0; first < count;) {
-            const int64_t row = (begin + first) / column.length;
-            const int64_t last = std::min(count, (row + 1) * column.length - begin);
-            if (column.length == 1) {
-                std::copy_n(column.data + begin, count, buffer);
-                break;
+        if (column.length == 1) {
+            if (is_whole()) return column.data + begin;
+            std::copy_n(column.data + begin, count, buffer);
+        } else {
+            for (int64_t first = 0; first < count;) {
+                const int64_t row = (begin + first) / column.length;
+                const int64_t last = std::min(count, (row + 1) * column.length - begin);
+                std::fill(buffer + first, buffer + last, column.data[row]);
+                first = last;
             }
-            std::fill(buffer + first, buffer + last, column.data[row]);
-            first = last;
         }
         clear_others(mask, count, buffer);
         std::fill(buffer + count, buffer + kBlock, A(0));
@@ -62,7 +62,7 @@ struct Block {
 
 // Sums over the elements that count.
 struct Partial {
-    double policy = 0, squared_error = 0, entropy = 0, kl = 0;     // weighted
+    double policy = 0, squared_error = 0, entropy = 0, kl = 0;  // weighted
     double outside = 0, low = 0, high = 0, divergence = 0;
     int64_t count = 0;
     Moments error, target;

@@ -137,9 +137,10 @@ def policy_gradient_loss(
     checks.check_alike(log_prob=log_prob, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
     checks.check_mask("mask", mask, "log_prob", log_prob)
     check_advantage(advantage, log_prob)
+    clip = limit("clip", clip, 0)
     settings = Settings(
-        1 - limit("clip", clip, 0),
-        1 + (limit("clip", clip, 0) if clip_high is None else limit("clip_high", clip_high, 0)),
+        1 - clip,
+        1 + (clip if clip_high is None else limit("clip_high", clip_high, 0)),
         math.inf if dual_clip is None else limit("dual_clip", dual_clip, 1),
         math.inf if value_clip is None else limit("value_clip", value_clip, 0),
         checks.number("value_coef", value_coef),
