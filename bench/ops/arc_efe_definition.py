@@ -39,7 +39,8 @@ def renormalize(probs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def clamp(probs: Tensor) -> Tensor:
-    return probs.clamp(EPS, 1)
+    """The gradient passes at both ends, where that of torch's own clamp is 1 or 0, by its release."""
+    return torch.where((probs < EPS) | (probs > 1), probs.detach().clamp(EPS, 1), probs)
 
 
 def entropy(probs: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from efe_kernels.arc_efe.terms import (
     wide_dtype,
 )
 from efe_kernels.common import checks
+from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.common.op import apply
 
@@ -369,7 +370,7 @@ class EFELoss(nn.Module):
         probs = logits.softmax(0)
         if outside is not None:
             probs = probs.masked_fill(outside, FILL)
-        return probs.clamp(EPS, 1)
+        return clamp(probs, EPS, 1)
 
     def _anchoring(self, preference: Tensor) -> Tensor:
         """Mean of Ĉ (log Ĉ − log P) over H·W·C for clamp P [C, H, W]; 0 where there is no Ĉ for that size."""

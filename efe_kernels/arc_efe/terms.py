@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efe_kernels.common.clamp import clamp
 from efe_kernels.common.op import first_order, spread
 
 EPS = 1e-8
@@ -74,10 +75,10 @@ class PlanTerms(torch.autograd.Function):
         if mask is not None:
             logits = logits.masked_fill(mask == 0, FILL)
         probs = logits.softmax(0)
-        clamped = probs.clamp(EPS, 1)
+        clamped = clamp(probs, EPS, 1)
         middle = 0.5 * (clamped[:, 0] + clamped[:, 1])
         kept, middle = (renormalize(p, renormalizer(p, mask)) for p in (clamped, middle))
-        observed = observation.clamp(EPS, 1)
+        observed = clamp(observation, EPS, 1)
         return (
             -(preference * (kept[:, 0] + EPS).log().sum(1)).sum(),
             -0.5 * (kept.sum(1) * (middle + EPS).log()).sum(),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
 
 TERMS = ("risk", "ambiguity", "consistency", "agreement", "anchor", "prompt", "step")
@@ -104,7 +105,7 @@ def mean_over_cells(values: Tensor, counted: Tensor) -> Tensor:
 
 def log_preference(preference_logits: Tensor, prompt: Tensor | None) -> Tensor:
     """log c, [B or 1, H, W, C], from preference logits [H, W, C] or [B, H, W, C] and a prompt [B, D]."""
-    logits = preference_logits.clamp_min(LOWEST_LOGIT)
+    logits = clamp(preference_logits, LOWEST_LOGIT)
     if prompt is not None:
         logits = logits * preference_scales(prompt, logits.shape[-1])
     elif logits.dim() == 3:
@@ -139,7 +140,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def observation_entropy(observation_probs: Tensor) -> Tensor:
     """H(p) of probabilities; the logarithm is clamped at the smallest normal number, so its gradient stays finite."""
-    log_p = observation_probs.clamp_min(torch.finfo(observation_probs.dtype).tiny).log()
+    log_p = clamp(observation_probs, torch.finfo(observation_probs.dtype).tiny).log()
     return -(observation_probs * log_p).sum(-1)
 
 
@@ -171,7 +172,7 @@ def project(vectors: Tensor, matrix: Tensor) -> Tensor:
 
 def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
     """z [B, T, C]: mean over the counted cells of the logits, clamped and centred over the outcomes."""
-    clamped = logits.clamp(-PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
+    clamped = clamp(logits, -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
     centred = clamped - clamped.mean(-1, keepdim=True)
     cells = counted.flatten(1).sum(1).clamp_min(1)
     return torch.where(counted[:, None, ..., None], centred, 0).sum((2, 3)) / cells[:, None, None]

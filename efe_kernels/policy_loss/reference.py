@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
 
 
@@ -167,7 +168,7 @@ def limited_ratio(log_ratio: Tensor, advantage: Tensor, settings: Settings) -> T
     largest = math.log(torch.finfo(log_ratio.dtype).max) - 1
     gain, loss = (largest if limit < math.inf else math.inf for limit in (high, dual_clip))
     ratio = torch.minimum(log_ratio, torch.where(advantage < 0, loss, gain).to(log_ratio.dtype)).exp()
-    return torch.where(advantage < 0, ratio.clamp(low, dual_clip), ratio.clamp(max=high))
+    return torch.where(advantage < 0, clamp(ratio, low, dual_clip), clamp(ratio, high=high))
 
 
 def limited_value(value: Tensor, old_value: Tensor, value_clip: float) -> Tensor:

@@ -218,6 +218,17 @@ def test_closed_form_gradient(mask: Tensor | None) -> None:
     assert torch.autograd.gradcheck(terms, (*plan, observation, preference))
 
 
+def test_a_sure_observation_has_the_gradient_of_its_entropy() -> None:
+    """Also with a torch whose own clamp passes none at its ends."""
+    shape = (2, 3, 4, 3)
+    observation = torch.eye(3, dtype=torch.float64)[torch.randint(3, shape[:3])].requires_grad_()
+    plan, preference = torch.zeros(2, *shape, dtype=torch.float64), torch.full((3, 3, 4), 1 / 3, dtype=torch.float64)
+    for terms in (PlanTerms.apply, PlanTerms.plain):
+        ambiguity = terms(*plan, plan[0], observation, preference, None)[2]
+        (gradient,) = torch.autograd.grad(ambiguity, observation)
+        assert torch.equal(gradient, -observation.detach())
+
+
 def test_nothing_under_a_masked_cell_matters() -> None:
     puzzle = Puzzle(mask=ragged())
     outside = puzzle.mask == 0

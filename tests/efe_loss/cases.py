@@ -31,6 +31,7 @@ class Case:
     anchor: bool = True
     valid: bool = True
     preference_per_episode: bool = False
+    seed: int = 1
 
     def plan(self, generator: torch.Generator) -> Tensor:
         """Logits [B, T, H, W, C] in the memory order of the layout."""
@@ -44,7 +45,7 @@ class Case:
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
         """Keyword arguments of `efe_loss`; floating-point ones are leaves that require a gradient."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(self.seed)
         grid = (self.height, self.width, self.outcomes)
 
         def randn(*shape: int) -> Tensor:

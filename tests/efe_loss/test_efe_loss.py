@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
@@ -63,20 +64,12 @@ def test_matches_reference_in_double(case: Case, dtype: torch.dtype, device: str
         assert_close(name, gradient, expected_gradients[name], TOLERANCE[gradient.dtype])
 
 
-@pytest.mark.parametrize("outcomes", [10, 300, 3200])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No further from float64 than plain PyTorch is that computes in the inputs' own dtype, up to a rounding."""
-    side = 4 if outcomes == 10 else 2
-    case = Case(
-        backward=True,
-        observation=True,
-        anchor=False,
-        outcomes=outcomes,
-        prompt_dim=outcomes + 6,
-        height=side,
-        width=side,
-    )
+def errors(
+    case: Case, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, tuple[float, float, float]]:
+    """Of the total and of each gradient: our largest error, that of plain PyTorch in the inputs' own dtype, and a
+    rounding of the largest result.
+    """
     inputs = case.inputs(dtype, device)
     preference = inputs["preference_logits"].detach()[: case.height, : case.width]
     inputs["preference_logits"] = preference.clone().requires_grad_()
@@ -87,8 +80,8 @@ def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(reference, "accumulate_dtype", lambda tensor: tensor.dtype)
         patch.setattr(reference, "LOWEST_LOGIT", torch.finfo(dtype).min)
-        eager, *_ = reference.efe_loss(arguments, settings)
-        eager_gradients = torch.autograd.grad(eager.sum(), leaves)
+        plain, *_ = reference.efe_loss(arguments, settings)
+        plain_gradients = torch.autograd.grad(plain.sum(), leaves)
     total = efe_loss(**inputs, weights=WEIGHTS, reduction="none").total
     gradients = torch.autograd.grad(total.sum(), leaves)
     doubles = in_double(inputs)
@@ -97,14 +90,46 @@ def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatc
     compared = zip(
         ["total", *names],
         [total, *gradients],
-        [eager, *eager_gradients],
+        [plain, *plain_gradients],
         [expected, *expected_gradients],
         strict=True,
     )
-    for name, ours, plain, exact in compared:
-        error, allowed = ((x.cpu().double() - exact).abs().max().item() for x in (ours, plain))
+
+    def largest(x: Tensor) -> float:
+        return x.abs().max().item()
+
+    return {
+        name: (
+            largest(ours.cpu().double() - exact),
+            largest(other.cpu().double() - exact),
+            torch.finfo(ours.dtype).eps * largest(exact),
+        )
+        for name, ours, other, exact in compared
+    }
+
+
+@pytest.mark.parametrize("outcomes", [10, 300, 3200])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_error_budget(dtype: torch.dtype, outcomes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further from float64 than plain PyTorch is that computes in the inputs' own dtype, up to a rounding.
+
+    Over several draws: in one alone, either of the two is the better by chance.
+    """
+    side = 4 if outcomes == 10 else 2
+    case = Case(
+        backward=True,
+        observation=True,
+        anchor=False,
+        outcomes=outcomes,
+        prompt_dim=outcomes + 6,
+        height=side,
+        width=side,
+    )
+    draws = [errors(replace(case, seed=seed), dtype, device, monkeypatch) for seed in range(2 if INTERPRET else 4)]
+    for name in draws[0]:
+        error, allowed, rounding = map(max, zip(*(draw[name] for draw in draws), strict=True))
         # The interpreter has no fused multiply-add: it rounds twice where the GPU rounds once.
-        rounding = (2 if INTERPRET else 1) * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+        rounding *= 2 if INTERPRET else 1
         assert error <= allowed + rounding, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
 
 
