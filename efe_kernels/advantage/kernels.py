@@ -6,6 +6,7 @@ whitening everything is one group.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from efe_kernels.advantage import reference
 from efe_kernels.advantage.reference import Settings
-from efe_kernels.common.launch import launch
+from efe_kernels.common.launch import cdiv, launch, next_power_of_2
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     Moments,
@@ -315,16 +316,17 @@ class Cover(NamedTuple):
     num_warps: int
 
 
-def cover(numel: int, group_size: int) -> Cover:
+@functools.lru_cache(4096)
+def cover(numel: int, group_size: int, tile_limit: int) -> Cover:
     """Several groups side by side, or one group in parts. Without whitening (group_size 0) everything is one group.
 
     Shapes alone decide, so that the bits of a result do too.
     """
     size = group_size or numel
-    tile = min(triton.next_power_of_2(size), TILE_LIMIT if group_size else 1024)
-    groups = Groups(numel // size, size, triton.cdiv(size, tile))
+    tile = min(next_power_of_2(size), tile_limit if group_size else 1024)
+    groups = Groups(numel // size, size, cdiv(size, tile))
     side_by_side = max(1, 1024 // tile)
-    programs = triton.cdiv(groups.count, side_by_side) * groups.parts
+    programs = cdiv(groups.count, side_by_side) * groups.parts
     return Cover(programs, groups, {"GROUPS": side_by_side, "TILE": tile}, 8 if tile > 1024 else 4)
 
 
@@ -335,7 +337,7 @@ def merged(rows: Tensor, kernel: Any) -> Partial:
         whole = rows.new_empty(groups, 1, width)
         launch(kernel, (groups,), rows, whole, parts, PARTS=MERGED_AT_ONCE, num_warps=4, **OPTIONS)
         rows, parts = whole, 1
-    return Partial(rows, parts, tl.constexpr(triton.next_power_of_2(parts)))
+    return Partial(rows, parts, tl.constexpr(next_power_of_2(parts)))
 
 
 def kernel_inputs(inputs: reference.Inputs, settings: Settings) -> Inputs:
@@ -357,7 +359,7 @@ def rl_advantage_forward(inputs: reference.Inputs, settings: Settings) -> tuple[
     if numel == 0:
         return out, statistics
     arrays = kernel_inputs(inputs, settings)
-    programs, groups, constants, warps = cover(numel, group_size)
+    programs, groups, constants, warps = cover(numel, group_size, TILE_LIMIT)
     tiles, partial = 1, None
     with launch_guard(value):
         if group_size and 1 < groups.parts <= MOST_TILES:
@@ -383,7 +385,7 @@ def rl_advantage_backward(grad: Tensor, inputs: reference.Inputs, statistics: Te
     if numel == 0:
         return out
     arrays = kernel_inputs(inputs, settings)
-    programs, groups, constants, warps = cover(numel, group_size)
+    programs, groups, constants, warps = cover(numel, group_size, TILE_LIMIT)
     options = {**constants, "num_warps": warps, **OPTIONS}
     grad, partial = grad.contiguous(), None
     with launch_guard(value):

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import triton.language as tl
 from torch import Tensor
+
+
+# Triton's functions of the same names are compiled into kernels, too; called here, each takes two microseconds.
+def cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The smallest one that is not below x, at least 1."""
+    return 1 << max(x - 1, 0).bit_length()
+
 
 PREPARED: dict[Hashable, PreparedLaunch] = {}
 MOST_KEPT = 4096
@@ -33,18 +45,24 @@ def launch(function: Any, grid: tuple[int, ...], *arguments: Any, **constants: A
     kept(PREPARED, key, lambda: PreparedLaunch(function, grid, constants))(*arguments)
 
 
-def specialised(argument: Any) -> Hashable:
-    """What Triton compiles differently for, of an argument of a kernel."""
-    kind = type(argument)
-    if kind is float:  # an argument of the compiled kernel, whatever it is
-        return float
-    if kind is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.device, argument.data_ptr() % 16 == 0
-    if isinstance(argument, tuple):
-        return tuple([specialised(one) for one in argument])
-    return argument  # a constant, or None: compiled into the kernel
+def specialised(arguments: tuple[Any, ...]) -> Hashable:
+    """What Triton compiles differently for, of the arguments of a kernel."""
+    found: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is float:  # an argument of the compiled kernel, whatever it is
+            found.append(kind)
+        elif kind is int:
+            found.append((argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31))
+        elif isinstance(argument, Tensor):
+            found.append((argument.dtype, argument.device, argument.data_ptr() % 16 == 0))
+        elif isinstance(argument, tuple):
+            found.append(specialised(argument))
+        elif kind is tl.constexpr:  # which is slow to hash and to compare
+            found.append(argument.value)
+        else:  # None: compiled into the kernel
+            found.append(argument)
+    return tuple(found)
 
 
 def signature(tensor: Tensor | None) -> Hashable:

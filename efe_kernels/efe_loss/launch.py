@@ -11,11 +11,10 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import PreparedLaunch, kept, signature
+from efe_kernels.common.launch import PreparedLaunch, cdiv, kept, next_power_of_2, signature
 from efe_kernels.common.triton import APPROXIMATE, launch_guard
 from efe_kernels.efe_loss import cells, kernels, reduction
 from efe_kernels.efe_loss.cells import Array, Shape
@@ -55,13 +54,13 @@ class Layout:
         # In the backward of the prompt term two do not fit into its registers.
         cells_per_lane = 2 if logits.stride(3) == 1 else 1
         self.tile = self.tile_of(cells_per_lane)
-        self.tiles = triton.cdiv(self.cells, self.tile)
+        self.tiles = cdiv(self.cells, self.tile)
         self.backward_tile = self.tile_of(1 if self.has_direction else cells_per_lane)
-        self.backward_tiles = triton.cdiv(self.cells, self.backward_tile)
-        self.preference_programs = triton.cdiv(self.cells, CELL_BLOCK) * self.outcomes
-        self.projection_programs = triton.cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
-        self.episodes = triton.next_power_of_2(triton.cdiv(max(self.batch, 1), MAX_CHUNKS))
-        self.chunks = triton.cdiv(self.batch, self.episodes)
+        self.backward_tiles = cdiv(self.cells, self.backward_tile)
+        self.preference_programs = cdiv(self.cells, CELL_BLOCK) * self.outcomes
+        self.projection_programs = cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
+        self.episodes = next_power_of_2(cdiv(max(self.batch, 1), MAX_CHUNKS))
+        self.chunks = cdiv(self.batch, self.episodes)
         preference = "HWC" if self.shared_preference else "BHWC"
         self.dims = DIMS._replace(
             preference_logits=preference, projection=DIMS.projection if self.has_direction else None
@@ -73,7 +72,7 @@ class Layout:
         self.launches: dict[Hashable, PreparedLaunch] = {}
 
     def tile_of(self, cells_per_lane: int) -> int:
-        return min(LANES * cells_per_lane, triton.next_power_of_2(self.cells))
+        return min(LANES * cells_per_lane, next_power_of_2(self.cells))
 
     def arrays(self, inputs: Inputs, ignore_index: int) -> Any:
         """The inputs as the kernels see them."""
@@ -163,9 +162,9 @@ class Forward:
             settings.hard_cell,
             HARD_CELL=settings.hard_cell,
             TILES=layout.tiles,
-            C_BLOCK=triton.next_power_of_2(layout.outcomes),
+            C_BLOCK=next_power_of_2(layout.outcomes),
             D_BLOCK=128,
-            TILE_BLOCK=min(16, triton.next_power_of_2(layout.tiles)),
+            TILE_BLOCK=min(16, next_power_of_2(layout.tiles)),
         )
         launch(
             self.sums, self.direction, self.arrays.prompt, self.arrays.projection, self.outputs, self.weights,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import launch
+from efe_kernels.common.launch import launch, next_power_of_2
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     add_rows,
@@ -419,7 +419,7 @@ def policy_gradient_loss_forward(
             TILE=tile, num_warps=8 if tile == TILE_LIMIT else 4, **OPTIONS,
         )  # fmt: skip
         if partial is not None:
-            lanes = min(triton.next_power_of_2(parts), PARTS_LIMIT)
+            lanes = min(next_power_of_2(parts), PARTS_LIMIT)
             launch(
                 policy_gradient_loss_finish_kernel, (1,), partial, losses, diagnostics, settings,
                 CRITIC=inputs.value is not None, PARTS=lanes, num_warps=4, **OPTIONS,

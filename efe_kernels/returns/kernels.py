@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import PreparedLaunch, kept, signature
+from efe_kernels.common.launch import PreparedLaunch, cdiv, kept, next_power_of_2, signature
 from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, load, store
 from efe_kernels.returns.reference import Ends, Settings, Transitions, given
 
@@ -317,10 +317,10 @@ def prepared(
         constants = {"ROWS": 64, "num_warps": 2}
         kernel, length = serial, tl.constexpr(steps)
     else:
-        time = min(triton.next_power_of_2(steps), SCAN_STEPS)
-        constants = {"ROWS": SCAN_TILE // time, "TIME": time, "CHUNKS": triton.cdiv(steps, time), "num_warps": 4}
+        time = min(next_power_of_2(steps), SCAN_STEPS)
+        constants = {"ROWS": SCAN_TILE // time, "TIME": time, "CHUNKS": cdiv(steps, time), "num_warps": 4}
         kernel, length = scan, steps
-    grid = (triton.cdiv(count, constants["ROWS"]),)
+    grid = (cdiv(count, constants["ROWS"]),)
     rows = Rows(count, length, *like.stride(), *strides(gammas), *strides(lams))
     return PreparedLaunch(kernel, grid, {**constants, **OPTIONS}), rows
 

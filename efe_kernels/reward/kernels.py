@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efe_kernels.common.launch import cdiv, launch, next_power_of_2
 from efe_kernels.common.triton import OPTIONS, as_bytes, launch_guard, members, unit_clamp
 from efe_kernels.reward.reference import IGNORE_INDEX, in_palette, size_score
 
@@ -231,10 +232,12 @@ def grid_reward(
     out = torch.empty(14, batch, dtype=torch.float32, device=target.device)
     if batch == 0:
         return out
-    palette = triton.next_power_of_2(num_colors)
+    palette = next_power_of_2(num_colors)
     cells = min(256, max(32, 4096 // palette))
     with launch_guard(target):
-        grid_reward_kernel[(batch,)](
+        launch(
+            grid_reward_kernel,
+            (batch,),
             prediction(before, height, width),
             prediction(after, height, width),
             grid(target),
@@ -246,7 +249,7 @@ def grid_reward(
             C=num_colors,
             PALETTE=palette,
             CELLS=cells,
-            BLOCKS=triton.cdiv(height * width, cells),
+            BLOCKS=cdiv(height * width, cells),
             **OPTIONS,
         )
     return out
