@@ -253,7 +253,9 @@ def anchor_divergence(logs, target_preference, tile, shape):
     log_anchors = ()
     divergence = tl.zeros_like(row)
     for c in tl.static_range(shape.C):
-        log_anchor = log2(tl.maximum(anchors[c], TARGET_PREFERENCE_FLOOR), shape.APPROX)
+        log_anchor = log2(
+            tl.maximum(anchors[c], TARGET_PREFERENCE_FLOOR, propagate_nan=tl.PropagateNan.ALL), shape.APPROX
+        )
         log_anchors = log_anchors + (log_anchor,)
         divergence += tl.exp2(logs[c]) * (logs[c] - log_anchor)
     is_set = tile.counted & (row != 0)
@@ -331,20 +333,27 @@ def add_anchor(gradients, logs, log_anchors, distance, is_set, weight, C: tl.con
 
 
 @triton.jit
+def prompt_logit(x):
+    """A logit as the prompt term reads it; a NaN stays one."""
+    return tl.clamp(x, -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def add_step(sums, xs, information, step, inputs, direction_ptr, tile, shape):
     """What each cell at one step says alone.
 
-    With direction_ptr [T, C] also the sums over the tile of the clamped logits, for the prompt term. A clamped NaN is a
-    finite number: a weight of 0 removes it.
+    With direction_ptr [T, C] also the sums over the tile of the clamped logits, for the prompt term: less that of
+    outcome 0, since what all outcomes of a cell share is no direction and would only cost digits.
     """
     ambiguity = sums.ambiguity
     if inputs.observation_probs is not None:
         ambiguity += observation_entropy(inputs.observation_probs, step, tile, shape)
     if direction_ptr is not None:
-        weight = tl.where(tile.counted, 1.0, 0.0)
-        for c in tl.static_range(shape.C):
-            clamped = weight * tl.clamp(xs[c], -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE)
-            tl.store(direction_ptr + step * shape.C + c, tl.sum(clamped))
+        tl.store(direction_ptr + step * shape.C, 0.0)
+        shared = prompt_logit(xs[0])
+        for c in tl.static_range(1, shape.C):
+            own = tl.where(tile.counted, prompt_logit(xs[c]) - shared, 0.0)
+            tl.store(direction_ptr + step * shape.C + c, tl.sum(own))
     return Sums(sums.risk + information, ambiguity, sums.consistency, sums.agreement, sums.missed)
 
 

@@ -664,6 +664,30 @@ def test_nan_in_the_middle_step_is_not_hidden(steps: int, device: str) -> None:
 
 
 @pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize(("name", "term"), [("logits", "prompt"), ("target_preference", "anchor")])
+def test_nan_is_not_hidden_from_the_only_term_that_counts(name: str, term: str, device: str) -> None:
+    inputs = Case(valid=False).inputs(device=device)
+    with torch.no_grad():
+        inputs[name][..., 1, 1, 3] = float("nan")
+    weights = {each: float(each == term) for each in vars(WEIGHTS)}
+    output, _ = run(inputs, weights=EFEWeights(**weights))
+    assert output.total.isnan().all() and output.terms[term].isnan().all()
+
+
+@pytest.mark.usefixtures("served_by")
+def test_what_all_outcomes_of_a_cell_share_is_no_direction(device: str) -> None:
+    inputs = Case(valid=False).inputs(device=device)
+    expected = run(inputs)[0].terms["prompt"]
+    with torch.no_grad():
+        inputs["logits"][:, :, 0, 0] = 3e4  # beyond the range that is read
+    left_out = run(inputs)[0].terms["prompt"]
+    with torch.no_grad():
+        inputs["logits"][:, :, 0, 0] = 0
+    assert_close("prompt", left_out, run(inputs)[0].terms["prompt"], TOLERANCE[torch.float32])
+    assert not torch.equal(left_out, expected)
+
+
+@pytest.mark.usefixtures("served_by")
 def test_an_episode_without_a_counted_cell_reads_no_prompt(device: str) -> None:
     inputs = Case(steps=3, backward=True).inputs(device=device)
     inputs["valid"][1] = False
