@@ -145,6 +145,8 @@ def prompt_term(
         mask = real[:, None] & (d[None, :] < shape.D)
         w = tl.load(projection.ptr + offset, mask=mask, other=0.0).to(tl.float32)
         u += tl.sum(w * e[None, :], axis=1)
+    size = tl.maximum(tl.max(tl.abs(u)), 1.0)
+    u = u / size  # so that no square overflows
     u_norm = tl.sqrt(tl.sum(u * u))
     total = 0.0
     grad_u = tl.zeros((C_BLOCK,), tl.float32)
@@ -163,7 +165,7 @@ def prompt_term(
         grad_z = tl.where(short, 0.0, -(u * u_inverse - cosine * z * z_inverse) * z_inverse / T)
         grad_z = (grad_z - tl.sum(tl.where(real, grad_z, 0.0)) / C) * share
         tl.store(saved_ptr + 1 + t * C + outcome, grad_z, mask=real)
-    tl.store(saved_ptr + 1 + T * C + outcome, grad_u, mask=real)
+    tl.store(saved_ptr + 1 + T * C + outcome, grad_u / size, mask=real)
     return total
 
 

@@ -153,10 +153,12 @@ def anchor_divergence(log_c: Tensor, target_preference: Tensor) -> Tensor:
 
 def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x over its length, along the last dimension, and one over that length; both 0 where x has no direction."""
+    size = x.detach().abs().amax(-1, keepdim=True).clamp_min(1)
+    x = x / size  # so that no square overflows
     square = (x * x).sum(-1, keepdim=True)
     defined = square > SHORTEST_DIRECTION**2
     inverse = torch.where(defined, torch.where(defined, square, 1).rsqrt(), 0)
-    return x * inverse, inverse
+    return x * inverse, inverse / size
 
 
 def without_direction(z: Tensor, u: Tensor) -> Tensor:

@@ -688,6 +688,17 @@ def test_what_all_outcomes_of_a_cell_share_is_no_direction(device: str) -> None:
 
 
 @pytest.mark.usefixtures("served_by")
+def test_the_length_of_a_prompt_is_no_direction(device: str) -> None:
+    inputs = Case(valid=False, anchor=False).inputs(device=device)
+    expected, gradients = run(inputs)
+    with torch.no_grad():
+        inputs["projection"] *= 2.0**120
+    output, longer = run(inputs)
+    assert_close("prompt", output.terms["prompt"], expected.terms["prompt"].double().cpu(), TOLERANCE[torch.float32])
+    assert_close("logits", longer["logits"], gradients["logits"].double().cpu(), TOLERANCE[torch.float32])
+
+
+@pytest.mark.usefixtures("served_by")
 def test_an_episode_without_a_counted_cell_reads_no_prompt(device: str) -> None:
     inputs = Case(steps=3, backward=True).inputs(device=device)
     inputs["valid"][1] = False
