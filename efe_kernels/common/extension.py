@@ -19,6 +19,7 @@ OLDEST_TORCH = "2.10"
 """Whose stable interface the extension is built on: it loads with this torch and every later one (setup.py)."""
 CPU, CUDA = "efe_kernels._C", "efe_kernels._C_cuda"
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+SOURCE_FOLDER = Path(__file__).parents[2]
 
 
 def load() -> str | None:
@@ -30,6 +31,12 @@ def load() -> str | None:
             f"{REBUILD}"
         )
     file = file_of(CPU)
+    if file is None and (SOURCE_FOLDER / "setup.py").exists():
+        return (
+            "the C++ extension was not built in the source folder, where Python finds the sources before what is "
+            "installed, so CPU tensors and the prompt ops are served by plain PyTorch. Run from another folder, or "
+            "with a C++ compiler build it there: pip install --no-build-isolation --editable ."
+        )
     if file is None:
         return (
             "the C++ extension was not built, so CPU tensors and the prompt ops are served by plain PyTorch. Install a "

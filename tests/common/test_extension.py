@@ -187,11 +187,17 @@ def test_an_extension_of_any_torch_loads(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert imported == ["efe_kernels._C"]
 
 
-def test_an_extension_that_was_not_built_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sources", "remedy"), [(False, extension.REBUILD), (True, "Run from another folder")])
+def test_an_extension_that_was_not_built_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sources: bool, remedy: str
+) -> None:
     pretend(monkeypatch, None)
+    monkeypatch.setattr(extension, "SOURCE_FOLDER", tmp_path)
+    if sources:
+        (tmp_path / "setup.py").touch()
     problem = extension.load()
     assert problem is not None
-    assert "was not built" in problem and extension.REBUILD in problem
+    assert "was not built" in problem and remedy in problem
 
 
 def test_the_extension_knows_the_torch_that_it_was_built_with() -> None:

@@ -223,8 +223,11 @@ def isolation_off(matrix: Matrix) -> str:
     """the two commands that the isolated build names"""
     matrix.wheel(matrix.base)  # the objects are compiled once
     made = matrix.ready("two-commands")
-    made.run(matrix.commands[1], matrix.source(f"python-{matrix.base.release}-torch-{matrix.base.torch}"))
-    return f"works, {check(made, 'C++')['backend']} serves"
+    source = matrix.source(f"python-{matrix.base.release}-torch-{matrix.base.torch}")
+    made.run(matrix.commands[1], source)
+    told = made.run('python -c "import efe_kernels"', source)
+    expect("Run from another folder" in told, "in the source folder the import does not say that it takes the sources")
+    return f"works, {check(made, 'C++')['backend']} serves; in the source folder the import says where it serves"
 
 
 def isolation_off_without_torch(matrix: Matrix) -> str:
