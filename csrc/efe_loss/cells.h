@@ -26,6 +26,12 @@ struct CellView {
     int64_t width = 1, outcomes = 0;
 
     explicit operator bool() const { return data != nullptr; }
+    int64_t value_size() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+    // Whether the cells of one outcome lie side by side; where they are floats, as the arithmetic takes them; and whether
+    // the outcomes of a cell lie side by side, cell after cell.
+    bool side_by_side() const { return stride_cell == 1 && stride_row == width; }
+    bool in_rows() const { return dtype == Dtype::float32 && side_by_side(); }
+    bool in_cells() const { return stride_outcome == 1 && stride_cell == outcomes && stride_row == width * outcomes; }
 };
 
 inline CellView view_of(const Tensor& tensor) {

@@ -17,24 +17,6 @@
 namespace efe::efe_loss {
 namespace {
 
-// Upstream gradients of one episode, over the number of addends of each term's mean.
-template <class A>
-struct Upstream {
-    A risk, own_ambiguity, observed_ambiguity, consistency, agreement, anchor;
-    const A* direction;  // [T, C], or null
-    A direction_weight;
-};
-
-// Where gradients are written; absent or null where they are not asked for.
-template <class A>
-struct Gradients {
-    CellView logits, backward_logits, final_logits, observation_probs, preference_per_episode;
-    A* preference = nullptr;  // [chunks, H * W, C]
-    A* scales = nullptr;      // [B, blocks, C]
-
-    bool any_of_preference() const { return preference != nullptr || scales != nullptr || preference_per_episode; }
-};
-
 // p (f - sum p f), in place of f; p is added to p_sums.
 template <class A>
 void softmax_gradient(const A* p, int64_t outcomes, A* f, A* p_sums) {
@@ -224,13 +206,13 @@ Upstream<A> upstream_of_episode(const Problem<A>& p, const A* terms, const A* ke
             terms[prompt_term]};
 }
 
-template <class A, class UpstreamOf>
-void backward_blocks(const Problem<A>& p, const UpstreamOf& upstream_of, const Gradients<A>& out) {
+template <class A>
+void backward_blocks(const Problem<A>& p, const std::vector<Upstream<A>>& upstream, const Gradients<A>& out) {
     for_each_block(
         p,
         [&](const Block<A>& block, int64_t episode, int64_t chunk, Scratch<A>& scratch) {
             if (episode == chunk * p.chunk_size()) std::fill_n(scratch.preference_sum, scratch.size, A(0));
-            backward_block(p, episode, block, upstream_of(episode), out, scratch);
+            backward_block(p, episode, block, upstream[episode], out, scratch);
         },
         [&](const Block<A>& block, int64_t chunk, Scratch<A>& scratch) {
             if (out.preference == nullptr) return;
@@ -273,10 +255,14 @@ std::vector<Tensor> backward(const Inputs& inputs, const Settings& settings, con
         scales.reset(new A[p.batch * p.blocks * p.outcomes]);
         out.scales = scales.get();
     }
-    const auto upstream_of = [&](int64_t b) {
-        return upstream_of_episode(p, upstream.data() + b * kTerms, kept(b), has_direction);
-    };
-    backward_blocks(p, upstream_of, out);
+    std::vector<Upstream<A>> of_episodes;
+    for (int64_t b = 0; b < p.batch; ++b)
+        of_episodes.push_back(upstream_of_episode(p, upstream.data() + b * kTerms, kept(b), has_direction));
+    if (p.in_registers()) {
+        if constexpr (std::is_same_v<A, float>) backward_in_registers(p, of_episodes, out);
+    } else {
+        backward_blocks(p, of_episodes, out);
+    }
 
     // The gradient with respect to `like`, from a row-major one that write(data) writes.
     const auto add = [&](const Tensor& like, const auto& write) {

@@ -19,9 +19,6 @@
 namespace efe::efe_loss {
 namespace {
 
-// What is summed over cells, beside the direction of the plan: the first five terms, wrong cells, counted cells.
-constexpr int64_t kSums = 7;
-enum Sum { wrong_cells = 5, counted_cells = 6 };
 constexpr double kShortestDirection = 1e-8;
 
 // Risk of one step, added per cell.
@@ -180,24 +177,6 @@ Direction prompt_direction(const double* sums, const double* u, int64_t steps, i
     return found;
 }
 
-// What the blocks of each episode have added: values [B, blocks, width], the sums and then the direction.
-struct Partials {
-    int64_t blocks, width;
-    std::vector<double> values;
-
-    Partials(int64_t batch, int64_t blocks, int64_t width)
-        : blocks(blocks), width(width), values(batch * blocks * width) {}
-
-    double* of(int64_t episode, int64_t block) { return values.data() + (episode * blocks + block) * width; }
-
-    std::vector<double> total(int64_t episode) {
-        std::vector<double> sums(width);
-        for (int64_t block = 0; block < blocks; ++block)
-            for (int64_t i = 0; i < width; ++i) sums[i] += of(episode, block)[i];
-        return sums;
-    }
-};
-
 struct Outputs {
     Tensor total, mask_ratio, hard_cell_scale;  // [B]
     Tensor terms;                               // [B, kTerms]
@@ -251,13 +230,17 @@ Outputs forward(const Inputs& inputs, const Settings& settings) {
     const Problem<A> p(inputs, settings.ignore_index);
     const bool has_direction = inputs.has_direction();
     Partials partials(p.batch, p.blocks, kSums + (has_direction ? p.steps * p.outcomes : 0));
-    for_each_block(
-        p,
-        [&](const Block<A>& block, int64_t episode, int64_t, Scratch<A>& scratch) {
-            double* sums = partials.of(episode, block.first / kCells);
-            forward_block(p, episode, block, scratch, sums, has_direction ? sums + kSums : nullptr);
-        },
-        [](const Block<A>&, int64_t, Scratch<A>&) {});
+    if (p.in_registers()) {
+        if constexpr (std::is_same_v<A, float>) forward_in_registers(p, partials);
+    } else {
+        for_each_block(
+            p,
+            [&](const Block<A>& block, int64_t episode, int64_t, Scratch<A>& scratch) {
+                double* sums = partials.of(episode, block.first / kCells);
+                forward_block(p, episode, block, scratch, sums, has_direction ? sums + kSums : nullptr);
+            },
+            [](const Block<A>&, int64_t, Scratch<A>&) {});
+    }
     std::vector<double> u(has_direction ? p.batch * p.outcomes : 0);  // [B, C]
     if (has_direction) product(table_of(*inputs.prompt), table_of(*inputs.projection).transposed(), u.data());
     Outputs out(p.batch, has_direction ? 1 + (p.steps + 1) * p.outcomes : 1, CppTypeToScalarType<A>::value,

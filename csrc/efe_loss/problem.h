@@ -10,6 +10,7 @@
 #include <cmath>
 #include <iterator>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -23,6 +24,10 @@ namespace efe::efe_loss {
 
 constexpr int64_t kTerms = 7;
 enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_term };
+
+// Outcomes whose values a few cells have in registers, in float arithmetic.
+constexpr int64_t kFewestInRegisters = 2, kMostInRegisters = 16;
+constexpr int64_t kCellsInRegisters = 4096;  // of a task; a multiple of every register's lanes
 
 constexpr double kPromptLogitRange = 1e4;
 constexpr double kTargetPreferenceFloor = 1e-8;
@@ -50,12 +55,21 @@ struct Settings {
     int64_t max_cells, ignore_index;
 };
 
+// An x86 CPU without AVX2 goes the way of many outcomes: to compile for it, too, would take half as long again.
+template <class A>
+bool fits_registers(int64_t outcomes) {
+#if defined(__x86_64__)
+    if (cpu_capability() == Capability::baseline) return false;
+#endif
+    return std::is_same_v<A, float> && outcomes >= kFewestInRegisters && outcomes <= kMostInRegisters;
+}
+
 // The inputs as the kernels read them. Small tensors are converted once: log-free copies, one row of cells per outcome.
 template <class A>
 struct Problem {
     static constexpr int64_t kMaxChunks = 16;
 
-    int64_t batch, steps, num_cells, outcomes, blocks, chunks, pairs;
+    int64_t batch, steps, num_cells, outcomes, block_size, blocks, chunks, pairs;
     CellView logits, backward_logits, final_logits, observation_probs, preference_logits;
     Tensor target;                                                    // [B, H * W]
     std::unique_ptr<bool[]> counted;                                  // [B, H * W]
@@ -66,7 +80,10 @@ struct Problem {
     Problem(const Inputs& inputs, int64_t ignore_index);
 
     int64_t chunk_size() const { return (batch + chunks - 1) / chunks; }
+    bool in_registers() const { return block_size == kCellsInRegisters; }
     bool has_target_preference() const { return target_preference != nullptr; }
+    // Whether the preference of a cell is another one in another episode.
+    bool preference_varies() const { return preference_per_episode || scales != nullptr; }
     const A* scales_of(int64_t episode) const {  // [C], or null
         return scales != nullptr ? scales.get() + episode * outcomes : nullptr;
     }
@@ -98,7 +115,8 @@ Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
       steps(inputs.logits.size(1)),
       num_cells(inputs.logits.size(2) * inputs.logits.size(3)),
       outcomes(inputs.logits.size(4)),
-      blocks((num_cells + kCells - 1) / kCells),
+      block_size(fits_registers<A>(outcomes) ? kCellsInRegisters : kCells),
+      blocks((num_cells + block_size - 1) / block_size),
       chunks(std::min(batch, kMaxChunks)),
       pairs(inputs.backward_logits.has_value() ? steps : (steps + 1) / 2),
       logits(view_of(inputs.logits)),
@@ -125,6 +143,54 @@ Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
                        [](A x) { return std::log(x < A(kTargetPreferenceFloor) ? A(kTargetPreferenceFloor) : x); });
     }
 }
+
+// What is summed over cells, beside the direction of the plan: the first five terms, wrong cells, counted cells.
+constexpr int64_t kSums = 7;
+enum Sum { wrong_cells = 5, counted_cells = 6 };
+
+// What the blocks of each episode have added: values [B, blocks, width], the sums and then the direction.
+struct Partials {
+    int64_t blocks, width;
+    std::vector<double> values;
+
+    Partials(int64_t batch, int64_t blocks, int64_t width)
+        : blocks(blocks), width(width), values(batch * blocks * width) {}
+
+    bool has_direction() const { return width > kSums; }
+
+    double* of(int64_t episode, int64_t block) { return values.data() + (episode * blocks + block) * width; }
+
+    std::vector<double> total(int64_t episode) {
+        std::vector<double> sums(width);
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int64_t i = 0; i < width; ++i) sums[i] += of(episode, block)[i];
+        return sums;
+    }
+};
+
+// Upstream gradients of one episode, over the number of addends of each term's mean.
+template <class A>
+struct Upstream {
+    A risk, own_ambiguity, observed_ambiguity, consistency, agreement, anchor;
+    const A* direction;  // [T, C], or null
+    A direction_weight;
+};
+
+// Where gradients are written; absent or null where they are not asked for.
+template <class A>
+struct Gradients {
+    CellView logits, backward_logits, final_logits, observation_probs, preference_per_episode;
+    A* preference = nullptr;  // [chunks, H * W, C]
+    A* scales = nullptr;      // [B, blocks, C]
+
+    bool any_of_preference() const { return preference != nullptr || scales != nullptr || preference_per_episode; }
+};
+
+// The sums of every block of every episode, and all gradients that cells write: forward_in_registers.cpp and
+// backward_in_registers.cpp.
+void forward_in_registers(const Problem<float>& p, Partials& partials);
+void backward_in_registers(const Problem<float>& p, const std::vector<Upstream<float>>& upstream,
+                           const Gradients<float>& out);
 
 // The preference of a block [C, kCells]: its logits as given and times the scales of the prompt, its probabilities c.
 template <class A>
