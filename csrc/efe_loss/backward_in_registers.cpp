@@ -20,7 +20,8 @@ struct Backward : Registers<C, N> {
     using typename R::Target;
     using typename R::V;
 
-    // What the gradient of one step multiplies log p, log c and log p - log(p + q) with.
+    // What the gradient of one step multiplies log p, log c and log p - log(p + q) with; of a plan to compare with, the
+    // last one alone.
     struct Weights {
         V own, risk, agreement;
     };
@@ -39,12 +40,13 @@ struct Backward : Registers<C, N> {
                                          const Place& at, int64_t t, bool is_plan, const Rows& x, const Step& s,
                                          const V* log_both, V both_mean, const Weights& w, V lowest) {
         const Target to(view, at.episode, t, at.first, at.count, at.room);
-        const V mean = w.own * s.d_mean - w.risk * s.cross + w.agreement * both_mean;
+        V mean = w.agreement * both_mean;
+        if (is_plan) mean += w.own * s.d_mean - w.risk * s.cross;
         EFE_UNROLL
         for (int c = 0; c < C; ++c) {
             const V d = R::shifted(x[c], s.top, lowest);
             V f = w.agreement * (d - log_both[c]) - mean;
-            f = f + w.own * d - w.risk * at.log_c[c];
+            if (is_plan) f = f + w.own * d - w.risk * at.log_c[c];
             to.set(c, R::where(at.counted, s.e[c] * f));
         }
         if (is_plan && up.direction != nullptr) add_direction(x, up.direction + t * C, up.direction_weight, at, to);
@@ -112,6 +114,9 @@ struct Backward : Registers<C, N> {
                 b_mean += b.e[c] * (R::shifted(y[c], b.top, lowest) - log_both[c]);
                 p_sums[c] += separate ? a.e[c] : both;
             }
+            // A NaN of the one reaches the gradient of the other.
+            a_mean += 0.0f * b.inverse;
+            b_mean += 0.0f * a.inverse;
             if (out.logits) step_gradient(p, out.logits, up, at, t, true, x, a, log_both, a_mean, plan, lowest);
             const Weights backward_plan{V{}, V{}, R::all(js)};
             const CellView& written = separate ? out.backward_logits : out.logits;
@@ -141,7 +146,8 @@ struct Backward : Registers<C, N> {
             const Target to(out.observation_probs, at.episode, t, at.first, at.count, at.room);
             EFE_UNROLL
             for (int c = 0; c < C; ++c) {
-                const V log_p = R::log_finite(R::at_least(R::all(kSmallest), probs[c]));
+                const V floored = R::at_least(R::all(kSmallest), probs[c]);
+                const V log_p = floored < std::numeric_limits<float>::infinity() ? R::log_finite(floored) : floored;
                 const V gradient = -up.observed_ambiguity * (probs[c] >= kSmallest ? log_p + 1.0f : log_p);
                 to.set(c, R::where(at.counted, gradient));
             }
@@ -173,7 +179,7 @@ struct Backward : Registers<C, N> {
             if (by_scale != nullptr)
                 R::store(by_scale + c * N, R::load(by_scale + c * N) +
                                                R::where(at.counted, row * R::preference_logit(logits, c)));
-            if (scales != nullptr) row *= scales[c];
+            if (scales != nullptr) row = R::where(at.counted, row * scales[c]);
             if (shared != nullptr) R::store(shared + c * N, R::load(shared + c * N) + row);
             R::store(rows + c * N, row);
         }
@@ -194,7 +200,9 @@ struct Backward : Registers<C, N> {
                                int64_t cells) {
         const V lowest = R::lowest_exponent();
         const int64_t registers = (cells + N - 1) / N;
-        const std::unique_ptr<float[]> preferences(new float[2 * registers * R::kSize]);
+        // One that varies is made anew for each register of each episode.
+        const int64_t kept = p.preference_varies() ? 1 : registers;
+        const std::unique_ptr<float[]> preferences(new float[2 * kept * R::kSize]);
         const std::unique_ptr<float[]> shared(out.preference != nullptr ? new float[registers * R::kSize]() : nullptr);
         alignas(64) float staged[3 * R::kSize], by_scale[R::kSize] = {};
         const int64_t from = chunk * p.chunk_size(), to = std::min(from + p.chunk_size(), p.batch);
@@ -203,7 +211,7 @@ struct Backward : Registers<C, N> {
             double scale_sums[C] = {};
             for (int64_t k = 0; k < registers; ++k) {
                 const int64_t first = begin + k * N, count = std::min<int64_t>(N, cells - k * N);
-                float* const c = preferences.get() + 2 * k * R::kSize;
+                float* const c = preferences.get() + 2 * (k % kept) * R::kSize;
                 const Preference preference{c, c + R::kSize};
                 if (episode == from || p.preference_varies())
                     R::load_preference(p, episode, first, count, lowest, staged, preference);

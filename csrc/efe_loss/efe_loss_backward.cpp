@@ -71,13 +71,12 @@ void observation_gradient(const A* probs, int64_t outcomes, A weight, A* grad) {
 template <class A>
 void pair_gradient(const A* p, const A* q, const A* log_c, int64_t size, A own, A risk_weight, A js, bool separate,
                    A* d, A* e) {
-    const A q_own = separate ? A(0) : own, q_risk = separate ? A(0) : risk_weight;
     vectorized([&]() EFE_SIMD_BODY {
         EFE_INDEPENDENT
         for (int64_t i = 0; i < size; ++i) {
             const A log_sum = js * log_floored(p[i] + q[i]);
             d[i] = (own + js) * d[i] - risk_weight * log_c[i] - log_sum;
-            e[i] = (q_own + js) * e[i] - q_risk * log_c[i] - log_sum;
+            e[i] = (separate ? A(0) : own * e[i] - risk_weight * log_c[i]) + js * e[i] - log_sum;
         }
     });
 }

@@ -129,7 +129,9 @@ struct Forward : Registers<C, N> {
                                Partials& partials) {
         const V lowest = R::lowest_exponent();
         const int64_t registers = (cells + N - 1) / N;
-        const std::unique_ptr<float[]> preferences(new float[2 * registers * R::kSize]);
+        // One that varies is made anew for each register of each episode.
+        const int64_t kept = p.preference_varies() ? 1 : registers;
+        const std::unique_ptr<float[]> preferences(new float[2 * kept * R::kSize]);
         const std::unique_ptr<float[]> lanes(partials.has_direction() ? new float[p.steps * R::kSize]() : nullptr);
         alignas(64) float staged[3 * R::kSize];
         const int64_t from = chunk * p.chunk_size(), to = std::min(from + p.chunk_size(), p.batch);
@@ -138,7 +140,7 @@ struct Forward : Registers<C, N> {
             Sums sums{};
             for (int64_t k = 0; k < registers; ++k) {
                 const int64_t first = begin + k * N, count = std::min<int64_t>(N, cells - k * N);
-                float* const c = preferences.get() + 2 * k * R::kSize;
+                float* const c = preferences.get() + 2 * (k % kept) * R::kSize;
                 const Preference preference{c, c + R::kSize};
                 if (episode == from || p.preference_varies())
                     R::load_preference(p, episode, first, count, lowest, staged, preference);

@@ -25,9 +25,9 @@ namespace efe::efe_loss {
 constexpr int64_t kTerms = 7;
 enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_term };
 
-// Outcomes whose values a few cells have in registers, in float arithmetic.
+// Numbers of outcomes with which cells are computed in registers, in float arithmetic.
 constexpr int64_t kFewestInRegisters = 2, kMostInRegisters = 16;
-constexpr int64_t kCellsInRegisters = 4096;  // of a task; a multiple of every register's lanes
+constexpr int64_t kCellsInRegisters = 1024;  // of a task; a multiple of every register's lanes
 
 constexpr double kPromptLogitRange = 1e4;
 constexpr double kTargetPreferenceFloor = 1e-8;
@@ -80,7 +80,7 @@ struct Problem {
     Problem(const Inputs& inputs, int64_t ignore_index);
 
     int64_t chunk_size() const { return (batch + chunks - 1) / chunks; }
-    bool in_registers() const { return block_size == kCellsInRegisters; }
+    bool in_registers() const { return block_size != kCells; }
     bool has_target_preference() const { return target_preference != nullptr; }
     // Whether the preference of a cell is another one in another episode.
     bool preference_varies() const { return preference_per_episode || scales != nullptr; }

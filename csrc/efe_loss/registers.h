@@ -24,8 +24,6 @@
 
 namespace efe::efe_loss {
 
-#define EFE_UNROLL _Pragma("GCC unroll 16")
-
 constexpr float kLn2 = static_cast<float>(math::kLn2);
 // Registers of cells after which the sums of their lanes are handed on in double.
 constexpr int64_t kRegistersInSum = 16;
@@ -95,7 +93,7 @@ struct Registers {
     // From where on e^x counts as 0. GCC 12 compares and blends with a constant that it knows.
     static EFE_INLINE V lowest_exponent() {
         V low = all(-88.0f);
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(__clang__)
         asm("" : "+v"(low));
 #endif
         return low;
@@ -126,9 +124,9 @@ struct Registers {
         return p * reinterpret_cast<V>(reinterpret_cast<U>(shifted) << 23);
     }
 
-    // log(x) to below 1 ulp for normal x > 0, and something finite for 0 and the subnormals, so that 0 * log(0) is 0:
-    // x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = z + z^2 g(z), z = m - 1, with a minimax polynomial g. The
-    // exponent stays where it is in the word.
+    // log(x) to below 1 ulp for normal x > 0: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = z + z^2 g(z) with
+    // z = m - 1 and a minimax polynomial g. The exponent stays where it is in the word. Something finite for every other
+    // x, so that 0 * log(0) is 0: for an infinity and a NaN, too.
     static EFE_INLINE V log_finite(V x) {
         const I bits = reinterpret_cast<I>(x), exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000);
         const V z = reinterpret_cast<V>(bits - exponent) - 1.0f;
@@ -155,8 +153,7 @@ struct Registers {
 
     // The first of each four outcomes; the last four overlap those before, and are read and written twice.
     static constexpr int kGroups = (C + 3) / 4;
-    static constexpr int group(int g) { return std::min(4 * g, C - 4); }
-    static constexpr bool kTransposes = C >= 4;
+    static constexpr int group(int g) { return std::min(4 * g, C - 4); }  // where C is at least 4
 
     // Of four registers, which hold four lanes of each of the cells i, i + 4, ..., one for i = 0 to 3: the rows of the
     // four lanes, and the reverse.
@@ -168,20 +165,25 @@ struct Registers {
         d = high_halves(ab2, cd2);
     }
 
-    // Within each four lanes: x0 y0 x1 y1, x2 y2 x3 y3, x0 x1 y0 y1, x2 x3 y2 y3.
-#define EFE_SHUFFLE(name, i, j, k, l)                                                                                  \
-    static EFE_INLINE V name(V x, V y) {                                                                              \
-        if constexpr (N == 16)                                                                                        \
-            return __builtin_shufflevector(x, y, EFE_FOUR(i, j, k, l, 0, 16), EFE_FOUR(i, j, k, l, 4, 16),            \
-                                           EFE_FOUR(i, j, k, l, 8, 16), EFE_FOUR(i, j, k, l, 12, 16));                \
-        else if constexpr (N == 8)                                                                                    \
-            return __builtin_shufflevector(x, y, EFE_FOUR(i, j, k, l, 0, 8), EFE_FOUR(i, j, k, l, 4, 8));             \
-        else                                                                                                          \
-            return __builtin_shufflevector(x, y, EFE_FOUR(i, j, k, l, 0, 4));                                         \
+    // Within each four lanes: x0 y0 x1 y1, x2 y2 x3 y3, x0 x1 y0 y1, x2 x3 y2 y3. GCC has __builtin_shufflevector from
+    // 12 on.
+#ifdef __clang__
+#define EFE_SHUFFLED(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define EFE_SHUFFLED(x, y, ...) __builtin_shuffle(x, y, I{__VA_ARGS__})
+#endif
+#define EFE_LANE(i, first) ((i) < 4 ? (i) + (first) : (i) - 4 + (first) + N)
+#define EFE_FOUR(i, j, k, l, first) EFE_LANE(i, first), EFE_LANE(j, first), EFE_LANE(k, first), EFE_LANE(l, first)
+#define EFE_SHUFFLE(name, i, j, k, l)                                                                           \
+    static EFE_INLINE V name(V x, V y) {                                                                       \
+        if constexpr (N == 16)                                                                                 \
+            return EFE_SHUFFLED(x, y, EFE_FOUR(i, j, k, l, 0), EFE_FOUR(i, j, k, l, 4), EFE_FOUR(i, j, k, l, 8), \
+                                EFE_FOUR(i, j, k, l, 12));                                                     \
+        else if constexpr (N == 8)                                                                             \
+            return EFE_SHUFFLED(x, y, EFE_FOUR(i, j, k, l, 0), EFE_FOUR(i, j, k, l, 4));                        \
+        else                                                                                                   \
+            return EFE_SHUFFLED(x, y, EFE_FOUR(i, j, k, l, 0));                                                 \
     }
-#define EFE_FOUR(i, j, k, l, first, size) \
-    EFE_LANE(i, first, size), EFE_LANE(j, first, size), EFE_LANE(k, first, size), EFE_LANE(l, first, size)
-#define EFE_LANE(i, first, size) ((i) < 4 ? (i) + (first) : (i) - 4 + (first) + (size))
     EFE_SHUFFLE(low_pairs, 0, 4, 1, 5)
     EFE_SHUFFLE(high_pairs, 2, 6, 3, 7)
     EFE_SHUFFLE(low_halves, 0, 1, 4, 5)
@@ -189,22 +191,29 @@ struct Registers {
 #undef EFE_SHUFFLE
 #undef EFE_FOUR
 #undef EFE_LANE
+#undef EFE_SHUFFLED
 
-    // Four values of each of the cells 0, 4, ..., which are C apart.
+    // Four values of each of the cells 0, 4, ..., which are C apart. Not through memory, from where four short stores
+    // would not be handed on to a long load.
     static EFE_INLINE V load_quads(const float* from) {
         using Quad = typename Lanes<N>::Quad;
         const auto quad = [&](int cell) EFE_SIMD_BODY {
             return Quad(*reinterpret_cast<const typename Lanes<N>::QuadAnywhere*>(from + cell * C));
         };
-        if constexpr (N == 4) {
-            return quad(0);
-        } else if constexpr (N == 8) {
-            return __builtin_shufflevector(quad(0), quad(4), 0, 1, 2, 3, 4, 5, 6, 7);
-        } else {
-            const auto low = __builtin_shufflevector(quad(0), quad(4), 0, 1, 2, 3, 4, 5, 6, 7);
+        if constexpr (N == 4) return quad(0);
+#if defined(__clang__) || __GNUC__ >= 12
+        const auto low = __builtin_shufflevector(quad(0), quad(4), 0, 1, 2, 3, 4, 5, 6, 7);
+        if constexpr (N == 8) {
+            return low;
+        } else if constexpr (N == 16) {
             const auto high = __builtin_shufflevector(quad(8), quad(12), 0, 1, 2, 3, 4, 5, 6, 7);
             return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         }
+#endif
+        V found{};
+        for (int j = 0; j < N / 4; ++j)
+            for (int i = 0; i < 4; ++i) found[4 * j + i] = quad(4 * j)[i];
+        return found;
     }
 
     static EFE_INLINE void store_quads(float* to, V x) {
@@ -239,14 +248,26 @@ struct Registers {
         }
     }
 
-    // The values [C, N] of `count` cells at one step, 0 from the last cell on.
+    // Both under the instruction set of N lanes.
+    static void transpose_to_rows(const float* cells, float* rows) {
+        with_lanes([&](auto lanes) EFE_SIMD_BODY {
+            if constexpr (decltype(lanes)::value == N && C >= 4) to_rows(cells, rows);
+        });
+    }
+    static void transpose_to_cells(const float* rows, float* cells) {
+        with_lanes([&](auto lanes) EFE_SIMD_BODY {
+            if constexpr (decltype(lanes)::value == N && C >= 4) to_cells(rows, cells);
+        });
+    }
+
+    // The values [C, N] of `count` cells at one step, 0 after the last cell.
     static __attribute__((noinline)) void stage(const CellView& view, int64_t episode, int64_t step, int64_t first,
                                                 int64_t count, float* rows) {
         with_step(view, episode, step, [&](const auto* source) {
-            float cells[kSize];
-            if (count == N && view.in_cells() && kTransposes) {
+            if (count == N && view.in_cells() && C >= 4) {
+                float cells[kSize];
                 convert<1, kSize>(source + first * C, 0, cells, 0);
-                with_lanes([&](auto) EFE_SIMD_BODY { to_rows(cells, rows); });
+                transpose_to_rows(cells, rows);
             } else if (count == N && view.side_by_side()) {
                 convert<C, N>(source + first, view.stride_outcome, rows, N);
             } else {
@@ -263,9 +284,9 @@ struct Registers {
                                                   int64_t count, const float* rows) {
         with_step(view, episode, step, [&](auto* target) {
             using To = std::remove_reference_t<decltype(*target)>;
-            float cells[kSize];
-            if (count == N && view.in_cells() && kTransposes) {
-                with_lanes([&](auto) EFE_SIMD_BODY { to_cells(rows, cells); });
+            if (count == N && view.in_cells() && C >= 4) {
+                float cells[kSize];
+                transpose_to_cells(rows, cells);
                 convert<1, kSize>(cells, 0, target + first * C, 0);
             } else if (count == N && view.side_by_side()) {
                 convert<C, N>(rows, N, target + first, view.stride_outcome);
@@ -334,7 +355,8 @@ struct Registers {
     }
 
     // The rows of a plan are far apart: the hardware sees T * C streams, more than it follows. A share of the next
-    // episode, in the order of memory, is fetched to L2 for every register of cells of this one.
+    // episode, in the order of memory, is fetched to L2 for every register of cells of this one. Where its steps do not
+    // follow each other, that is in vain.
     static EFE_INLINE void prefetch(const Problem<float>& p, const CellView& view, int64_t episode, int64_t first) {
         if (episode + 1 >= p.batch || !(view.side_by_side() || view.in_cells())) return;
         const int64_t of_cell = p.steps * C * view.value_size();

@@ -189,8 +189,8 @@ def softmax(xs, shape):
 
 @triton.jit
 def log2_of_sum(p, q, shape):
-    """log2(p + q), finite where both have underflowed to 0: their weights there are 0."""
-    return log2(tl.maximum(p + q, SMALLEST_NORMAL), shape.APPROX)
+    """log2(p + q), finite where both have underflowed to 0: their weights there are 0. A NaN stays one."""
+    return log2(tl.maximum(p + q, SMALLEST_NORMAL, propagate_nan=tl.PropagateNan.ALL), shape.APPROX)
 
 
 @triton.jit

@@ -309,7 +309,7 @@ def efe_loss_backward(
         grad_scales = (grad_c * preference.clamp_min(LOWEST_LOGIT)).sum((1, 2))
         found["prompt"] = torch.zeros_like(prompt)
         found["prompt"][:, :outcomes] = grad_scales * (scales * (1 - scales))[:, 0, 0]
-        found["preference_logits"] = grad_c * scales
+        found["preference_logits"] = read(grad_c * scales, counted, dtype)
     if preference_logits.dim() == 3:
         found["preference_logits"] = found["preference_logits"].sum(0)
     if prompt is not None and projection is not None:

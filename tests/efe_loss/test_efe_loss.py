@@ -675,6 +675,26 @@ def test_nan_is_not_hidden_from_the_only_term_that_counts(name: str, term: str, 
 
 
 @pytest.mark.usefixtures("served_by")
+def test_nan_of_one_plan_reaches_the_gradient_of_the_other(device: str) -> None:
+    inputs = Case(valid=False, backward=True, steps=2, prompt=False, anchor=False).inputs(device=device)
+    with torch.no_grad():
+        inputs["backward_logits"][0, 0, 1, 1, 3] = float("nan")
+    _, gradients = run(inputs)
+    broken = gradients["logits"].isnan()
+    assert broken[0, 0, 1, 1].all() and broken.sum() == 10
+
+
+@pytest.mark.usefixtures("served_by")
+def test_a_prompt_of_nan_reaches_no_cell_that_does_not_count(device: str) -> None:
+    inputs = Case(preference_per_episode=True, anchor=False).inputs(device=device)
+    with torch.no_grad():
+        inputs["prompt"][0, 2] = float("nan")
+    _, gradients = run(inputs)
+    gradient = gradients["preference_logits"][:, :4, :5]
+    assert (gradient[~inputs["valid"]] == 0).all() and gradient[0].isnan().any() and gradient[1].isfinite().all()
+
+
+@pytest.mark.usefixtures("served_by")
 def test_what_all_outcomes_of_a_cell_share_is_no_direction(device: str) -> None:
     inputs = Case(valid=False).inputs(device=device)
     expected = run(inputs)[0].terms["prompt"]
