@@ -51,7 +51,7 @@ train: $(VENV)/.built
 # The second run puts the Triton kernels behind the same ops and tests, executed by Triton's interpreter; `emulate` does
 # so with the CUDA C++ kernels.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest --ignore tests/emulated
+	$(BIN)/python -m pytest --numprocesses auto --ignore tests/emulated
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/fuzz tests/test_peers.py
 	$(MAKE) emulate
 
