@@ -187,34 +187,17 @@ struct Backward : Registers<C, N> {
             R::unstage(out.preference_per_episode, at.episode, 0, at.first, at.count, rows);
     }
 
-    // Adds the lanes of [C, N] up, and clears them.
-    static EFE_INLINE void hand_on(float* by_scale, double* found) {
-        for (int c = 0; c < C; ++c) {
-            found[c] += R::sum(R::load(by_scale + c * N));
-            R::store(by_scale + c * N, V{});
-        }
-    }
-
-    static EFE_INLINE void run(const Problem<float>& p, const std::vector<Upstream<float>>& upstream,
-                               const Gradients<float>& out, int64_t chunk, int64_t block, int64_t begin,
-                               int64_t cells) {
+    static EFE_INLINE void run(const Problem<float>& p, int64_t chunk, int64_t block, int64_t begin, int64_t cells,
+                               const std::vector<Upstream<float>>& upstream, const Gradients<float>& out) {
         const V lowest = R::lowest_exponent();
-        const int64_t registers = (cells + N - 1) / N;
-        // One that varies is made anew for each register of each episode.
-        const int64_t kept = p.preference_varies() ? 1 : registers;
-        const std::unique_ptr<float[]> preferences(new float[2 * kept * R::kSize]);
-        const std::unique_ptr<float[]> shared(out.preference != nullptr ? new float[registers * R::kSize]() : nullptr);
+        const std::unique_ptr<float[]> shared(
+            out.preference != nullptr ? new float[R::registers_of(cells) * R::kSize]() : nullptr);
         alignas(64) float staged[3 * R::kSize], by_scale[R::kSize] = {};
-        const int64_t from = chunk * p.chunk_size(), to = std::min(from + p.chunk_size(), p.batch);
-        for (int64_t episode = from; episode < to; ++episode) {
-            const Upstream<float>& up = upstream[episode];
-            double scale_sums[C] = {};
-            for (int64_t k = 0; k < registers; ++k) {
-                const int64_t first = begin + k * N, count = std::min<int64_t>(N, cells - k * N);
-                float* const c = preferences.get() + 2 * (k % kept) * R::kSize;
-                const Preference preference{c, c + R::kSize};
-                if (episode == from || p.preference_varies())
-                    R::load_preference(p, episode, first, count, lowest, staged, preference);
+        double scale_sums[C] = {};
+        R::for_each_register(
+            p, chunk, begin, cells, lowest, staged,
+            [&](int64_t episode, int64_t k, int64_t first, int64_t count, const Preference& preference) EFE_SIMD_BODY {
+                const Upstream<float>& up = upstream[episode];
                 const Place at{episode,
                                first,
                                count,
@@ -232,13 +215,16 @@ struct Backward : Registers<C, N> {
                     preference_gradient(p, up, out, at, preference, p_sums, staged,
                                         shared == nullptr ? nullptr : shared.get() + k * R::kSize,
                                         out.scales == nullptr ? nullptr : by_scale);
-                if (out.scales != nullptr && k % kRegistersInSum == kRegistersInSum - 1) hand_on(by_scale, scale_sums);
-            }
-            if (out.scales == nullptr) continue;
-            hand_on(by_scale, scale_sums);
-            for (int c = 0; c < C; ++c)
-                out.scales[(episode * p.blocks + block) * C + c] = static_cast<float>(scale_sums[c]);
-        }
+            },
+            [&](int64_t episode, bool last) EFE_SIMD_BODY {
+                if (out.scales == nullptr) return;
+                R::hand_on(by_scale, C, scale_sums);
+                if (!last) return;
+                for (int c = 0; c < C; ++c) {
+                    out.scales[(episode * p.blocks + block) * C + c] = static_cast<float>(scale_sums[c]);
+                    scale_sums[c] = 0;
+                }
+            });
         if (out.preference == nullptr) return;
         for (int64_t i = 0; i < cells; ++i)
             for (int c = 0; c < C; ++c)
@@ -250,14 +236,7 @@ struct Backward : Registers<C, N> {
 
 void backward_in_registers(const Problem<float>& p, const std::vector<Upstream<float>>& upstream,
                            const Gradients<float>& out) {
-    with_outcomes(p.outcomes, [&](auto outcomes) {
-        for_each_task(p, [&](int64_t chunk, int64_t block, int64_t first, int64_t count) {
-            with_lanes([&](auto lanes) EFE_SIMD_BODY {
-                Backward<decltype(outcomes)::value, decltype(lanes)::value>::run(p, upstream, out, chunk, block, first,
-                                                                                 count);
-            });
-        });
-    });
+    run_in_registers<Backward>(p, upstream, out);
 }
 
 }  // namespace efe::efe_loss

@@ -60,7 +60,7 @@ EFE_INLINE void for_each_cell(const CellView& view, int64_t first, int64_t count
 template <class A, class T>
 void load_as(const T* source, const CellView& view, const Block<A>& block, A* values) {
     vectorized([&]() EFE_SIMD_BODY {
-        if (view.stride_cell == 1 && view.stride_row == view.width) {
+        if (view.side_by_side()) {
             for (int64_t c = 0; c < view.outcomes; ++c) {
                 const T* from = source + c * view.stride_outcome + block.first;
                 A* to = values + c * kCells;
@@ -83,7 +83,7 @@ void load_as(const T* source, const CellView& view, const Block<A>& block, A* va
 template <class A, class T>
 void store_as(T* target, const CellView& view, const Block<A>& block, const A* values) {
     vectorized([&]() EFE_SIMD_BODY {
-        if (view.stride_cell == 1 && view.stride_row == view.width) {
+        if (view.side_by_side()) {
             for (int64_t c = 0; c < view.outcomes; ++c) {
                 T* to = target + c * view.stride_outcome + block.first;
                 const A* from = values + c * kCells;

@@ -112,57 +112,32 @@ struct Forward : Registers<C, N> {
             sums.of[anchor] += R::where(counted, R::anchor_of(p, first, count, preference).divergence);
     }
 
-    // Adds the lanes up, and clears them.
-    static EFE_INLINE void hand_on(const Problem<float>& p, Sums& sums, float* direction, double* found) {
-        for (int64_t s = 0; s < kSums; ++s) {
-            found[s] += R::sum(sums.of[s]);
-            sums.of[s] = V{};
-        }
-        if (direction == nullptr) return;
-        for (int64_t row = 0; row < p.steps * C; ++row) {
-            found[kSums + row] += R::sum(R::load(direction + row * N));
-            R::store(direction + row * N, V{});
-        }
-    }
-
     static EFE_INLINE void run(const Problem<float>& p, int64_t chunk, int64_t block, int64_t begin, int64_t cells,
                                Partials& partials) {
         const V lowest = R::lowest_exponent();
-        const int64_t registers = (cells + N - 1) / N;
-        // One that varies is made anew for each register of each episode.
-        const int64_t kept = p.preference_varies() ? 1 : registers;
-        const std::unique_ptr<float[]> preferences(new float[2 * kept * R::kSize]);
-        const std::unique_ptr<float[]> lanes(partials.has_direction() ? new float[p.steps * R::kSize]() : nullptr);
+        const std::unique_ptr<float[]> direction(partials.has_direction() ? new float[p.steps * R::kSize]() : nullptr);
         alignas(64) float staged[3 * R::kSize];
-        const int64_t from = chunk * p.chunk_size(), to = std::min(from + p.chunk_size(), p.batch);
-        for (int64_t episode = from; episode < to; ++episode) {
-            double* const found = partials.of(episode, block);
-            Sums sums{};
-            for (int64_t k = 0; k < registers; ++k) {
-                const int64_t first = begin + k * N, count = std::min<int64_t>(N, cells - k * N);
-                float* const c = preferences.get() + 2 * (k % kept) * R::kSize;
-                const Preference preference{c, c + R::kSize};
-                if (episode == from || p.preference_varies())
-                    R::load_preference(p, episode, first, count, lowest, staged, preference);
-                add_cells(p, episode, first, count, preference, lowest, staged, lanes.get(), sums);
-                if (k % kRegistersInSum == kRegistersInSum - 1) hand_on(p, sums, lanes.get(), found);
-            }
-            hand_on(p, sums, lanes.get(), found);
-        }
+        Sums sums{};
+        R::for_each_register(
+            p, chunk, begin, cells, lowest, staged,
+            [&](int64_t episode, int64_t, int64_t first, int64_t count, const Preference& preference) EFE_SIMD_BODY {
+                add_cells(p, episode, first, count, preference, lowest, staged, direction.get(), sums);
+            },
+            [&](int64_t episode, bool) EFE_SIMD_BODY {
+                double* const found = partials.of(episode, block);
+                for (int64_t s = 0; s < kSums; ++s) {
+                    found[s] += R::sum(sums.of[s]);
+                    sums.of[s] = V{};
+                }
+                if (direction != nullptr) R::hand_on(direction.get(), p.steps * C, found + kSums);
+            });
     }
 };
 
 }  // namespace
 
 void forward_in_registers(const Problem<float>& p, Partials& partials) {
-    with_outcomes(p.outcomes, [&](auto outcomes) {
-        for_each_task(p, [&](int64_t chunk, int64_t block, int64_t first, int64_t count) {
-            with_lanes([&](auto lanes) EFE_SIMD_BODY {
-                Forward<decltype(outcomes)::value, decltype(lanes)::value>::run(p, chunk, block, first, count,
-                                                                                partials);
-            });
-        });
-    });
+    run_in_registers<Forward>(p, partials);
 }
 
 }  // namespace efe::efe_loss

@@ -125,8 +125,8 @@ struct Registers {
     }
 
     // log(x) to below 1 ulp for normal x > 0: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and log m = z + z^2 g(z) with
-    // z = m - 1 and a minimax polynomial g. The exponent stays where it is in the word. Something finite for every other
-    // x, so that 0 * log(0) is 0: for an infinity and a NaN, too.
+    // z = m - 1 and a minimax polynomial g. The exponent stays where it is in the word. Something finite for every
+    // other x, so that 0 * log(0) is 0: for an infinity and a NaN, too.
     static EFE_INLINE V log_finite(V x) {
         const I bits = reinterpret_cast<I>(x), exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000);
         const V z = reinterpret_cast<V>(bits - exponent) - 1.0f;
@@ -457,16 +457,58 @@ struct Registers {
         const I is_set = row != 0.0f ? I{} - 1 : I{};
         return {where(is_set, divergence), is_set};
     }
+
+    // Adds the lanes of `count` rows up, and clears them.
+    static EFE_INLINE void hand_on(float* rows, int64_t count, double* found) {
+        for (int64_t row = 0; row < count; ++row) {
+            found[row] += sum(load(rows + row * N));
+            store(rows + row * N, V{});
+        }
+    }
+
+    static int64_t registers_of(int64_t cells) { return (cells + N - 1) / N; }
+
+    // Runs body(episode, k, first, count, preference) for the registers k of `cells` cells from `begin` on, which hold
+    // the cells [first, first + count), and after(episode, last) behind each kRegistersInSum of them and, as the last
+    // one, behind every episode.
+    template <class Body, class After>
+    static EFE_INLINE void for_each_register(const Problem<float>& p, int64_t chunk, int64_t begin, int64_t cells,
+                                             V lowest, float* staged, const Body& body, const After& after) {
+        const int64_t registers = registers_of(cells);
+        // A preference that varies is made anew for each register of each episode.
+        const int64_t kept = p.preference_varies() ? 1 : registers;
+        const std::unique_ptr<float[]> preferences(new float[2 * kept * kSize]);
+        const int64_t from = chunk * p.chunk_size(), to = std::min(from + p.chunk_size(), p.batch);
+        for (int64_t episode = from; episode < to; ++episode) {
+            for (int64_t k = 0; k < registers; ++k) {
+                const int64_t first = begin + k * N, count = std::min<int64_t>(N, cells - k * N);
+                float* const c = preferences.get() + 2 * (k % kept) * kSize;
+                const Preference preference{c, c + kSize};
+                if (episode == from || p.preference_varies())
+                    load_preference(p, episode, first, count, lowest, staged, preference);
+                body(episode, k, first, count, preference);
+                if (k % kRegistersInSum == kRegistersInSum - 1) after(episode, false);
+            }
+            after(episode, true);
+        }
+    }
 };
 
-// Runs body(chunk, block, the first of its cells, their number) for every block of cells and chunk of episodes.
-template <class Body>
-void for_each_task(const Problem<float>& p, const Body& body) {
-    torch::stable::parallel_for(0, p.blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t block = task / p.chunks, first = block * p.block_size;
-            body(task % p.chunks, block, first, std::min(p.block_size, p.num_cells - first));
-        }
+// Kernel<C, N>::run(p, chunk, block, the first of its cells, their number, others...) for every block of cells and
+// chunk of episodes, under the instruction set of N lanes.
+template <template <int, int> class Kernel, class... Others>
+void run_in_registers(const Problem<float>& p, Others&... others) {
+    with_outcomes(p.outcomes, [&](auto outcomes) {
+        torch::stable::parallel_for(0, p.blocks * p.chunks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t block = task / p.chunks, first = block * p.block_size;
+                const int64_t cells = std::min(p.block_size, p.num_cells - first);
+                with_lanes([&](auto lanes) EFE_SIMD_BODY {
+                    using K = Kernel<decltype(outcomes)::value, decltype(lanes)::value>;
+                    K::run(p, task % p.chunks, block, first, cells, others...);
+                });
+            }
+        });
     });
 }
 

@@ -156,10 +156,9 @@ def function_of(title: str, forward: Any, backward: Any, wiring: Wiring) -> type
             needs = [needed[place] for place in wiring.computed]
             if any(needs) and any([grad is not None for grad in grads]):
                 sources = (*grads, needs, *ctx.saved_tensors, *ctx.constants)
-                found = iter(first_order(title, gradients_of, *[sources[place] for place in wiring.order]))
-                for place in wiring.computed:
-                    if needed[place]:
-                        gradients[place] = next(found)
+                found = first_order(title, gradients_of, *[sources[place] for place in wiring.order])
+                for place, gradient in zip(wiring.computed, spread(found, needs), strict=True):
+                    gradients[place] = gradient
             return tuple(gradients)
 
     Function.__name__ = f"{title}_function"

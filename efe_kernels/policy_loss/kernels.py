@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efe_kernels.common.launch import launch, next_power_of_2
+from efe_kernels.common.launch import cdiv, launch, next_power_of_2
 from efe_kernels.common.moments import (
     NUM_MOMENTS,
     add_rows,
@@ -393,8 +393,8 @@ def sizes_of(inputs: Inputs) -> Sizes:
 
 def tiles_of(numel: int) -> tuple[int, int]:
     """Elements of a tile, a power of two, and how many tiles there are."""
-    tile = min(max(1 << (numel - 1).bit_length(), 128), TILE_LIMIT) if numel > 0 else 128
-    return tile, max(-(-numel // tile), 1)
+    tile = min(max(next_power_of_2(numel), 128), TILE_LIMIT)
+    return tile, max(cdiv(numel, tile), 1)
 
 
 def policy_gradient_loss_forward(
@@ -437,7 +437,7 @@ def policy_gradient_loss_backward(
     if sizes.numel > 0:
         with launch_guard(log_prob):
             launch(
-                policy_gradient_loss_backward_kernel, (-(-sizes.numel // BACKWARD_TILE),), Losses(*grads), diagnostics,
+                policy_gradient_loss_backward_kernel, (cdiv(sizes.numel, BACKWARD_TILE),), Losses(*grads), diagnostics,
                 inputs, found, sizes, settings, TILE=BACKWARD_TILE, num_warps=4, **OPTIONS,
             )  # fmt: skip
     return [gradient for gradient in found if gradient is not None]
