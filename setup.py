@@ -32,11 +32,12 @@ COMPILES = __name__ != "__main__" or not COMPILE.isdisjoint(sys.argv)
 
 if COMPILES:
     try:
+        import pybind11
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         sys.exit(
-            "efe-kernels compiles against an installed PyTorch, and torch cannot be imported here "
+            f"efe-kernels compiles against an installed PyTorch, and {error.name} cannot be imported here "
             f"({error}; build isolation, which is pip's default, hides an installed one): run these two commands "
             "instead, pip install torch 'setuptools>=77' ninja 'pybind11>=2.13' and then pip install "
             "--no-build-isolation ."
@@ -149,7 +150,8 @@ def extension(kind: Any, name: str, sources: list[str], flags: dict[str, list[st
         name,
         sources,
         depends=sorted(str(header.relative_to(ROOT)) for header in ROOT.glob("csrc/*/*.h")),
-        include_dirs=[str(ROOT / "csrc")],
+        # Before torch's: the copy of pybind11 that torch 2.11 brings refuses to be used with the stable interface.
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={compiler: list(given) for compiler, given in flags.items()},
     )
 

@@ -29,7 +29,7 @@ enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_t
 constexpr int64_t kFewestInRegisters = 2, kMostInRegisters = 16;
 constexpr int64_t kCellsInRegisters = 1024;  // of a task; a multiple of every register's lanes
 
-constexpr double kPromptLogitRange = 1e4;
+constexpr double kPromptLogitRange = 9984;  // a number in every dtype
 constexpr double kTargetPreferenceFloor = 1e-8;
 
 // The tensors and the settings of the ops, as in efe_kernels/efe_loss/reference.py.

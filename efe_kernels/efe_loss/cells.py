@@ -15,6 +15,7 @@ import triton.language as tl
 
 from efe_kernels.common.triton import LN_2, LOG2_E, log2, reciprocal
 from efe_kernels.efe_loss import reference
+from efe_kernels.efe_loss.lanes import floored, kept, largest, store_clamped_sums, store_sums
 
 LOWEST = tl.constexpr(reference.LOWEST_LOGIT)
 PROMPT_LOGIT_RANGE = tl.constexpr(reference.PROMPT_LOGIT_RANGE)
@@ -51,6 +52,7 @@ class Shape(NamedTuple):
     ALONE: Any  # 1 where the middle step of a plan read backwards is its own partner
     SAVED: Any  # columns of what forward saves for backward
     APPROX: Any  # whether the approximate instructions exist
+    PACK: Any  # elements of a tile in each lane, 1 or 2; 0 where lanes can only be told apart by Triton
 
 
 class Tile(NamedTuple):
@@ -94,21 +96,36 @@ def step_offset(array, step, tile, shape):
 
 @triton.jit
 def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
-    """C float32 tensors, one per outcome.
+    """C tensors, one per outcome, in the tensor's dtype.
 
     The mask is that of the tile, not of the cells that count: one that varies from cell to cell forbids wide loads.
     So NaN may lie in a cell that does not count, and every sum and store selects by `counted`.
     """
     xs = ()
     for c in tl.static_range(C):
-        xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0).to(tl.float32),)
+        xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0),)
     return xs
 
 
 @triton.jit
-def load_step(array, step, tile, shape):
-    """The C values of each cell at one step of [B, T, H, W, C]."""
+def wide(xs, C: tl.constexpr):
+    """As float32."""
+    found = ()
+    for c in tl.static_range(C):
+        found = found + (xs[c].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def load_stored(array, step, tile, shape):
+    """The C values of each cell at one step of [B, T, H, W, C], as they are stored."""
     return load_outcomes(array.ptr, step_offset(array, step, tile, shape), tile.mask, array.c, shape.C)
+
+
+@triton.jit
+def load_step(array, step, tile, shape):
+    """The same as float32."""
+    return wide(load_stored(array, step, tile, shape), shape.C)
 
 
 @triton.jit
@@ -116,8 +133,8 @@ def store_step(array, gradients, step, tile, shape):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once; 0 in cells that do not count."""
     offset = step_offset(array, step, tile, shape)
     for c in tl.static_range(shape.C):
-        grad = tl.where(tile.counted, gradients[c], 0.0)
-        tl.store(array.ptr + offset + c * array.c, grad.to(array.ptr.dtype.element_ty), mask=tile.mask)
+        grad = kept(gradients[c].to(array.ptr.dtype.element_ty), tile.counted, shape.PACK)
+        tl.store(array.ptr + offset + c * array.c, grad, mask=tile.mask)
 
 
 @triton.jit
@@ -165,17 +182,25 @@ def finite(x):
 
 
 @triton.jit
+def difference(x, top, shape):
+    """x log2(e) - top, finite where x is -inf and top is not."""
+    if shape.PACK == 2 and x.dtype == tl.bfloat16:
+        d = floored(x, shape.PACK) * LOG2_E - top
+    else:
+        d = finite(x.to(tl.float32) * LOG2_E - top)
+    return d
+
+
+@triton.jit
 def softmax(xs, shape):
-    """Probabilities p, d and l with log2 p = d - l. Shifting before the product keeps logits of 1e4 exact."""
-    top = xs[0]
-    for c in tl.static_range(1, shape.C):
-        top = tl.maximum(top, xs[c])
-    top = top * LOG2_E
+    """Of logits in any dtype: probabilities p, d and l with log2 p = d - l. Shifting before the product keeps logits of
+    1e4 exact."""
+    top = largest(xs, shape.C, shape.PACK) * LOG2_E
     ds = ()
     es = ()
     total = tl.zeros_like(top)
     for c in tl.static_range(shape.C):
-        d = finite(xs[c] * LOG2_E - top)
+        d = difference(xs[c], top, shape)
         e = tl.exp2(d)
         ds = ds + (d,)
         es = es + (e,)
@@ -246,7 +271,7 @@ def observation_gradient(ps, weight, shape):
 def anchor_divergence(logs, target_preference, tile, shape):
     """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
     offset = cell_offset(tile.cell, shape.WIDTH, target_preference.h, target_preference.w)
-    anchors = load_outcomes(target_preference.ptr, offset, tile.mask, target_preference.c, shape.C)
+    anchors = wide(load_outcomes(target_preference.ptr, offset, tile.mask, target_preference.c, shape.C), shape.C)
     row = anchors[0]
     for c in tl.static_range(1, shape.C):
         row += anchors[c]
@@ -263,26 +288,23 @@ def anchor_divergence(logs, target_preference, tile, shape):
 
 
 @triton.jit
-def missed_target(xs, tile, C: tl.constexpr):
+def missed_target(xs, tile, shape):
     """1 where the argmax of a counted cell is not its target, 0 elsewhere."""
-    top = xs[0]
+    top = largest(xs, shape.C, shape.PACK)
     best = tl.zeros(tile.target.shape, tl.int32)
-    for c in tl.static_range(1, C):
-        better = xs[c] > top
-        top = tl.where(better, xs[c], top)
-        best = tl.where(better, c, best)
+    # From the last to the first: of several, argmax is the first.
+    for i in tl.static_range(1, shape.C + 1):
+        best = tl.where(xs[shape.C - i].to(tl.float32) == top, shape.C - i, best)
     return tl.where(tile.counted & (best != tile.target), 1.0, 0.0)
 
 
 @triton.jit
-def cross_entropy(xs, ds, l, tile, C: tl.constexpr):
-    """Cross-entropy in bits. A target out of range gives NaN."""
+def cross_entropy(ds, l, tile, C: tl.constexpr):
+    """Cross-entropy in bits. A target out of range gives NaN, one whose logit is -inf gives inf."""
     d_target = ds[0]
-    x_target = xs[0]
     for c in tl.static_range(1, C):
         d_target = tl.where(tile.target == c, ds[c], d_target)
-        x_target = tl.where(tile.target == c, xs[c], x_target)
-    loss = tl.where(x_target == float("-inf"), float("inf"), l - d_target)
+    loss = tl.where(d_target <= LOWEST, float("inf"), l - d_target)
     loss = tl.where(tile.target >= 0, loss, float("nan"))
     return tl.where(tile.counted, loss, 0.0)
 
@@ -306,19 +328,26 @@ def add_cross_entropy(gradients, ps, tile, weight, C: tl.constexpr):
 
 
 @triton.jit
-def add_direction(
-    gradients,
-    xs,
+def load_direction(
     saved_ptr,  # [SAVED] of this episode
     step,
     weight,
     C: tl.constexpr,
 ):
-    """The prompt term: one gradient for all cells of a step, 0 where the logit was clamped."""
+    """The gradients of the prompt term, one of each outcome for all cells of a step."""
+    grads = ()
+    for c in tl.static_range(C):
+        grads = grads + (weight * tl.load(saved_ptr + 1 + step * C + c),)
+    return grads
+
+
+@triton.jit
+def add_direction(gradients, xs, direction, C: tl.constexpr):
+    """The prompt term's gradient, 0 where the logit was clamped."""
     added = ()
     for c in tl.static_range(C):
-        grad = weight * tl.load(saved_ptr + 1 + step * C + c)
-        added = added + (gradients[c] + tl.where(tl.abs(xs[c]) <= PROMPT_LOGIT_RANGE, grad, 0.0),)
+        inside = tl.abs(xs[c].to(tl.float32)) <= PROMPT_LOGIT_RANGE
+        added = added + (gradients[c] + tl.where(inside, direction[c], 0.0),)
     return added
 
 
@@ -335,26 +364,37 @@ def add_anchor(gradients, logs, log_anchors, distance, is_set, weight, C: tl.con
 @triton.jit
 def prompt_logit(x):
     """A logit as the prompt term reads it; a NaN stays one."""
-    return tl.clamp(x, -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(x.to(tl.float32), -PROMPT_LOGIT_RANGE, PROMPT_LOGIT_RANGE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def add_step(sums, xs, information, step, inputs, direction_ptr, tile, shape):
-    """What each cell at one step says alone.
-
-    With direction_ptr [T, C] also the sums over the tile of the clamped logits, for the prompt term: less that of
-    outcome 0, since what all outcomes of a cell share is no direction and would only cost digits.
-    """
+    """What each cell at one step says alone; with direction_ptr [T, C] also the sums over the tile of its logits."""
     ambiguity = sums.ambiguity
     if inputs.observation_probs is not None:
         ambiguity += observation_entropy(inputs.observation_probs, step, tile, shape)
     if direction_ptr is not None:
-        tl.store(direction_ptr + step * shape.C, 0.0)
-        shared = prompt_logit(xs[0])
-        for c in tl.static_range(1, shape.C):
-            own = tl.where(tile.counted, prompt_logit(xs[c]) - shared, 0.0)
-            tl.store(direction_ptr + step * shape.C + c, tl.sum(own))
+        store_direction(direction_ptr + step * shape.C, xs, tile, shape)
     return Sums(sums.risk + information, ambiguity, sums.consistency, sums.agreement, sums.missed)
+
+
+@triton.jit
+def store_direction(
+    ptr,  # [C] float32, written
+    xs,
+    tile,
+    shape,
+):
+    """The sums over the tile of the clamped logits at one step, or of these less that of outcome 0: what all outcomes
+    of a cell share is no direction, and in float32 it would cost digits. Of 16-bit logits the sums hold it exactly."""
+    if shape.PACK > 0 and xs[0].dtype.primitive_bitwidth == 16:
+        store_clamped_sums(ptr, xs, tile.counted, shape.C, shape.PACK)
+    else:
+        shared = prompt_logit(xs[0])
+        own = ()
+        for c in tl.static_range(shape.C):
+            own = own + (tl.where(tile.counted, prompt_logit(xs[c]) - shared, 0.0),)
+        store_sums(ptr, own, shape.C, shape.PACK)
 
 
 @triton.jit
@@ -363,8 +403,8 @@ def add_agreement(sums, divergence):
 
 
 @triton.jit
-def add_final(sums, xs, ds, l, tile, C: tl.constexpr):
+def add_final(sums, xs, ds, l, tile, shape):
     """What compares the final step with the target."""
-    consistency = sums.consistency + cross_entropy(xs, ds, l, tile, C)
-    missed = sums.missed + missed_target(xs, tile, C)
+    consistency = sums.consistency + cross_entropy(ds, l, tile, shape.C)
+    missed = sums.missed + missed_target(xs, tile, shape)
     return Sums(sums.risk, sums.ambiguity, consistency, sums.agreement, missed)

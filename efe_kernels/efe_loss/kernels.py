@@ -28,6 +28,8 @@ from efe_kernels.efe_loss.cells import (
     anchor_divergence,
     finite,
     load_step,
+    load_direction,
+    load_stored,
     log2_of_sum,
     log_preference,
     missed_target,
@@ -40,6 +42,7 @@ from efe_kernels.efe_loss.cells import (
     tile_of,
     weighted_sum,
 )
+from efe_kernels.efe_loss.lanes import store_sums
 
 NUM_TERMS = tl.constexpr(7)
 # Sums that a program of the forward kernel writes for its tile, in this order: the first five terms, misses, cells.
@@ -95,12 +98,36 @@ class Factors(NamedTuple):
 
 
 @triton.jit
+def load_pair(inputs, pair, tile, shape, ALONE: tl.constexpr):
+    """The logits of both steps as they are stored; none for the second where ALONE."""
+    xs = load_stored(inputs.logits, shape.T - 1 - pair, tile, shape)
+    ys = ()
+    if not ALONE:
+        if inputs.backward_logits is not None:
+            ys = load_stored(inputs.backward_logits, shape.T - 1 - pair, tile, shape)
+        else:
+            ys = load_stored(inputs.logits, pair, tile, shape)
+    return xs, ys
+
+
+@triton.jit
+def load_pair_after(inputs, pair, tile, shape):
+    """Those of the pair that follows a given one known to the compiler, or none."""
+    xs, ys = (), ()
+    if pair + 1 < shape.PAIRS:
+        xs, ys = load_pair(inputs, pair + 1, tile, shape, pair + 1 == shape.PAIRS - shape.ALONE)
+    return xs, ys
+
+
+@triton.jit
 def visit_pair(
     inputs,
     gradients,
     direction_ptr,  # [T, C] float32, written, or None
     saved_ptr,  # [SAVED] of this episode, or None without a prompt term
     pair,
+    xs,  # of its steps, as they are stored; none for the second where ALONE
+    ys,
     tile,
     log_cs,
     factors,
@@ -120,14 +147,19 @@ def visit_pair(
     C: tl.constexpr = shape.C
     own, risk, consistency, js, direction = factors
     step = shape.T - 1 - pair
-    xs = load_step(inputs.logits, step, tile, shape)
+    other = step if inputs.backward_logits is not None else pair
+    # Asked for long before they are needed.
+    if saved_ptr is not None:
+        x_direction = load_direction(saved_ptr, step, direction, C)
+        if not ALONE and inputs.backward_logits is None:
+            y_direction = load_direction(saved_ptr, other, direction, C)
     ps, ds, l = softmax(xs, shape)
     p_sums = add_all(p_sums, ps, C)
     if LOSS:
         information = weighted_sum(ps, ds, C) - l
         sums = add_step(sums, xs, information, step, inputs, direction_ptr, tile, shape)
         if HAS_TARGET:
-            sums = add_final(sums, xs, ds, l, tile, C)
+            sums = add_final(sums, xs, ds, l, tile, shape)
     fs = ()
     if ALONE:
         if LOSS:
@@ -135,12 +167,6 @@ def visit_pair(
         for c in tl.static_range(C):
             fs = fs + (own * ds[c] - risk * log_cs[c],)
     else:
-        if inputs.backward_logits is not None:
-            other = step
-            ys = load_step(inputs.backward_logits, other, tile, shape)
-        else:
-            other = pair
-            ys = load_step(inputs.logits, other, tile, shape)
         qs, es, k = softmax(ys, shape)
         gs = ()
         # Twice the divergence: of both steps of a pair, of one step with separate backward logits.
@@ -171,12 +197,12 @@ def visit_pair(
             if gradients.logits is not None:
                 grads = softmax_gradient(qs, gs, C)
                 if saved_ptr is not None:
-                    grads = add_direction(grads, ys, saved_ptr, other, direction, C)
+                    grads = add_direction(grads, ys, y_direction, C)
                 store_step(gradients.logits, grads, other, tile, shape)
     if gradients.logits is not None:
         grads = softmax_gradient(ps, fs, C)
         if saved_ptr is not None:
-            grads = add_direction(grads, xs, saved_ptr, step, direction, C)
+            grads = add_direction(grads, xs, x_direction, C)
         if HAS_TARGET:
             grads = add_cross_entropy(grads, ps, tile, consistency, C)
         store_step(gradients.logits, grads, step, tile, shape)
@@ -189,32 +215,49 @@ def visit_plan(
     gradients,
     direction_ptr,  # as in visit_pair
     saved_ptr,  # as in visit_pair
+    xs,  # of the first pair, as in visit_pair
+    ys,
     tile,
     log_cs,
     factors,
     shape,
     LOSS: tl.constexpr,
 ):
-    """All pairs of one cell's plan: the sums over its steps, and the sums of the probabilities of each outcome."""
+    """All pairs of one cell's plan: the sums over its steps, and the sums of the probabilities of each outcome.
+
+    The logits of a pair are asked for before the one ahead of it is worked on, so that they arrive meanwhile.
+    """
     FINAL: tl.constexpr = inputs.final_logits is None
+    PAIRED: tl.constexpr = shape.PAIRS - shape.ALONE
     zeros = tl.zeros(tile.cell.shape, tl.float32)
     sums = Sums(zeros, zeros, zeros, zeros, zeros)
     p_sums = repeated(zeros, shape.C)
     # The first pair holds the final step. The middle step of an odd plan read backwards comes last and alone.
-    if shape.PAIRS > shape.ALONE:
+    if PAIRED > 0:
+        next_xs, next_ys = load_pair_after(inputs, 0, tile, shape)
         sums, p_sums = visit_pair(
-            inputs, gradients, direction_ptr, saved_ptr, 0, tile, log_cs, factors, sums, p_sums, shape, LOSS, FINAL,
-            False,
+            inputs, gradients, direction_ptr, saved_ptr, 0, xs, ys, tile, log_cs, factors, sums, p_sums, shape, LOSS,
+            FINAL, False,
         )  # fmt: skip
-    for pair in range(1, shape.PAIRS - shape.ALONE):
+        xs, ys = next_xs, next_ys
+    for pair in range(1, PAIRED - 1):
+        next_xs, next_ys = load_pair(inputs, pair + 1, tile, shape, False)
         sums, p_sums = visit_pair(
-            inputs, gradients, direction_ptr, saved_ptr, pair, tile, log_cs, factors, sums, p_sums, shape, LOSS, False,
-            False,
+            inputs, gradients, direction_ptr, saved_ptr, pair, xs, ys, tile, log_cs, factors, sums, p_sums, shape, LOSS,
+            False, False,
         )  # fmt: skip
+        xs, ys = next_xs, next_ys
+    if PAIRED > 1:
+        next_xs, next_ys = load_pair_after(inputs, PAIRED - 1, tile, shape)
+        sums, p_sums = visit_pair(
+            inputs, gradients, direction_ptr, saved_ptr, PAIRED - 1, xs, ys, tile, log_cs, factors, sums, p_sums, shape,
+            LOSS, False, False,
+        )  # fmt: skip
+        xs, ys = next_xs, next_ys
     if shape.ALONE:
         sums, p_sums = visit_pair(
-            inputs, gradients, direction_ptr, saved_ptr, shape.PAIRS - 1, tile, log_cs, factors, sums, p_sums, shape,
-            LOSS, FINAL and shape.PAIRS == 1, True,
+            inputs, gradients, direction_ptr, saved_ptr, shape.PAIRS - 1, xs, ys, tile, log_cs, factors, sums, p_sums,
+            shape, LOSS, FINAL and shape.PAIRS == 1, True,
         )  # fmt: skip
     if LOSS:
         # sum p log c is taken once, because c is the same at every step.
@@ -225,21 +268,24 @@ def visit_plan(
 
 
 @triton.jit
-def store_sums(
-    sums_ptr,  # [NUM_SUMS] of this tile, written
+def store_tile(
+    sums_ptr,  # [NUM_SUMS] of this tile, written but for the last
     sums,
     distance,
     counted,
-    live,
+    shape,
 ):
     """The sums of one tile of one episode, in nats."""
-    tl.store(sums_ptr + 0, tl.sum(tl.where(counted, sums.risk, 0.0)) * LN_2, mask=live)
-    tl.store(sums_ptr + 1, tl.sum(tl.where(counted, sums.ambiguity, 0.0)) * LN_2, mask=live)
-    tl.store(sums_ptr + 2, tl.sum(sums.consistency) * LN_2, mask=live)
-    tl.store(sums_ptr + 3, tl.sum(tl.where(counted, sums.agreement, 0.0)) * LN_2, mask=live)
-    tl.store(sums_ptr + 4, tl.sum(distance) * LN_2, mask=live)
-    tl.store(sums_ptr + MISSED, tl.sum(sums.missed), mask=live)
-    tl.store(sums_ptr + COUNTED, tl.sum(tl.where(counted, 1.0, 0.0)), mask=live)
+    values = (
+        tl.where(counted, sums.risk, 0.0) * LN_2,
+        tl.where(counted, sums.ambiguity, 0.0) * LN_2,
+        sums.consistency * LN_2,
+        tl.where(counted, sums.agreement, 0.0) * LN_2,
+        distance * LN_2,
+        sums.missed,
+        tl.where(counted, 1.0, 0.0),
+    )
+    store_sums(sums_ptr, values, 7, shape.PACK)
 
 
 @triton.jit
@@ -255,20 +301,21 @@ def efe_loss_forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     cell = (program % TILES).to(tl.int32) * TILE + tl.arange(0, TILE)
     tile = tile_of(inputs, program // TILES, cell, cell < shape.CELLS, shape)
+    xs, ys = load_pair(inputs, 0, tile, shape, shape.PAIRS == shape.ALONE)
     log_cs = log_preference(inputs, tile, shape)
     if direction_ptr is not None:
         direction_ptr += program * shape.T * shape.C
     nothing = Gradients(None, None, None, None, None, None, None, None, None, False)
     factors = Factors(0.0, 0.0, 0.0, 0.0, 0.0)
-    sums, _p_sums = visit_plan(inputs, nothing, direction_ptr, None, tile, log_cs, factors, shape, True)
+    sums, _p_sums = visit_plan(inputs, nothing, direction_ptr, None, xs, ys, tile, log_cs, factors, shape, True)
     if inputs.final_logits is not None:
-        finals = load_step(inputs.final_logits, 0, tile, shape)
+        finals = load_stored(inputs.final_logits, 0, tile, shape)
         _ps, ds, l = softmax(finals, shape)
-        sums = add_final(sums, finals, ds, l, tile, shape.C)
+        sums = add_final(sums, finals, ds, l, tile, shape)
     distance = tl.zeros((TILE,), tl.float32)
     if inputs.target_preference is not None:
         distance, _logs, _set = anchor_divergence(log_cs, inputs.target_preference, tile, shape)
-    store_sums(sums_ptr + program * NUM_SUMS, sums, distance, tile.counted, True)
+    store_tile(sums_ptr + program * NUM_SUMS, sums, distance, tile.counted, shape)
 
 
 @triton.jit
@@ -283,10 +330,10 @@ def efe_loss_survey_kernel(
     program = tl.program_id(0).to(tl.int64)
     cell = (program % TILES).to(tl.int32) * TILE + tl.arange(0, TILE)
     tile = tile_of(inputs, program // TILES, cell, cell < shape.CELLS, shape)
-    xs = load_step(inputs.final_logits, 0, tile, shape)
+    xs = load_stored(inputs.final_logits, 0, tile, shape)
     zeros = tl.zeros((TILE,), tl.float32)
-    sums = Sums(zeros, zeros, zeros, zeros, missed_target(xs, tile, shape.C))
-    store_sums(sums_ptr + program * NUM_SUMS, sums, zeros, tile.counted, True)
+    sums = Sums(zeros, zeros, zeros, zeros, missed_target(xs, tile, shape))
+    store_tile(sums_ptr + program * NUM_SUMS, sums, zeros, tile.counted, shape)
 
 
 @triton.jit
@@ -326,6 +373,7 @@ def efe_loss_backward_kernel(
     shape,
     EPISODES: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Gradients of one tile of cells for a chunk of episodes; with sums_ptr also what the forward kernel sums.
 
@@ -351,8 +399,8 @@ def efe_loss_backward_kernel(
         not (LOSS and inputs.projection is not None),
         "the direction is a sum over all cells, known before any gradient",
     )
-    tile_index = tl.program_id(0)
-    chunk = tl.program_id(1).to(tl.int64)
+    tile_index = tl.program_id(0) % TILES
+    chunk = (tl.program_id(0) // TILES).to(tl.int64)
     cell = tile_index * TILE + tl.arange(0, TILE)
     inside = cell < shape.CELLS
     zeros = tl.zeros((TILE,), tl.float32)
@@ -361,6 +409,10 @@ def efe_loss_backward_kernel(
         if came_true(upstream, chunk * EPISODES + tl.arange(0, EPISODES), num_episodes):
             return
 
+    # Without a prompt a shared preference is the same for every episode.
+    SAME: tl.constexpr = inputs.prompt is None and inputs.preference_logits.b == 0
+    if SAME:
+        log_cs = log_preference(inputs, tile_of(inputs, 0, cell, inside, shape), shape)
     for index in range(EPISODES):
         live = chunk * EPISODES + index < num_episodes
         episode = tl.minimum(chunk * EPISODES + index, num_episodes - 1).to(tl.int64)
@@ -382,30 +434,33 @@ def efe_loss_backward_kernel(
         js = LN_2 * (0.5 * j if inputs.backward_logits is not None else j)
 
         tile = tile_of(inputs, episode, cell, mask, shape)
-        log_cs = log_preference(inputs, tile, shape)
+        xs, ys = load_pair(inputs, 0, tile, shape, shape.PAIRS == shape.ALONE)
+        if not SAME:
+            log_cs = log_preference(inputs, tile, shape)
         saved_direction = None
         if inputs.projection is not None:
             saved_direction = saved
         factors = Factors(own, risk, k, js, direction)
-        sums, p_sums = visit_plan(inputs, gradients, None, saved_direction, tile, log_cs, factors, shape, LOSS)
+        sums, p_sums = visit_plan(inputs, gradients, None, saved_direction, xs, ys, tile, log_cs, factors, shape, LOSS)
         if gradients.observation_probs is not None:
             for step in range(shape.T):
                 os = load_step(inputs.observation_probs, step, tile, shape)
                 store_step(gradients.observation_probs, observation_gradient(os, e, shape), step, tile, shape)
         if inputs.final_logits is not None and (gradients.final_logits is not None or LOSS):
-            finals = load_step(inputs.final_logits, 0, tile, shape)
+            finals = load_stored(inputs.final_logits, 0, tile, shape)
             ps, ds, l = softmax(finals, shape)
             if LOSS:
-                sums = add_final(sums, finals, ds, l, tile, C)
+                sums = add_final(sums, finals, ds, l, tile, shape)
             if gradients.final_logits is not None:
                 grads = add_cross_entropy(repeated(zeros, C), ps, tile, k, C)
                 store_step(gradients.final_logits, grads, 0, tile, shape)
         distance = zeros
         if inputs.target_preference is not None:
             distance, log_anchors, is_set = anchor_divergence(log_cs, inputs.target_preference, tile, shape)
-        place = episode * tl.num_programs(0) + tile_index
+        place = episode * TILES + tile_index
         if LOSS:
-            store_sums(sums_ptr + place * NUM_SUMS, sums, distance, tile.counted, live)
+            if live:
+                store_tile(sums_ptr + place * NUM_SUMS, sums, distance, tile.counted, shape)
         if gradients.preference_logits is not None or gradients.scales is not None:
             # c, the scales and the unscaled logits are taken up again here: kept from above, they would not fit into
             # registers.
@@ -420,9 +475,11 @@ def efe_loss_backward_kernel(
                 scaled = scaled + (tl.where(tile.counted, scales[c] * grads[c], 0.0),)
             if gradients.scales is not None:
                 unscaled = load_step(inputs.preference_logits, 0, tile, shape)
+                parts = ()
                 for c in tl.static_range(C):
-                    total = tl.sum(tl.where(tile.counted, finite(unscaled[c]) * grads[c], 0.0))
-                    tl.store(gradients.scales + place * C + c, total, mask=live)
+                    parts = parts + (tl.where(tile.counted, finite(unscaled[c]) * grads[c], 0.0),)
+                if live:
+                    store_sums(gradients.scales + place * C, parts, C, shape.PACK)
             if gradients.preference_logits is not None:
                 if gradients.SHARED_PREFERENCE:
                     grad_shared = add_all(grad_shared, scaled, C)

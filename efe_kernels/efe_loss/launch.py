@@ -25,8 +25,11 @@ from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, sav
 # Triton's default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
-# Chunks of episodes in backward: enough programs for any GPU, few enough that their partial sums cost about 1 %.
-MAX_CHUNKS = 128
+# Chunks of episodes in backward: so many that the last programs of a launch leave few multiprocessors idle, so few that
+# their partial sums of the gradient of a shared preference cost about 1 %.
+MAX_CHUNKS = 512
+# Batches from this one on read what all episodes share from a copy with the cells of an outcome side by side.
+MANY_EPISODES = 32
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 16
 PROMPT = TERMS.index("prompt")
@@ -52,33 +55,47 @@ class Layout:
         separate = inputs.backward_logits is not None
         # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
         # In the backward of the prompt term two do not fit into its registers.
-        cells_per_lane = 2 if logits.stride(3) == 1 else 1
+        cells_per_lane = 2 if logits.stride(3) == 1 and logits.itemsize == 2 else 1
         self.tile = self.tile_of(cells_per_lane)
         self.tiles = cdiv(self.cells, self.tile)
-        self.backward_tile = self.tile_of(1 if self.has_direction else cells_per_lane)
+        self.backward_tile = self.tile_of(cells_per_lane)
         self.backward_tiles = cdiv(self.cells, self.backward_tile)
         self.preference_programs = cdiv(self.cells, CELL_BLOCK) * self.outcomes
         self.projection_programs = cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
-        self.episodes = next_power_of_2(cdiv(max(self.batch, 1), MAX_CHUNKS))
-        self.chunks = cdiv(self.batch, self.episodes)
         preference = "HWC" if self.shared_preference else "BHWC"
         self.dims = DIMS._replace(
             preference_logits=preference, projection=DIMS.projection if self.has_direction else None
         )
         alone = int(not separate and self.steps % 2 == 1)
         pairs = self.steps if separate else (self.steps + 1) // 2
-        sizes = (self.steps, self.cells, width, self.outcomes, self.prompt_dim, pairs, alone, self.saved)
-        self.shape = Shape(*constants((*sizes, APPROXIMATE)))
+        sizes = (self.steps, self.cells, width, self.outcomes, self.prompt_dim, pairs, alone, self.saved, APPROXIMATE)
+        self.shape = Shape(*constants((*sizes, self.pack_of(self.tile))))
+        self.backward_shape = Shape(*constants((*sizes, self.pack_of(self.backward_tile))))
         self.launches: dict[Hashable, PreparedLaunch] = {}
 
     def tile_of(self, cells_per_lane: int) -> int:
         return min(LANES * cells_per_lane, next_power_of_2(self.cells))
 
+    def pack_of(self, tile: int) -> int:
+        """See Shape."""
+        pack = tile // LANES
+        return pack if APPROXIMATE and OPTIONS["num_warps"] == 1 and tile % LANES == 0 and pack in (1, 2) else 0
+
     def arrays(self, inputs: Inputs, ignore_index: int) -> Any:
         """The inputs as the kernels see them."""
-        valid = None if inputs.valid is None else inputs.valid.view(torch.uint8)
-        found = map(array, inputs._replace(valid=valid), self.dims)
-        return Arrays(*found, tl.constexpr(ignore_index))
+        seen = inputs._replace(
+            valid=None if inputs.valid is None else inputs.valid.view(torch.uint8),
+            preference_logits=self.by_outcome(inputs.preference_logits),
+            target_preference=self.by_outcome(inputs.target_preference),
+        )
+        return Arrays(*map(array, seen, self.dims), tl.constexpr(ignore_index))
+
+    def by_outcome(self, grid: Tensor | None) -> Tensor | None:
+        """[H, W, C] with the cells of an outcome side by side, where many episodes read it: a warp then asks for a few
+        lines of the cache and not for as many as it has cells."""
+        if grid is None or grid.dim() != 3 or self.batch < MANY_EPISODES:
+            return grid
+        return grid.movedim(-1, 0).contiguous().movedim(0, -1)
 
     def launch(self, function: Any, grid: tuple[int, ...], key: Hashable, **block: Any) -> PreparedLaunch:
         """The launch of `function` on this layout. key: what of its arguments it is specialised on beside the inputs.
@@ -189,7 +206,9 @@ class Backward:
         # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
         shared = preference is not None and layout.shared_preference
         arrays: list[Any] = [array(*pair) for pair in zip(self.each, layout.dims, strict=False)]
-        partial = new(layout.chunks, layout.outcomes, layout.cells) if shared else None
+        self.episodes = next_power_of_2(cdiv(max(layout.batch, 1), MAX_CHUNKS)) if shared else 1
+        self.chunks = cdiv(layout.batch, self.episodes)
+        partial = new(self.chunks, layout.outcomes, layout.cells) if shared else None
         scales = None if prompt is None else new(layout.batch, layout.backward_tiles, layout.outcomes)
         self.written = Gradients(*arrays, partial, scales, tl.constexpr(layout.shared_preference))
         if projection is not None and not layout.has_direction:
@@ -213,14 +232,15 @@ class Backward:
         with launch_guard(inputs.logits):
             launch = layout.launch(
                 kernels.efe_loss_backward_kernel,
-                (layout.backward_tiles, layout.chunks),
+                (layout.backward_tiles * self.chunks,),
                 key,
-                EPISODES=layout.episodes,
+                EPISODES=self.episodes,
                 TILE=layout.backward_tile,
+                TILES=layout.backward_tiles,
             )
             launch(
                 layout.arrays(inputs, settings.ignore_index), upstream, self.written, sums, Weights(*settings.weights),
-                layout.batch, layout.shape,
+                layout.batch, layout.backward_shape,
             )  # fmt: skip
 
     def reduce(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> None:
@@ -255,11 +275,10 @@ class Backward:
                 PROMPT_BLOCK=128,
                 num_warps=4,
             )
-            arrays = layout.arrays(inputs, settings.ignore_index)
+            prompt, projection = array(inputs.prompt, "BD"), array(inputs.projection, layout.dims.projection)
             launch(
-                arrays.prompt, arrays.projection, upstream, shared, settings.weights[PROMPT], layout.batch,
-                layout.chunks, layout.shape,
-            )  # fmt: skip
+                prompt, projection, upstream, shared, settings.weights[PROMPT], layout.batch, self.chunks, layout.shape
+            )
 
 
 def upstream_of(

@@ -115,7 +115,7 @@ def pick(vector, INDEX: tl.constexpr):
 
 @triton.jit
 def prompt_term(
-    direction_ptr,  # [TILES, T, C] sums over the cells of a tile of the clamped logits less that of outcome 0
+    direction_ptr,  # [TILES, T, C] sums over the cells of a tile of the clamped logits, or of these less that of outcome 0
     prompt,
     projection,
     episode,
@@ -152,6 +152,7 @@ def prompt_term(
     grad_u = tl.zeros((C_BLOCK,), tl.float32)
     for t in range(T):
         sums = sum_over_tiles(direction_ptr + t * C, C, T * C, TILES, C_BLOCK, TILE_BLOCK)
+        sums = tl.where(real, sums - pick(sums, 0), 0.0)
         z = tl.where(real, sums - tl.sum(sums) / C, 0.0) * share
         z_norm = tl.sqrt(tl.sum(z * z))
         defined = (z_norm > SHORTEST_DIRECTION) & (u_norm > SHORTEST_DIRECTION)

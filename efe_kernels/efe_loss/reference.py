@@ -21,7 +21,7 @@ TERMS = ("risk", "ambiguity", "consistency", "agreement", "anchor", "prompt", "s
 # A logit of -inf means probability 0. This finite stand-in gives the same probability and keeps 0 * log 0 at 0.
 LOWEST_LOGIT = -1e30
 # The mean logits that the prompt term reads are clamped to this range.
-PROMPT_LOGIT_RANGE = 1e4
+PROMPT_LOGIT_RANGE = 9984.0  # about 1e4, and a number in every dtype, so that 16-bit logits are clamped exactly
 TARGET_PREFERENCE_FLOOR = 1e-8
 # A direction shorter than this is none: its cosine and the gradient of it are 0.
 SHORTEST_DIRECTION = 1e-8

@@ -31,11 +31,12 @@ def on_cpu(value: Tensor | None) -> Tensor | None:
 
 
 def replace_by(others: Inputs, inputs: Inputs) -> None:
-    """Other values in the memory of the inputs."""
+    """Other values in the memory of the inputs, once where an input repeats what it holds."""
     with torch.no_grad():
         for argument, value in others.items():
             if value is not None:
-                inputs[argument].copy_(value)
+                once = tuple(slice(None if stride else 1) for stride in value.stride())
+                inputs[argument][once].copy_(value[once])
 
 
 @contextmanager

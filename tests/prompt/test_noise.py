@@ -71,16 +71,19 @@ def test_header_gives_the_published_words(tmp_path: Path) -> None:
 
 
 # The same words in every implementation: a single wrong bit would move a normal by far more than rounding does. The
-# normals differ by the rounding of log, sqrt, sin and cos: a few units in the last place.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4 * 2**-23), (torch.float64, 8 * 2**-52)])
+# normals differ by the rounding of log, sqrt, sin and cos: a few units in the last place; in float64 also by that of the
+# reference's own angle, which moves a sine or cosine near 0 by a unit of 1.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "least"), [(torch.float32, 4 * 2**-23, 2**-23), (torch.float64, 8 * 2**-52, 1.0)]
+)
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
 @pytest.mark.parametrize("shape", [(3, 2), (2, 5), (40, 258), (1, 4097)], ids=str)
 def test_kernels_draw_what_the_reference_draws(
-    shape: tuple[int, int], seed: int, dtype: torch.dtype, tolerance: float, device: str
+    shape: tuple[int, int], seed: int, dtype: torch.dtype, tolerance: float, least: float, device: str
 ) -> None:
     noise = draw(seed, *shape, device, dtype).cpu().double()
     expected = reference.philox_normal(torch.tensor(seed), *shape, dtype=torch.float64, device=torch.device("cpu"))
-    error = ((noise - expected).abs() / expected.abs().clamp_min(2**-23)).max().item()
+    error = ((noise - expected).abs() / expected.abs().clamp_min(least)).max().item()
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
