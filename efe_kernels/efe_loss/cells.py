@@ -24,7 +24,10 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 class Array(NamedTuple):
-    """A tensor and, as constants, its strides by the letters of its shape: 0 for a dimension that it lacks."""
+    """A tensor and, as constants, its strides by the letters of its shape: 0 for a dimension that it lacks.
+
+    words: whether each two outcomes of a cell lie in a word of 32 bits.
+    """
 
     ptr: Any
     b: Any
@@ -33,6 +36,7 @@ class Array(NamedTuple):
     w: Any
     c: Any
     d: Any
+    words: Any
 
 
 # An Array or None for each tensor of the loss, and the target that does not count. A constant must come last: Triton
@@ -95,15 +99,23 @@ def step_offset(array, step, tile, shape):
 
 
 @triton.jit
-def load_outcomes(ptr, offset, mask, STRIDE_C: tl.constexpr, C: tl.constexpr):
-    """C tensors, one per outcome, in the tensor's dtype.
+def load_outcomes(array, offset, mask, C: tl.constexpr):
+    """C tensors, one per outcome, in the array's dtype.
 
     The mask is that of the tile, not of the cells that count: one that varies from cell to cell forbids wide loads.
     So NaN may lie in a cell that does not count, and every sum and store selects by `counted`.
     """
     xs = ()
-    for c in tl.static_range(C):
-        xs = xs + (tl.load(ptr + offset + c * STRIDE_C, mask=mask, other=0.0),)
+    if array.words:
+        ptr = array.ptr.to(tl.pointer_type(tl.int32)) + offset // 2
+        for i in tl.static_range(C // 2):
+            word = tl.load(ptr + i, mask=mask, other=0)
+            low = word.to(tl.int16).to(array.ptr.dtype.element_ty, bitcast=True)
+            high = (word >> 16).to(tl.int16).to(array.ptr.dtype.element_ty, bitcast=True)
+            xs = xs + (low, high)
+    else:
+        for c in tl.static_range(C):
+            xs = xs + (tl.load(array.ptr + offset + c * array.c, mask=mask, other=0.0),)
     return xs
 
 
@@ -119,7 +131,7 @@ def wide(xs, C: tl.constexpr):
 @triton.jit
 def load_stored(array, step, tile, shape):
     """The C values of each cell at one step of [B, T, H, W, C], as they are stored."""
-    return load_outcomes(array.ptr, step_offset(array, step, tile, shape), tile.mask, array.c, shape.C)
+    return load_outcomes(array, step_offset(array, step, tile, shape), tile.mask, shape.C)
 
 
 @triton.jit
@@ -132,9 +144,46 @@ def load_step(array, step, tile, shape):
 def store_step(array, gradients, step, tile, shape):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once; 0 in cells that do not count."""
     offset = step_offset(array, step, tile, shape)
-    for c in tl.static_range(shape.C):
-        grad = kept(gradients[c].to(array.ptr.dtype.element_ty), tile.counted, shape.PACK)
-        tl.store(array.ptr + offset + c * array.c, grad, mask=tile.mask)
+    if array.words:
+        store_words(array.ptr, offset, gradients, tile, shape.C)
+    else:
+        for c in tl.static_range(shape.C):
+            grad = kept(gradients[c].to(array.ptr.dtype.element_ty), tile.counted, shape.PACK)
+            tl.store(array.ptr + offset + c * array.c, grad, mask=tile.mask)
+
+
+@triton.jit
+def side_by_side(words, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """[TILE, WIDTH] of COUNT tensors [TILE], zeros after them. WIDTH: a power of two."""
+    TILE: tl.constexpr = words[0].shape[0]
+    for _i in tl.static_range(COUNT, WIDTH):
+        words = words + (tl.zeros_like(words[0]),)
+    # What is joined last becomes neighbours.
+    for level in tl.static_range(WIDTH.bit_length() - 1):
+        joined = ()
+        for i in tl.static_range(WIDTH >> (level + 1)):
+            pair = tl.join(words[i], words[i + (WIDTH >> (level + 1))])
+            joined = joined + (tl.reshape(pair, (TILE, 2 << level)),)
+        words = joined
+    return tl.reshape(words[0], (TILE, WIDTH))
+
+
+@triton.jit
+def store_words(ptr, offset, gradients, tile, C: tl.constexpr):
+    """Each two gradients of a cell as a word, and the words of neighbouring cells side by side: stored as a lane holds
+    them, they would be written to memory piecemeal."""
+    words = ()
+    for i in tl.static_range(C // 2):
+        low = tl.where(tile.counted, gradients[2 * i], 0.0).to(ptr.dtype.element_ty)
+        high = tl.where(tile.counted, gradients[2 * i + 1], 0.0).to(ptr.dtype.element_ty)
+        high_bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        words = words + (high_bits | (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF),)
+    WIDTH: tl.constexpr = triton.next_power_of_2(C // 2)
+    block = side_by_side(words, C // 2, WIDTH)
+    index = tl.arange(0, WIDTH)
+    place = (offset // 2)[:, None] + index[None, :]
+    mask = tile.mask[:, None] & (index < C // 2)[None, :]
+    tl.store(ptr.to(tl.pointer_type(tl.int32)) + place, block, mask=mask)
 
 
 @triton.jit
@@ -271,7 +320,7 @@ def observation_gradient(ps, weight, shape):
 def anchor_divergence(logs, target_preference, tile, shape):
     """KL(c || target preference) in bits per cell, 0 where it is not set, and log2 of the target preference."""
     offset = cell_offset(tile.cell, shape.WIDTH, target_preference.h, target_preference.w)
-    anchors = wide(load_outcomes(target_preference.ptr, offset, tile.mask, target_preference.c, shape.C), shape.C)
+    anchors = wide(load_outcomes(target_preference, offset, tile.mask, shape.C), shape.C)
     row = anchors[0]
     for c in tl.static_range(1, shape.C):
         row += anchors[c]

@@ -109,17 +109,22 @@ def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
 
 
 @functools.lru_cache(4096)
-def strides_by_letter(strides: tuple[int, ...], dims: str) -> tuple[tl.constexpr, ...]:
-    """In the order of the fields of Array."""
+def layout_by_letter(
+    shape: torch.Size, strides: tuple[int, ...], dims: str, half: bool, aligned: bool
+) -> tuple[tl.constexpr, ...]:
+    """In the order of the fields of Array. half: elements of 16 bits."""
     found = dict(zip(dims.lower(), strides, strict=True))
-    return constants(tuple([found.get(letter, 0) for letter in Array._fields[1:]]))
+    words = half and aligned and dims[-1] == "C" and strides[-1] == 1 and shape[-1] % 2 == 0
+    words = words and all(stride % 2 == 0 for stride in strides[:-1])
+    return constants((*[found.get(letter, 0) for letter in Array._fields[1:-1]], words))
 
 
 def array(tensor: Tensor | None, dims: str | None) -> Array | None:
     """A tensor as the kernels see it. dims: a letter for each dimension; None where they are not to see it."""
     if tensor is None or dims is None:
         return None
-    return Array(tensor, *strides_by_letter(tensor.stride(), dims))
+    aligned = tensor.data_ptr() % 16 == 0
+    return Array(tensor, *layout_by_letter(tensor.shape, tensor.stride(), dims, tensor.itemsize == 2, aligned))
 
 
 LAYOUTS: dict[Hashable, Layout] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -36,7 +37,13 @@ class Processes:
         self.count = 1 if accelerator is None else accelerator.num_processes
         self.index = 0 if accelerator is None else accelerator.process_index
         # What the host has to know does not wait for a GPU: NCCL carries nothing from the CPU.
-        self.hosts = distributed.new_group(backend="gloo") if self.count > 1 else None
+        # Torch alone holds the group: its threads end with the last reference, which is then `leave`'s to drop.
+        self._hosts = weakref.ref(distributed.new_group(backend="gloo")) if self.count > 1 else None
+
+    @property
+    def hosts(self) -> distributed.ProcessGroup | None:
+        """The group for what the host has to know. None where there is one process, and after `leave`."""
+        return None if self._hosts is None else self._hosts()
 
     def positions(self, total: int) -> range:
         """The places of this process's rows in a batch of so many, which goes on with repeats from `total` on."""
@@ -174,7 +181,11 @@ def join(device: torch.device) -> tuple[Processes, torch.device]:
 
 
 def leave() -> None:
-    """Part from the other processes, if there are any."""
+    """Part from the other processes, if there are any.
+
+    A thread of gloo that still holds the tensors of the last message when Python ends aborts the process: `hosts` has
+    to be gone by then, with its threads.
+    """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 

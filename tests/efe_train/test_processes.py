@@ -206,6 +206,7 @@ except UserError as error:
 else:
     raise AssertionError("the first process knew nothing of it")
 leave()
+assert processes.hosts is None, "threads of gloo live on, and may abort Python's end"
 """
 
 
