@@ -92,10 +92,15 @@ def cell_offset(cell, WIDTH: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.
 
 
 @triton.jit
+def step_start(array, step, tile):
+    """Element offset of one step of [B, T, H, W, C]."""
+    return tile.episode * array.b + tl.cast(step, tl.int64) * array.t
+
+
+@triton.jit
 def step_offset(array, step, tile, shape):
-    """Element offset of each cell at one step of [B, T, H, W, C]."""
-    start = tile.episode * array.b + tl.cast(step, tl.int64) * array.t
-    return start + cell_offset(tile.cell, shape.WIDTH, array.h, array.w)
+    """Element offset of each cell at one step."""
+    return step_start(array, step, tile) + cell_offset(tile.cell, shape.WIDTH, array.h, array.w)
 
 
 @triton.jit
@@ -143,10 +148,11 @@ def load_step(array, step, tile, shape):
 @triton.jit
 def store_step(array, gradients, step, tile, shape):
     """C gradients per cell at one step of [B, T, H, W, C], rounded once; 0 in cells that do not count."""
-    offset = step_offset(array, step, tile, shape)
     if array.words:
-        store_words(array.ptr, offset, gradients, tile, shape.C)
+        cells = cell_offset(tile.cell, shape.WIDTH, array.h, array.w)
+        store_words(array.ptr + step_start(array, step, tile), cells, gradients, tile, shape.C)
     else:
+        offset = step_offset(array, step, tile, shape)
         for c in tl.static_range(shape.C):
             grad = kept(gradients[c].to(array.ptr.dtype.element_ty), tile.counted, shape.PACK)
             tl.store(array.ptr + offset + c * array.c, grad, mask=tile.mask)
@@ -169,21 +175,19 @@ def side_by_side(words, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_words(ptr, offset, gradients, tile, C: tl.constexpr):
+def store_words(ptr, cells, gradients, tile, C: tl.constexpr):
     """Each two gradients of a cell as a word, and the words of neighbouring cells side by side: stored as a lane holds
-    them, they would be written to memory piecemeal."""
+    them, they would be written to memory piecemeal. cells: where each begins, in elements."""
     words = ()
     for i in tl.static_range(C // 2):
-        low = tl.where(tile.counted, gradients[2 * i], 0.0).to(ptr.dtype.element_ty)
-        high = tl.where(tile.counted, gradients[2 * i + 1], 0.0).to(ptr.dtype.element_ty)
-        high_bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        words = words + (high_bits | (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF),)
+        low = gradients[2 * i].to(ptr.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = gradients[2 * i + 1].to(ptr.dtype.element_ty).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        words = words + (tl.where(tile.counted, high | low, 0),)
     WIDTH: tl.constexpr = triton.next_power_of_2(C // 2)
-    block = side_by_side(words, C // 2, WIDTH)
     index = tl.arange(0, WIDTH)
-    place = (offset // 2)[:, None] + index[None, :]
+    place = (cells // 2)[:, None] + index[None, :]
     mask = tile.mask[:, None] & (index < C // 2)[None, :]
-    tl.store(ptr.to(tl.pointer_type(tl.int32)) + place, block, mask=mask)
+    tl.store(ptr.to(tl.pointer_type(tl.int32)) + place, side_by_side(words, C // 2, WIDTH), mask=mask)
 
 
 @triton.jit
