@@ -1,4 +1,5 @@
-"""What the library is compared with, besides its reference: the usual ways, and other libraries that do the same job.
+"""What the library is compared with beside plain PyTorch, which is in `plain.py`: what everybody writes, and other
+libraries that do the same job.
 
 Peers are imported where they are called, so that the suite runs without them. Those written in Triton are in
 `triton_baselines.py`.
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.plain import stops
 from efe_kernels.efe_loss.reference import log_preference, log_softmax
 
 
@@ -45,6 +47,14 @@ def torchrl_gae(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tenso
     return tuple(tensor[..., 0] for tensor in found)
 
 
+def torchrl_gae_loop(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, ...]:
+    from torchrl.objectives.value.functional import generalized_advantage_estimate
+
+    reward, value, next_value, done, terminated = trajectories(inputs)
+    found = generalized_advantage_estimate(gamma, lam, value, next_value, reward, done, terminated)
+    return tuple(tensor[..., 0] for tensor in found)
+
+
 def torchrl_vtrace(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, ...]:
     from torchrl.objectives.value.functional import vtrace_advantage_estimate
 
@@ -70,49 +80,7 @@ def trajectories(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     return *values, stops(inputs)[..., None], terminated
 
 
-def stops(inputs: dict[str, Any]) -> Tensor:
-    """Where the trace stops."""
-    terminated: Tensor = inputs["terminated"]
-    truncated = inputs["truncated"]
-    return terminated if truncated is None else terminated | truncated
-
-
 def naive_mean_pool(inputs: dict[str, Tensor]) -> tuple[Tensor]:
     """What everybody writes."""
     mask = inputs["mask"][..., None].to(inputs["hidden"].dtype)
     return ((inputs["hidden"] * mask).sum(1) / mask.sum(1),)
-
-
-def loop_gae(inputs: dict[str, Any], gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """The loop over time as one writes it for torch.compile, without assignments into slices."""
-    dtype = inputs["reward"].dtype
-    value, delta, going_on = temporal_difference(inputs, gamma)
-    advantage = backward_in_time(delta, gamma * lam * going_on)
-    return advantage.to(dtype), (advantage + value).to(dtype)
-
-
-def loop_vtrace(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, Tensor]:
-    dtype = inputs["reward"].dtype
-    value, error, going_on = temporal_difference(inputs, gamma)
-    weight = inputs["log_ratio"].float().exp().clamp(max=1.0)
-    delta = weight * error
-    excess = backward_in_time(delta, gamma * weight * going_on)
-    following = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], 1)
-    return (delta + gamma * weight * going_on * following).to(dtype), (excess + value).to(dtype)
-
-
-def temporal_difference(inputs: dict[str, Any], gamma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """value, reward + gamma · next_value - value and, as 0 or 1, where the trace goes on; in float32."""
-    value = inputs["value"].float()
-    bootstrap = gamma * (~inputs["terminated"]).float() * inputs["next_value"].float()
-    return value, inputs["reward"].float() + bootstrap - value, (~stops(inputs)).float()
-
-
-def backward_in_time(term: Tensor, factor: Tensor) -> Tensor:
-    """x_t = term_t + factor_t x_{t+1}."""
-    following = torch.zeros_like(term[:, 0])
-    steps = []
-    for t in reversed(range(term.shape[1])):
-        following = term[:, t] + factor[:, t] * following
-        steps.append(following)
-    return torch.stack(steps[::-1], 1)

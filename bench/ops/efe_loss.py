@@ -12,11 +12,13 @@ from torch import Tensor
 
 import efe_kernels
 from bench import baselines
+from bench import plain as by_hand
 from bench.ops.entry import (
     COMPILED,
     DTYPES,
     EAGER,
     GRAD_SCALE,
+    REFERENCE,
     UPSTREAM,
     Case,
     Example,
@@ -129,6 +131,11 @@ def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
     return (total if terms.reduction == "none" else total.mean(),)
 
 
+def written_for_speed(case: Case, inputs: Inputs) -> tuple[Tensor]:
+    terms = TERMS[case.terms]
+    return by_hand.efe_loss(inputs, terms.weights, terms.hard_cell)
+
+
 def padded_tile(case: Case, inputs: Inputs) -> tuple[Tensor]:
     from bench.triton_baselines import padded_tile_loss
 
@@ -229,8 +236,8 @@ def episode_trips(launch: Any) -> tuple[int, ...]:
 
 
 HEADLINE = (
-    Case("efe_loss", "train", plan(64), layout=FIRST, terms="all", opponents=COMPILED),
-    Case("efe_loss", "train", plan(64), layout=FIRST, terms="core", opponents=(*COMPILED, "padded tile")),
+    Case("efe_loss", "train", plan(64), layout=FIRST, terms="all", opponents=(*COMPILED, REFERENCE)),
+    Case("efe_loss", "train", plan(64), layout=FIRST, terms="core", opponents=(*COMPILED, REFERENCE, "padded tile")),
     # Only without a prompt term can one pass do it all.
     Case("efe_loss", "throughput", plan(4096), "bf16", FIRST, "core", (GRAD_SCALE, *COMPILED, "padded tile"), True),
     Case("efe_loss", "throughput", plan(4096), "bf16", FIRST, "all", COMPILED, True),
@@ -261,7 +268,7 @@ OP = Op(
     kernel=kernel,
     reference=reference,
     peers={
-        **plain(reference),
+        **plain(written_for_speed, reference),
         GRAD_SCALE: Peer(partial(with_grad_scale, UPSTREAM), triton=True),
         "kernel, broken grad_scale": Peer(partial(with_grad_scale, 3 * UPSTREAM), triton=True),
         "padded tile": Peer(padded_tile, gpu=True, triton=True),

@@ -20,6 +20,7 @@ PASSES: Passes = ("forward", "backward", "both")
 FORWARD: Passes = ("forward",)
 EAGER = ("eager",)
 COMPILED = ("eager", "compile")
+REFERENCE = "reference"
 GRAD_SCALE = "kernel, grad_scale"
 UPSTREAM = 1024.0
 """The gradient that arrives at a loss: a loss scale, without which fp16 gradients of a mean are flushed to zero."""
@@ -76,9 +77,11 @@ class Peer:
     triton: bool = False
 
 
-def plain(run: Run, compiled: Passes = PASSES) -> dict[str, Peer]:
-    """Plain PyTorch as it stands, and through torch.compile. compiled: the passes of the latter."""
-    return {"eager": Peer(run), "compile": Peer(run, compiled, compiled=True)}
+def plain(run: Run, reference: Run | None = None, compiled: Passes = PASSES) -> dict[str, Peer]:
+    """Plain PyTorch written for speed, as it stands and through torch.compile, and the reference, which serves where no
+    kernel does. compiled: the passes of torch.compile. reference: where it is not itself written for speed."""
+    fallback = {} if reference is None else {REFERENCE: Peer(reference)}
+    return {"eager": Peer(run), "compile": Peer(run, compiled, compiled=True), **fallback}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor
 
 import efe_kernels
-from bench.ops.entry import COMPILED, DTYPES, Case, Example, Inputs, Op, Variant, empties, flags, plain, size_of
+from bench import plain as by_hand
+from bench.ops.entry import (
+    COMPILED,
+    DTYPES,
+    REFERENCE,
+    Case,
+    Example,
+    Inputs,
+    Op,
+    Variant,
+    empties,
+    flags,
+    plain,
+    size_of,
+)
 from efe_kernels.common.library import accumulate_dtype, triton_module
 from efe_kernels.policy_loss import reference as policy_reference
 
@@ -62,6 +76,10 @@ def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
     return policy_reference.policy_gradient_loss_forward(inputs.get("entropy"), read, settings)[:1]
 
 
+def written_for_speed(case: Case, inputs: Inputs) -> tuple[Tensor]:
+    return by_hand.grpo_loss(inputs) if case.terms == ANSWERS else by_hand.ppo_loss(inputs)
+
+
 def reads(inputs: Inputs) -> tuple[int, int]:
     return size_of(inputs), size_of(inputs, *(name for name in inputs if name != "entropy"))
 
@@ -105,9 +123,9 @@ OP = Op(
     inputs=inputs_of,
     kernel=kernel,
     reference=reference,
-    peers=plain(reference),
+    peers=plain(written_for_speed, reference),
     reads=reads,
-    headline=(Case("policy_gradient_loss", "throughput", (4096 * 128,), opponents=COMPILED),),
+    headline=(Case("policy_gradient_loss", "throughput", (4096 * 128,), opponents=(*COMPILED, REFERENCE)),),
     cases=(
         *(Case("policy_gradient_loss", workload, (batch,))
           for workload, batch in (("seed", 1), ("train", 64), ("ragged", 33))),

@@ -9,9 +9,11 @@ from torch import Tensor
 
 import efe_kernels
 from bench import baselines
+from bench import plain as by_hand
 from bench.ops.entry import (
     COMPILED,
     DTYPES,
+    REFERENCE,
     Case,
     Example,
     Inputs,
@@ -136,9 +138,12 @@ MASKED_MEAN_POOL = Op(
     inputs=pool_inputs,
     kernel=masked_mean_pool,
     reference=pool_reference,
-    peers={**plain(pool_reference), "sum over mask": Peer(lambda _, inputs: baselines.naive_mean_pool(inputs))},
+    peers={
+        **plain(lambda _, inputs: by_hand.masked_mean_pool(inputs), pool_reference),
+        "sum over mask": Peer(lambda _, inputs: baselines.naive_mean_pool(inputs)),
+    },
     reads=pool_reads,
-    headline=(Case("masked_mean_pool", "train", (64, 512, 1024), opponents=(*COMPILED, "sum over mask")),),
+    headline=(Case("masked_mean_pool", "train", (64, 512, 1024), opponents=(*COMPILED, REFERENCE, "sum over mask")),),
     cases=(
         pool_case("seed", (1, 512, 1024)),
         pool_case("ragged", (33, 509, 1019)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import efe_kernels
 from bench import baselines
+from bench import plain as by_hand
 from bench.ops.entry import (
     COMPILED,
     DTYPES,
@@ -178,12 +179,17 @@ GAE = Op(
     kernel=gae,
     reference=partial(definition, Settings(GAMMA, LAM, 1.0, 1.0, 1.0)),
     peers={
-        **plain(lambda _, inputs: baselines.loop_gae(inputs, GAMMA, LAM), compiled=FORWARD),
+        **plain(lambda _, inputs: by_hand.gae(inputs, GAMMA, LAM), compiled=FORWARD),
         "torchrl": Peer(lambda _, inputs: baselines.torchrl_gae(inputs, GAMMA, LAM), FORWARD, module="torchrl"),
+        "torchrl's loop": Peer(
+            lambda _, inputs: baselines.torchrl_gae_loop(inputs, GAMMA, LAM), FORWARD, module="torchrl"
+        ),
         "thread per row": Peer(row_gae, FORWARD, gpu=True, triton=True),
     },
     reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated")),
-    headline=(Case("gae", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl", "thread per row")),),
+    headline=(
+        Case("gae", "throughput", (4096, 128), opponents=(*COMPILED, "torchrl", "torchrl's loop", "thread per row")),
+    ),
     cases=cases("gae"),
     examples=(
         Example(Case("gae", "scattered", (37, 70))),
@@ -212,7 +218,7 @@ VTRACE = Op(
     kernel=vtrace,
     reference=partial(definition, Settings(GAMMA, 1.0, 1.0, 1.0, 1.0)),
     peers={
-        **plain(lambda _, inputs: baselines.loop_vtrace(inputs, GAMMA), compiled=FORWARD),
+        **plain(lambda _, inputs: by_hand.vtrace(inputs, GAMMA), compiled=FORWARD),
         "torchrl": Peer(lambda _, inputs: baselines.torchrl_vtrace(inputs, GAMMA), FORWARD, module="torchrl"),
     },
     reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated", "log_ratio")),
@@ -260,7 +266,7 @@ TD_LAMBDA = Op(
     kernel=td_lambda,
     reference=td_lambda_definition,
     peers={
-        **plain(td_lambda_definition, compiled=FORWARD),
+        **plain(lambda _, inputs: by_hand.td_lambda(inputs, GAMMA, LAM), td_lambda_definition, compiled=FORWARD),
         "torchrl": Peer(lambda _, inputs: baselines.torchrl_td_lambda(inputs, GAMMA, LAM), FORWARD, module="torchrl"),
     },
     reads=lambda inputs: (size_of(inputs), size_of(inputs, "terminated", "truncated")),

@@ -216,9 +216,7 @@ def largest(values, COUNT: tl.constexpr, PACK: tl.constexpr):
 def floored(x, PACK: tl.constexpr):
     """A logit with a finite stand-in for -inf, so that 0 * log 0 is 0, as float32; a NaN stays one."""
     if PACK == 2 and x.dtype == tl.bfloat16:
-        x = tl.inline_asm_elementwise(
-            floor(BF16_LOWEST), "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
+        x = tl.inline_asm_elementwise(floor(BF16_LOWEST), "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     return x.to(tl.float32)
 
 
@@ -227,9 +225,7 @@ def kept(x, counted, PACK: tl.constexpr):
     """x where it counts, 0 elsewhere."""
     if PACK == 2 and x.dtype.primitive_bitwidth == 16:
         words = tl.where(counted, -1, 0).to(tl.int16)
-        x = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, $2;", "=r,r,r", [x, words], dtype=x.dtype, is_pure=True, pack=2
-        )
+        x = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, words], dtype=x.dtype, is_pure=True, pack=2)
     else:
         x = tl.where(counted, x, 0.0)
     return x

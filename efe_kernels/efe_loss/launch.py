@@ -25,13 +25,16 @@ from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, sav
 # Triton's default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
+# Registers of a lane at most, by kernel; None leaves it to the compiler. Fewer of them make room for more warps.
+FORWARD_REGISTERS: int | None = None
+BACKWARD_REGISTERS: int | None = None
 # Chunks of episodes in backward: so many that the last programs of a launch leave few multiprocessors idle, so few that
 # their partial sums of the gradient of a shared preference cost about 1 %.
 MAX_CHUNKS = 512
 # Batches from this one on read what all episodes share from a copy with the cells of an outcome side by side.
 MANY_EPISODES = 32
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
-CELL_BLOCK, D_BLOCK = 32, 16
+CELL_BLOCK, D_BLOCK = 32, 8
 PROMPT = TERMS.index("prompt")
 # Tuples of the kernels, which hold whatever Triton traces.
 Arrays: Any = cells.Inputs
@@ -104,6 +107,11 @@ class Layout:
         return kept(self.launches, place, lambda: PreparedLaunch(function, grid, {**OPTIONS, **block}))
 
 
+def at_most(registers: int | None) -> dict[str, int]:
+    """As an option of Triton."""
+    return {} if registers is None or not APPROXIMATE else {"maxnreg": registers}
+
+
 def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
     return tuple([tl.constexpr(value) for value in values])
 
@@ -158,7 +166,14 @@ class Forward:
     def visit_cells(self) -> None:
         layout, key = self.layout, self.settings.ignore_index
         grid = (layout.batch * layout.tiles,)
-        launch = layout.launch(kernels.efe_loss_forward_kernel, grid, key, TILE=layout.tile, TILES=layout.tiles)
+        launch = layout.launch(
+            kernels.efe_loss_forward_kernel,
+            grid,
+            key,
+            TILE=layout.tile,
+            TILES=layout.tiles,
+            **at_most(FORWARD_REGISTERS),
+        )
         launch(self.arrays, self.sums, self.direction, self.shape)
 
     def survey(self, logits: Tensor) -> None:
@@ -242,6 +257,7 @@ class Backward:
                 EPISODES=self.episodes,
                 TILE=layout.backward_tile,
                 TILES=layout.backward_tiles,
+                **at_most(BACKWARD_REGISTERS),
             )
             launch(
                 layout.arrays(inputs, settings.ignore_index), upstream, self.written, sums, Weights(*settings.weights),
@@ -276,7 +292,7 @@ class Backward:
                 CELL_BLOCK=CELL_BLOCK,
                 CHUNK_BLOCK=16,
                 D_BLOCK=D_BLOCK,
-                EPISODE_BLOCK=32 if layout.batch <= 32 else 256,
+                EPISODE_BLOCK=32 if layout.batch <= 32 else 512,
                 PROMPT_BLOCK=128,
                 num_warps=4,
             )

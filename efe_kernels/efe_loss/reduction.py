@@ -115,7 +115,7 @@ def pick(vector, INDEX: tl.constexpr):
 
 @triton.jit
 def prompt_term(
-    direction_ptr,  # [TILES, T, C] sums over the cells of a tile of the clamped logits, or of these less that of outcome 0
+    direction_ptr,  # [TILES, T, C] sums over a tile of the clamped logits, or of these less that of outcome 0
     prompt,
     projection,
     episode,
