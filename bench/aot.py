@@ -121,8 +121,9 @@ def whole_launch(launch: Launch, code: Code, executions: list[int] | None, lanes
 def compile_launch(variant: str, launch: Launch, arch: str) -> Report:
     target = TARGETS[arch]
     shape = launch.arguments.get("shape")
-    if target.backend == "hip" and hasattr(shape, "APPROX"):
-        launch = replace(launch, arguments={**launch.arguments, "shape": shape._replace(APPROX=tl.constexpr(False))})
+    if target.backend == "hip" and shape is not None:  # it has none of the assembly
+        without = {name: tl.constexpr(0) for name in ("APPROX", "PACK") if name in shape._fields}
+        launch = replace(launch, arguments={**launch.arguments, "shape": shape._replace(**without)})
     compiled = triton.compile(source(launch), target=target, options=launch.options)
     code = (nvidia_code if target.backend == "cuda" else amd_code)(compiled)
     executions = code.executions(loop_trips(launch))
