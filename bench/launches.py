@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton.language as tl
@@ -21,7 +20,6 @@ from bench.check import upstream_of
 from bench.ops import CASES, OPS, problem
 from bench.ops.entry import Case, Variant
 from efe_kernels.common import library
-from efe_kernels.efe_loss import ops as efe_loss_ops
 
 POINTERS = {
     torch.float64: "*fp64",
@@ -98,14 +96,12 @@ def variant_launches(variant: Variant) -> list[Launch]:
     return launches
 
 
-def case_launches(case: Case, implementation: str) -> list[Launch]:
+def case_launches(case: Case) -> list[Launch]:
     """Those of a case of the benchmark suite, through the public function."""
     serve_cpu()
     given = problem(case, "cpu")
-    # As under Triton's interpreter, where its kernels serve CPU tensors, too: a grad_scale is made use of then.
-    served = patch.object(efe_loss_ops, "INTERPRET", True)
-    with served, recorded_launches(*case.sizes) as launches:
-        results = given.implementations[implementation](given.inputs)
+    with recorded_launches(*case.sizes) as launches:
+        results = given.implementations["kernel"](given.inputs)
         if given.leaves:
             launches.begin("backward")
             torch.autograd.grad(results, list(given.leaves.values()), upstream_of(results))
@@ -115,10 +111,9 @@ def case_launches(case: Case, implementation: str) -> list[Launch]:
 VARIANTS = {name: partial(variant_launches, variant) for op in OPS.values() for name, variant in op.variants.items()}
 # The large cases of the suite, by the names that they have there: for the projection, not for the budgets.
 SUITE = {
-    f"{case.name}: {implementation}": partial(case_launches, case, implementation)
+    f"{case.name}: kernel": partial(case_launches, case)
     for case in CASES
-    for implementation in ("kernel", *case.opponents)
-    if case.workload == "throughput" and OPS[case.op].triton and implementation.startswith("kernel")
+    if case.workload == "throughput" and OPS[case.op].triton
 }
 
 

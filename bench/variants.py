@@ -1,4 +1,4 @@
-"""The EFE loss kernels side by side: cells per lane, warps, both layouts, two passes against one.
+"""The EFE loss kernels side by side: cells per lane, warps, both layouts.
 
 The launcher chooses tile and warps from the shape alone; here every choice is timed, and checked against its own.
 
@@ -25,7 +25,7 @@ from bench.check import everything, least_bytes, outcome, prepared
 from bench.measure import DEVICE, copy_bandwidth, device_times, in_parallel, synchronize
 from bench.ops import problem
 from bench.ops.efe_loss import plan
-from bench.ops.entry import GRAD_SCALE, Case
+from bench.ops.entry import Case
 from bench.render import columns
 from efe_kernels.efe_loss import launch
 
@@ -42,7 +42,6 @@ class Variant:
     """cells_per_lane 0: as the launcher chooses."""
 
     case: Case
-    implementation: str = "kernel"
     cells_per_lane: int = 0
     num_warps: int = 0
 
@@ -54,7 +53,7 @@ class Variant:
         choice = (
             f"{self.cells_per_lane} cells per lane, {self.num_warps} warps" if self.cells_per_lane else "as launched"
         )
-        return f"{self.case.terms} {self.case.dtype} {self.case.layout}: {self.implementation}, {choice}"
+        return f"{self.case.terms} {self.case.dtype} {self.case.layout}: {choice}"
 
 
 @contextmanager
@@ -79,8 +78,7 @@ def variants(sizes: tuple[int, ...]) -> list[Variant]:
         ("fp32", "channel-first", "all"),
     ):
         case = Case("efe_loss", "variants", sizes, dtype, layout, terms)
-        found += [Variant(case), *([Variant(case, GRAD_SCALE)] if terms == "core" else [])]
-        found += [Variant(case, "kernel", cells, warps) for cells, warps in product(CELLS_PER_LANE, WARPS)]
+        found += [Variant(case), *(Variant(case, cells, warps) for cells, warps in product(CELLS_PER_LANE, WARPS))]
     return found
 
 
@@ -89,7 +87,7 @@ def compile_variant(variant: Variant) -> None:
     given = problem(variant.case, DEVICE)
     try:
         with variant.chosen():
-            outcome(given.implementations[variant.implementation], given.inputs)
+            outcome(given.implementations["kernel"], given.inputs)
         synchronize()
     except Exception as error:
         print(f"{variant.name}: {type(error).__name__}", flush=True)
@@ -98,15 +96,15 @@ def compile_variant(variant: Variant) -> None:
 def measure(variant: Variant) -> dict[str, Any]:
     """Whether it is right, and on a GPU its times."""
     given = problem(variant.case, DEVICE)
-    expected = everything(given.implementations["kernel"], given.inputs)
-    implementation = given.implementations[variant.implementation]
+    kernel = given.implementations["kernel"]
+    expected = everything(kernel, given.inputs)
     row: dict[str, Any] = {"variant": variant.name}
     try:
         with variant.chosen():
-            found = everything(implementation, given.inputs)
+            found = everything(kernel, given.inputs)
             row["right"] = all(map(close, found, expected))
             for which in ("forward", "both") if DEVICE == "cuda" else ():
-                times = device_times(prepared(implementation, given, which), ROUNDS)
+                times = device_times(prepared(kernel, given, which), ROUNDS)
                 share = least_bytes(given, (expected[0],), which) / times.median / copy_bandwidth()
                 row |= {f"{which} us": round(times.median * 1e6, 1), f"{which} of copy": round(share, 3)}
     except Exception as error:  # a variant that does not compile is a finding, not the end of the table

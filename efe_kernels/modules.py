@@ -75,7 +75,6 @@ class EFELoss(nn.Module):
         final_logits: Tensor | None = None,
         observation_probs: Tensor | None = None,
         valid: Tensor | None = None,
-        grad_scale: Tensor | None = None,
     ) -> EFELossOutput:
         """The loss of logits [B, T, H, W, C] against target [B, H, W]; arguments and result as in `efe_loss`.
 
@@ -101,7 +100,6 @@ class EFELoss(nn.Module):
             max_cells=self.max_grid_size**2,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
-            grad_scale=grad_scale,
         )
 
     def _check_prompt(self, prompt: Tensor) -> None:

@@ -18,14 +18,14 @@ SIGNATURES = {
     "EFELoss": f"(max_grid_size=30, num_colors=10, prompt_dim=256, weights={EFE_WEIGHTS}, *, hard_cell=True,"
     " hard_cell_min_ratio=0.0, ignore_index=-100, reduction='mean')",
     "EFELoss.forward": "(self, logits, target, *, prompt=None, backward_logits=None, final_logits=None,"
-    " observation_probs=None, valid=None, grad_scale=None)",
+    " observation_probs=None, valid=None)",
     "EFELoss.update_target_preference": "(self, target, valid, success_rate, *, synchronize=True)",
     "EFEWeights": "(risk=1.0, ambiguity=0.0, consistency=2.0, agreement=0.5, anchor=0.2, prompt=0.3, step=0.1)",
     "RewardWeights": "(accuracy=1.0, size=0.5, colour=0.5, reversibility=0.5)",
     "efe_loss": "(logits, target, preference_logits, *, backward_logits=None, final_logits=None,"
     " observation_probs=None, prompt=None, projection=None, target_preference=None, valid=None,"
     f" weights={EFE_WEIGHTS}, hard_cell=True, hard_cell_min_ratio=0.0, max_cells=900, ignore_index=-100,"
-    " reduction='mean', grad_scale=None)",
+    " reduction='mean')",
     "gae": "(reward, value, next_value, terminated, truncated=None, *, gamma=0.99, lam=0.95, reward_scale=1.0,"
     " mask=None, time_dim=-1)",
     "grid_reward": "(before, after, target, *, valid=None, source=None, inverse=None,"

@@ -17,9 +17,7 @@ from bench.ops.entry import (
     COMPILED,
     DTYPES,
     EAGER,
-    GRAD_SCALE,
     REFERENCE,
-    UPSTREAM,
     Case,
     Example,
     Inputs,
@@ -111,14 +109,10 @@ def inputs_of(case: Case) -> Inputs:
     return inputs
 
 
-def kernel(case: Case, inputs: Inputs, grad_scale: Tensor | None = None) -> tuple[Tensor]:
+def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
     terms = TERMS[case.terms]
-    settings: dict[str, Any] = {"hard_cell": terms.hard_cell, "reduction": terms.reduction, "grad_scale": grad_scale}
+    settings: dict[str, Any] = {"hard_cell": terms.hard_cell, "reduction": terms.reduction}
     return (efe_kernels.efe_loss(**inputs, weights=terms.weights, **settings).total,)
-
-
-def with_grad_scale(value: float, case: Case, inputs: Inputs) -> tuple[Tensor]:
-    return kernel(case, inputs, torch.full((), value, device=inputs["logits"].device))
 
 
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
@@ -159,8 +153,7 @@ def empty_plan(dtype: torch.dtype, layout: str) -> Tensor:
 
 
 def launch(
-    dtype: torch.dtype, layout: str, prompt_dim: int, separate: bool, everything: bool, grad_scale: bool,
-    begin: Callable[[str], None],
+    dtype: torch.dtype, layout: str, prompt_dim: int, separate: bool, everything: bool, begin: Callable[[str], None],
 ) -> None:  # fmt: skip
     """prompt_dim 0: without a prompt."""
     logits = empty_plan(dtype, layout)
@@ -184,14 +177,9 @@ def launch(
     settings = efe_reference.Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
     needs = [tensor is not None for tensor in inputs[:7]]
     grad = new(1).expand(batch)
-    if grad_scale:
-        outputs, ahead = launchers.fused_forward(new(), inputs, settings, needs)
-        begin("backward")
-        launchers.fused_backward(grad, new(), inputs, settings, *outputs[-2:], ahead)
-    else:
-        outputs = launchers.efe_loss_forward(inputs, settings)
-        begin("backward")
-        launchers.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
+    outputs = launchers.efe_loss_forward(inputs, settings)
+    begin("backward")
+    launchers.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)
 
 
 def variant(
@@ -200,9 +188,8 @@ def variant(
     prompt_dim: int = 0,
     separate: bool = False,
     everything: bool = False,
-    grad_scale: bool = False,
 ) -> Variant:
-    return Variant(plan(4096), partial(launch, dtype, layout, prompt_dim, separate, everything, grad_scale))
+    return Variant(plan(4096), partial(launch, dtype, layout, prompt_dim, separate, everything))
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -211,8 +198,6 @@ VARIANTS = {
     "efe_loss bf16 channel-first prompt": variant(BF16, FIRST, 256),
     "efe_loss bf16 channel-last": variant(BF16, LAST),
     "efe_loss bf16 channel-last prompt": variant(BF16, LAST, 256),
-    "efe_loss bf16 channel-first grad_scale": variant(BF16, FIRST, grad_scale=True),
-    "efe_loss bf16 channel-last grad_scale": variant(BF16, LAST, grad_scale=True),
     "efe_loss fp32 channel-first prompt": variant(FP32, FIRST, 256),
     "efe_loss fp32 channel-last prompt": variant(FP32, LAST, 256),
     "efe_loss fp16 channel-first two plans": variant(FP16, FIRST, 256, separate=True),
@@ -221,7 +206,7 @@ VARIANTS = {
 
 
 def walk_trips(launch: Any) -> tuple[int, ...]:
-    return (launch.constant("PAIRS") - launch.constant("ALONE") - 1,)
+    return (launch.constant("PAIRS") - launch.constant("ALONE") - 2,)
 
 
 def backward_trips(launch: Any) -> tuple[int, ...]:
@@ -238,10 +223,9 @@ def episode_trips(launch: Any) -> tuple[int, ...]:
 HEADLINE = (
     Case("efe_loss", "train", plan(64), layout=FIRST, terms="all", opponents=(*COMPILED, REFERENCE)),
     Case("efe_loss", "train", plan(64), layout=FIRST, terms="core", opponents=(*COMPILED, REFERENCE, "padded tile")),
-    # Only without a prompt term can one pass do it all.
-    Case("efe_loss", "throughput", plan(4096), "bf16", FIRST, "core", (GRAD_SCALE, *COMPILED, "padded tile"), True),
+    Case("efe_loss", "throughput", plan(4096), "bf16", FIRST, "core", (*COMPILED, "padded tile"), True),
     Case("efe_loss", "throughput", plan(4096), "bf16", FIRST, "all", COMPILED, True),
-    Case("efe_loss", "throughput", plan(4096), "bf16", LAST, "core", (GRAD_SCALE, "padded tile"), True),
+    Case("efe_loss", "throughput", plan(4096), "bf16", LAST, "core", ("padded tile",), True),
 )
 # In every dtype and layout, term by term against Liger-Kernel, and over B.
 CASES = (
@@ -258,8 +242,8 @@ CASES = (
 )  # fmt: skip
 
 
-def example(terms: str, implementation: str = "kernel") -> Example:
-    return Example(Case("efe_loss", "scattered", (2, 5, 13, 11, 10), layout=FIRST, terms=terms), implementation)
+def example(terms: str) -> Example:
+    return Example(Case("efe_loss", "scattered", (2, 5, 13, 11, 10), layout=FIRST, terms=terms))
 
 
 OP = Op(
@@ -269,20 +253,13 @@ OP = Op(
     reference=reference,
     peers={
         **plain(written_for_speed, reference),
-        GRAD_SCALE: Peer(partial(with_grad_scale, UPSTREAM), triton=True),
-        "kernel, broken grad_scale": Peer(partial(with_grad_scale, 3 * UPSTREAM), triton=True),
         "padded tile": Peer(padded_tile, gpu=True, triton=True),
         "Liger": Peer(liger, gpu=True, module="liger_kernel"),
     },
     reads=everything_twice,
     headline=HEADLINE,
     cases=CASES,
-    examples=(
-        example("per episode"),
-        example("every input"),
-        example("no direction", GRAD_SCALE),
-        example("no direction", "kernel, broken grad_scale"),
-    ),
+    examples=tuple(map(example, ("per episode", "every input", "no direction"))),
     small=lambda sizes: (2, 3, 5, 7, 10),
     triton=True,
     variants=VARIANTS,

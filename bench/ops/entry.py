@@ -21,7 +21,6 @@ FORWARD: Passes = ("forward",)
 EAGER = ("eager",)
 COMPILED = ("eager", "compile")
 REFERENCE = "reference"
-GRAD_SCALE = "kernel, grad_scale"
 UPSTREAM = 1024.0
 """The gradient that arrives at a loss: a loss scale, without which fp16 gradients of a mean are flushed to zero."""
 # Relative error in norm against float64: the arithmetic is float32, a result or gradient is rounded once to its dtype
@@ -89,12 +88,10 @@ class Example:
     """Small float32 inputs with tails, each a tensor or None, for tests that treat all ops alike."""
 
     case: Case
-    implementation: str = "kernel"
 
     @property
     def name(self) -> str:
-        details = (self.case.op, self.case.terms, "" if self.implementation == "kernel" else self.implementation)
-        return ", ".join(detail for detail in details if detail)
+        return ", ".join(detail for detail in (self.case.op, self.case.terms) if detail)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from efe_kernels.common import checks
 from efe_kernels.common.arguments import one_episode
-from efe_kernels.efe_loss.ops import efe_loss_with
+from efe_kernels.efe_loss import ops
 from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings
 
 
@@ -61,7 +60,6 @@ def efe_loss(
     max_cells: int = 900,
     ignore_index: int = -100,
     reduction: str = "mean",
-    grad_scale: Tensor | None = None,
 ) -> EFELossOutput:
     """Expected Free Energy of a plan over a grid of categorical outcomes, with hard-cell masking.
 
@@ -101,11 +99,6 @@ def efe_loss(
         max_cells: cells of the largest grid, the unit of the step term.
         ignore_index: the target of a cell that does not count.
         reduction: of the total over B, "mean", "sum" or "none".
-        grad_scale: 0-d tensor on the device of logits, the upstream gradient that the caller expects the total to get:
-            the weight of this loss times the scale of a GradScaler. On CUDA one read of the logits then gives loss
-            and gradients, and a backward whose upstream gradient is that very number has nothing more to compute. A
-            hint for speed with large batches, on which results never depend; it is not taken where there is a prompt
-            term, whose gradient in one cell depends on all others, and under torch.compile.
 
     Without the batch dimension B in logits (and in every other argument that has it) results are 0-d.
 
@@ -126,7 +119,7 @@ def efe_loss(
     target = checks.integer_tensor("target", target)
     check_shapes(
         sizes, logits, target, preference_logits, backward_logits, final_logits, observation_probs, prompt, projection,
-        target_preference, valid, grad_scale,
+        target_preference, valid,
     )  # fmt: skip
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     settings = Settings(
@@ -141,19 +134,11 @@ def efe_loss(
         logits, target, backward_logits, final_logits, observation_probs, prompt, valid = one_episode(
             logits, target, backward_logits, final_logits, observation_probs, prompt, valid
         )
-    if not torch.is_grad_enabled():
-        grad_scale = None
-    if grad_scale is not None:
-        # A copy: what the caller does to the tensor afterwards changes nothing.
-        grad_scale = grad_scale.detach().to(torch.float32, copy=True)
-        if reduction == "mean":
-            # The very operation with which autograd differentiates the mean.
-            grad_scale = grad_scale / max(logits.shape[0], 1)
     inputs = Inputs(
         logits, backward_logits, final_logits, observation_probs, preference_logits, prompt, projection, target,
         target_preference, valid,
     )  # fmt: skip
-    total, terms, mask_ratio, scale, _ = efe_loss_with(grad_scale, inputs, settings)
+    total, terms, mask_ratio, scale, _ = ops.efe_loss(*inputs, *settings)
     named = dict(zip(TERMS, terms.unbind(1), strict=True))
     if not batched:
         return EFELossOutput(total[0], {name: term[0] for name, term in named.items()}, mask_ratio[0], scale[0])
@@ -186,7 +171,6 @@ def check_shapes(
     projection: Tensor | None,
     target_preference: Tensor | None,
     valid: Tensor | None,
-    grad_scale: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices, with or without the dimension B as logits have it."""
     steps, height, width, outcomes = logits.shape[-4:]
@@ -205,4 +189,3 @@ def check_shapes(
     if prompt is not None and prompt.shape[-1] < outcomes:
         raise ValueError(f"prompt must have D >= C = {outcomes} dimensions, its shape was {list(prompt.shape)}.")
     sizes.check_optional("projection", projection, "C D" if prompt is not None else "rows D", floating)
-    sizes.check_optional("grad_scale", grad_scale, "", floating)

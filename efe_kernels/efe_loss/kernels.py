@@ -1,4 +1,4 @@
-"""The Triton kernels that walk over the cells of a plan: forward, survey and backward of the EFE loss.
+"""The Triton kernels that walk over the cells of a plan: forward and backward of the EFE loss.
 
 The plan is read in pairs of steps: x = F_t with t = T-1-i, y = the step it is compared with. For a plan read backwards,
 y = F_i, and the pair (x, y) serves both steps, so each logit is read once; with separate backward logits, y = R_t.
@@ -32,7 +32,6 @@ from efe_kernels.efe_loss.cells import (
     load_stored,
     log2_of_sum,
     log_preference,
-    missed_target,
     observation_gradient,
     preference_scales,
     repeated,
@@ -69,7 +68,6 @@ class Upstream(NamedTuple):
     grad_terms: Any  # pointer [B, NUM_TERMS] float32 or None
     hard_cell_scale: Any  # pointer [B] float32
     saved: Any  # pointer [B, SAVED] float32: cells, then d prompt term / d logits [T, C] and / d (W e) [C]
-    grad_scale: Any  # pointer [] float32 or None: the grad_total for which the gradients have been written already
 
 
 class Gradients(NamedTuple):
@@ -319,24 +317,6 @@ def efe_loss_forward_kernel(
 
 
 @triton.jit
-def efe_loss_survey_kernel(
-    inputs,  # with final logits, be it the last step of the plan
-    sums_ptr,  # [B, TILES, NUM_SUMS] float32, written
-    shape,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Of what the forward kernel sums, that which the gradients depend on: misses and cells. The rest is 0."""
-    program = tl.program_id(0).to(tl.int64)
-    cell = (program % TILES).to(tl.int32) * TILE + tl.arange(0, TILE)
-    tile = tile_of(inputs, program // TILES, cell, cell < shape.CELLS, shape)
-    xs = load_stored(inputs.final_logits, 0, tile, shape)
-    zeros = tl.zeros((TILE,), tl.float32)
-    sums = Sums(zeros, zeros, zeros, zeros, missed_target(xs, tile, shape))
-    store_tile(sums_ptr + program * NUM_SUMS, sums, zeros, tile.counted, shape)
-
-
-@triton.jit
 def weighted(weight, term):
     """A weight of 0 removes the term, whatever it is."""
     return tl.where(weight == 0.0, 0.0, weight * term)
@@ -353,21 +333,11 @@ def upstream_of(upstream, grad_total, episode, weight, TERM: tl.constexpr):
     return grad
 
 
-@triton.jit
-def came_true(upstream, episodes, num_episodes):
-    """Whether grad_total is grad_scale in all these episodes, so that the gradients lie there already."""
-    grad_scale = tl.load(upstream.grad_scale)
-    ptr = upstream.grad_total.ptr + episodes * upstream.grad_total.b
-    grad_total = tl.load(ptr, mask=episodes < num_episodes, other=grad_scale)
-    return tl.sum((grad_total != grad_scale).to(tl.int32)) == 0
-
-
 @triton.jit(do_not_specialize=["num_episodes"])
 def efe_loss_backward_kernel(
     inputs,
     upstream,
     gradients,  # those of prompt and projection are written by the reduction
-    sums_ptr,  # [B, TILES, NUM_SUMS] float32, written, or None
     weights,
     num_episodes,
     shape,
@@ -375,10 +345,7 @@ def efe_loss_backward_kernel(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Gradients of one tile of cells for a chunk of episodes; with sums_ptr also what the forward kernel sums.
-
-    With a grad_scale the gradients lie there already, made for that grad_total. Where it came true for the whole chunk
-    nothing is left to do, where it did not they are computed again.
+    """Gradients of one tile of cells for a chunk of episodes.
 
     Per cell and step, with a, e, j, k the upstream gradients of risk, ambiguity, agreement and consistency over the
     number of addends of their means, p = softmax(x), q = softmax(y), c the preference:
@@ -394,20 +361,12 @@ def efe_loss_backward_kernel(
     What is constant over the outcomes cancels in f - sum p f, so log p stands for d alone.
     """
     C: tl.constexpr = shape.C
-    LOSS: tl.constexpr = sums_ptr is not None
-    tl.static_assert(
-        not (LOSS and inputs.projection is not None),
-        "the direction is a sum over all cells, known before any gradient",
-    )
     tile_index = tl.program_id(0) % TILES
     chunk = (tl.program_id(0) // TILES).to(tl.int64)
     cell = tile_index * TILE + tl.arange(0, TILE)
     inside = cell < shape.CELLS
     zeros = tl.zeros((TILE,), tl.float32)
     grad_shared = repeated(zeros, C)
-    if upstream.grad_scale is not None:
-        if came_true(upstream, chunk * EPISODES + tl.arange(0, EPISODES), num_episodes):
-            return
 
     # Without a prompt a shared preference is the same for every episode.
     SAME: tl.constexpr = inputs.prompt is None and inputs.preference_logits.b == 0
@@ -441,26 +400,20 @@ def efe_loss_backward_kernel(
         if inputs.projection is not None:
             saved_direction = saved
         factors = Factors(own, risk, k, js, direction)
-        sums, p_sums = visit_plan(inputs, gradients, None, saved_direction, xs, ys, tile, log_cs, factors, shape, LOSS)
+        _sums, p_sums = visit_plan(
+            inputs, gradients, None, saved_direction, xs, ys, tile, log_cs, factors, shape, False
+        )
         if gradients.observation_probs is not None:
             for step in range(shape.T):
                 os = load_step(inputs.observation_probs, step, tile, shape)
                 store_step(gradients.observation_probs, observation_gradient(os, e, shape), step, tile, shape)
-        if inputs.final_logits is not None and (gradients.final_logits is not None or LOSS):
+        if gradients.final_logits is not None:
             finals = load_stored(inputs.final_logits, 0, tile, shape)
-            ps, ds, l = softmax(finals, shape)
-            if LOSS:
-                sums = add_final(sums, finals, ds, l, tile, shape)
-            if gradients.final_logits is not None:
-                grads = add_cross_entropy(repeated(zeros, C), ps, tile, k, C)
-                store_step(gradients.final_logits, grads, 0, tile, shape)
-        distance = zeros
+            ps, _ds, _l = softmax(finals, shape)
+            grads = add_cross_entropy(repeated(zeros, C), ps, tile, k, C)
+            store_step(gradients.final_logits, grads, 0, tile, shape)
         if inputs.target_preference is not None:
             distance, log_anchors, is_set = anchor_divergence(log_cs, inputs.target_preference, tile, shape)
-        place = episode * TILES + tile_index
-        if LOSS:
-            if live:
-                store_tile(sums_ptr + place * NUM_SUMS, sums, distance, tile.counted, shape)
         if gradients.preference_logits is not None or gradients.scales is not None:
             # c, the scales and the unscaled logits are taken up again here: kept from above, they would not fit into
             # registers.
@@ -479,7 +432,7 @@ def efe_loss_backward_kernel(
                 for c in tl.static_range(C):
                     parts = parts + (tl.where(tile.counted, finite(unscaled[c]) * grads[c], 0.0),)
                 if live:
-                    store_sums(gradients.scales + place * C, parts, C, shape.PACK)
+                    store_sums(gradients.scales + (episode * TILES + tile_index) * C, parts, C, shape.PACK)
             if gradients.preference_logits is not None:
                 if gradients.SHARED_PREFERENCE:
                     grad_shared = add_all(grad_shared, scaled, C)

@@ -167,7 +167,8 @@ def store_sums(
             count: tl.constexpr = MOST if COUNT - first > MOST else COUNT - first
             tl.inline_asm_elementwise(
                 exchanged_sums(count, PACK), constraints(PACK, count * PACK, "r"),
-                ((ptr + first).to(tl.int64),) + group_of(values, first, count), dtype=tl.int32, is_pure=False, pack=PACK,
+                ((ptr + first).to(tl.int64),) + group_of(values, first, count),
+                dtype=tl.int32, is_pure=False, pack=PACK,
             )  # fmt: skip
 
 

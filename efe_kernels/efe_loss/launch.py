@@ -41,7 +41,6 @@ Arrays: Any = cells.Inputs
 Gradients: Any = kernels.Gradients
 # A letter for each dimension; those of the preference where there is one for each episode.
 DIMS = Arrays("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
-NOTHING = Arrays(*[None] * len(Arrays._fields))
 
 
 class Layout:
@@ -176,20 +175,6 @@ class Forward:
         )
         launch(self.arrays, self.sums, self.direction, self.shape)
 
-    def survey(self, logits: Tensor) -> None:
-        """What of the sums the gradients depend on."""
-        layout, final = self.layout, self.arrays.final_logits
-        if final is None:
-            final = array(logits[:, -1], DIMS.final_logits)
-        arrays = self.arrays
-        read = NOTHING._replace(
-            final_logits=final, target=arrays.target, valid=arrays.valid, IGNORE_INDEX=arrays.IGNORE_INDEX
-        )
-        key = (self.settings.ignore_index, signature(final.ptr))
-        grid = (layout.batch * layout.tiles,)
-        launch = layout.launch(kernels.efe_loss_survey_kernel, grid, key, TILE=layout.tile, TILES=layout.tiles)
-        launch(read, self.sums, self.shape)
-
     def finish_episodes(self) -> None:
         """From the sums over the cells to the terms and the total of each episode."""
         layout, settings = self.layout, self.settings
@@ -234,21 +219,21 @@ class Backward:
         if projection is not None and not layout.has_direction:
             projection.zero_()
 
-    def found(self) -> list[Tensor]:
-        return [gradient for gradient in self.each if gradient is not None]
-
     def run(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> list[Tensor]:
         """`upstream` as in the kernel."""
-        self.visit_cells(inputs, settings, upstream, None)
-        self.reduce(inputs, settings, upstream)
-        return self.found()
+        found = [gradient for gradient in self.each if gradient is not None]
+        if self.layout.batch > 0:
+            self.visit_cells(inputs, settings, upstream)
+            self.reduce(inputs, settings, upstream)
+        else:
+            for gradient in found:  # those of what all episodes share are not empty
+                gradient.zero_()
+        return found
 
-    def visit_cells(self, inputs: Inputs, settings: Settings, upstream: Upstream, sums: Tensor | None) -> None:
-        """Writes the gradients that cells have of their own, and the sums of the loss where they are given."""
+    def visit_cells(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> None:
+        """Writes the gradients that cells have of their own."""
         layout = self.layout
-        if layout.batch == 0:
-            return
-        key = (settings.ignore_index, signature_of(upstream), self.needs, sums is None)
+        key = (settings.ignore_index, signature_of(upstream), self.needs)
         with launch_guard(inputs.logits):
             launch = layout.launch(
                 kernels.efe_loss_backward_kernel,
@@ -260,7 +245,7 @@ class Backward:
                 **at_most(BACKWARD_REGISTERS),
             )
             launch(
-                layout.arrays(inputs, settings.ignore_index), upstream, self.written, sums, Weights(*settings.weights),
+                layout.arrays(inputs, settings.ignore_index), upstream, self.written, Weights(*settings.weights),
                 layout.batch, layout.backward_shape,
             )  # fmt: skip
 
@@ -269,11 +254,6 @@ class Backward:
         layout, written = self.layout, self.written
         preference = written.preference_logits if layout.shared_preference else None
         shared = Gradients(None, None, None, None, preference, *written[5:])
-        if layout.batch == 0:
-            for gradient in (preference, written.projection):
-                if gradient is not None:
-                    gradient.ptr.zero_()
-            return
         programs = (
             0 if preference is None else layout.preference_programs,
             0 if written.projection is None else layout.projection_programs,
@@ -302,18 +282,6 @@ class Backward:
             )
 
 
-def upstream_of(
-    grad_total: Tensor | None,
-    grad_terms: Tensor | None,
-    hard_cell_scale: Tensor,
-    saved: Tensor,
-    grad_scale: Tensor | None = None,
-) -> Upstream:
-    """As the kernels see it."""
-    grad_terms = None if grad_terms is None else grad_terms.contiguous()
-    return Upstream(array(grad_total, "B"), grad_terms, hard_cell_scale, saved, grad_scale)
-
-
 def signature_of(upstream: Upstream) -> Hashable:
     total, *tensors = upstream
     return tuple([signature(tensor) for tensor in (None if total is None else total.ptr, *tensors)])
@@ -339,49 +307,6 @@ def efe_loss_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """See the reference."""
-    upstream = upstream_of(grad_total, grad_terms, hard_cell_scale, saved)
+    grad_terms = None if grad_terms is None else grad_terms.contiguous()
+    upstream = Upstream(array(grad_total, "B"), grad_terms, hard_cell_scale, saved)
     return Backward(inputs, needs).run(inputs, settings, upstream)
-
-
-def takes_grad_scale(inputs: Inputs) -> bool:
-    """Whether one read of the logits can give loss and gradients.
-
-    Not with the prompt term, whose gradient in any cell depends on the sum over all of them.
-    """
-    return inputs.prompt is None or inputs.projection is None
-
-
-def fused_forward(
-    grad_scale: Tensor, inputs: Inputs, settings: Settings, needs: list[bool]
-) -> tuple[Outputs, Backward]:
-    """What `efe_loss_forward` gives, and the gradients for the upstream gradient `grad_scale` [] of every episode's
-    total, but for those that many cells share.
-
-    The hard-cell scale must be known before the first gradient is written, so a survey of the final step comes first.
-    """
-    forward, backward = Forward(inputs, settings), Backward(inputs, needs)
-    batch = forward.layout.batch
-    if batch > 0:
-        *_, hard_cell_scale, saved = forward.outputs
-        with launch_guard(inputs.logits):
-            forward.survey(inputs.logits)
-            forward.finish_episodes()
-            upstream = upstream_of(grad_scale.expand(batch), None, hard_cell_scale, saved)
-            backward.visit_cells(inputs, settings, upstream, forward.sums)
-            forward.finish_episodes()
-    return forward.outputs, backward
-
-
-def fused_backward(
-    grad_total: Tensor,
-    grad_scale: Tensor,
-    inputs: Inputs,
-    settings: Settings,
-    hard_cell_scale: Tensor,
-    saved: Tensor,
-    backward: Backward,
-) -> list[Tensor]:
-    """What `efe_loss_backward` gives, from what `fused_forward` has left where grad_total is grad_scale."""
-    if layout_of(inputs) is not backward.layout:  # a hook on saved tensors has laid them out anew
-        return efe_loss_backward(grad_total, None, inputs, settings, hard_cell_scale, saved, list(backward.needs))
-    return backward.run(inputs, settings, upstream_of(grad_total, None, hard_cell_scale, saved, grad_scale))

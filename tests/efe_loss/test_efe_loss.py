@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from efe_kernels import EFEWeights, efe_loss
 from efe_kernels.common.library import INTERPRET
 from efe_kernels.efe_loss import reference
 from efe_kernels.efe_loss.reference import Inputs, Settings
-from tests.common.forms import FORMS, as_memory
 from tests.efe_loss.cases import WEIGHTS, Case, in_double, run
 
 # Largest error over the largest value of the tensor. float32: sums of 10^3 addends rounded at 2^-24 each. Half
@@ -349,163 +347,17 @@ def test_hard_cell_scale(device: str) -> None:
     assert (below.hard_cell_scale == 1).all()
 
 
-TAKEN = INTERPRET or torch.cuda.is_available()
-"""Whether a grad_scale changes what is computed: the kernels of the CPU take no notice of one."""
-
-GRAD_SCALE_CASES = {
-    name: replace(CASES[name], projection=projection)
-    for name, projection in [
-        ("plan read backwards", False), ("plan read backwards", True), ("even steps", False), ("no options", False),
-        ("everything", False), ("channel-last", False),
-    ]
-}  # fmt: skip
-
-
 def leaves_of(inputs: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in inputs.values() if value.requires_grad]
 
 
-@pytest.mark.parametrize("grad_scale", [0.5, 4.0, float("nan")], ids=["right", "wrong", "NaN"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("case", GRAD_SCALE_CASES.values(), ids=GRAD_SCALE_CASES.keys())
-def test_a_grad_scale_changes_no_result(case: Case, reduction: str, grad_scale: float, device: str) -> None:
-    inputs = case.inputs(device=device)
-
-    def step(inputs: dict[str, Any], **given: torch.Tensor) -> list[torch.Tensor]:
-        output = efe_loss(**inputs, weights=WEIGHTS, reduction=reduction, **given)
-        upstream = torch.full_like(output.total, 0.5)
-        values = [output.total, *output.terms.values(), output.mask_ratio, output.hard_cell_scale]
-        return [*values, *torch.autograd.grad(output.total, leaves_of(inputs), upstream)]
-
-    found = step(inputs, grad_scale=torch.tensor(grad_scale, device=device))
-    for value, expected in zip(found, step(in_double(inputs)), strict=True):
-        assert_close("value", value, expected, TOLERANCE[torch.float32])
-
-
-def test_a_grad_scale_of_the_total_says_nothing_about_the_terms(device: str) -> None:
-    inputs = Case(steps=3, projection=False).inputs(device=device)
-    _, gradients = run(inputs, use_terms=True, grad_scale=torch.tensor(0.5, device=device))
-    _, expected = run(in_double(inputs), use_terms=True)
-    for name, gradient in gradients.items():
-        assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
-
-
-def test_gradients_made_ahead_are_handed_out_once(device: str) -> None:
-    """What one backward gave stays as it is in the next ones through the same graph."""
-    inputs = Case(steps=3, projection=False).inputs(device=device)
-    leaves = leaves_of(inputs)
-    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device)).total
-    first = torch.autograd.grad(total, leaves, retain_graph=True)
-    copies = [gradient.clone() for gradient in first]
-    doubled = torch.autograd.grad(2 * total, leaves, retain_graph=True)
-    again = torch.autograd.grad(total, leaves)
-    for one, copy, two, three in zip(first, copies, doubled, again, strict=True):
-        assert torch.equal(one, copy)
-        torch.testing.assert_close(two, 2 * one)
-        torch.testing.assert_close(three, one)
-
-
-@pytest.mark.skipif(not TAKEN, reason="the kernels of the CPU take no notice of a grad_scale")
-@pytest.mark.parametrize("factor", [1.0, 2.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_right_grad_scale_leaves_nothing_to_compute(reduction: str, factor: float, device: str) -> None:
-    """Backward does not look at the logits any more, so other ones in their place go unnoticed.
-
-    A third of 0.7 is rounded: the grad_scale of a mean must be divided as autograd divides.
-    """
-    inputs = Case(batch=3, steps=3, projection=False).inputs(device=device)
-    scale = torch.tensor(0.7, device=device)
-    (expected,) = torch.autograd.grad(scale * efe_loss(**inputs, reduction=reduction).total, inputs["logits"])
-    total = efe_loss(**inputs, reduction=reduction, grad_scale=scale).total
-    inputs["logits"].data.zero_()
-    (gradient,) = torch.autograd.grad(factor * scale * total, inputs["logits"])
-    assert torch.allclose(gradient, factor * expected, rtol=1e-4, atol=1e-7) == (factor == 1)
-
-
-@pytest.mark.parametrize("preference_per_episode", [False, True])
-def test_a_grad_scale_that_is_wrong_for_one_episode_is_right_for_the_others(
-    preference_per_episode: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each chunk of episodes looks for itself whether it must compute again."""
-    launch = pytest.importorskip("efe_kernels.efe_loss.launch")
-    monkeypatch.setattr(launch, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(launch, "LAYOUTS", {})
-    case = Case(batch=5, steps=2, height=2, width=3, projection=False, preference_per_episode=preference_per_episode)
-    inputs = case.inputs(device=device)
-    upstream = torch.tensor([1.0, 1.0, 1.0, 1.0, 2.0], device=device)
-
-    def gradients(inputs: dict[str, Any], **given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        total = efe_loss(**inputs, weights=WEIGHTS, reduction="none", **given).total
-        return torch.autograd.grad(total, leaves_of(inputs), upstream.to(total))
-
-    expected = gradients(in_double(inputs))
-    for found, wanted in zip(gradients(inputs, grad_scale=torch.ones((), device=device)), expected, strict=True):
-        assert_close("gradient", found, wanted, TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_a_grad_scale_and_its_upstream_gradient_are_taken_by_their_values(
-    form: Callable[[torch.Tensor], torch.Tensor], reduction: str, device: str
-) -> None:
-    """The kernels that make use of it are launched beside the dispatcher, which knows of lazy negation and the like."""
-    inputs = Case(steps=2, projection=False).inputs(device=device)
-    leaves = leaves_of(inputs)
-
-    def plain(tensor: torch.Tensor) -> torch.Tensor:
-        return as_memory(form(tensor))
-
-    def step(of_scale: Callable[..., torch.Tensor], of_upstream: Callable[..., torch.Tensor]) -> Any:
-        grad_scale = of_scale(torch.tensor(0.5, device=device))
-        total = efe_loss(**inputs, reduction=reduction, grad_scale=grad_scale).total
-        return torch.autograd.grad(total, leaves, of_upstream(torch.full_like(total, 0.5)))
-
-    expected = step(plain, plain)
-    for found in (step(form, plain), step(plain, form), step(form, form)):
-        for gradient, wanted in zip(found, expected, strict=True):
-            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_with_a_grad_scale_inputs_are_taken_by_their_values(
-    form: Callable[[torch.Tensor], torch.Tensor], device: str
-) -> None:
-    inputs = Case(steps=2, projection=False).inputs(device=device)
-    formed = form(inputs["logits"])
-    plain = as_memory(formed).requires_grad_(formed.requires_grad)
-    grad_scale = torch.ones((), device=device)
-
-    def gradients(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        total = efe_loss(**{**inputs, "logits": logits}, grad_scale=grad_scale).total
-        return torch.autograd.grad(total, leaves_of({**inputs, "logits": logits}))
-
-    for gradient, wanted in zip(gradients(formed), gradients(plain), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_grad_scale_is_what_the_tensor_held_when_it_was_given(reduction: str, device: str) -> None:
-    inputs = Case(steps=2, projection=False).inputs(device=device)
-    scale = torch.ones((), device=device)
-    total = efe_loss(**inputs, reduction=reduction, grad_scale=scale).total
-    scale.fill_(2.0)
-    found = torch.autograd.grad(total, leaves_of(inputs), torch.full_like(total, 2.0))
-    doubles = in_double(inputs)
-    exact = efe_loss(**doubles, reduction=reduction).total
-    expected = torch.autograd.grad(exact, leaves_of(doubles), torch.full_like(exact, 2.0))
-    for gradient, wanted in zip(found, expected, strict=True):
-        assert_close("gradient", gradient, wanted, TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_hooks_may_lay_out_saved_tensors_anew(known: bool, device: str) -> None:
-    """As `torch.autograd.graph.save_on_cpu` does, which keeps no strides. The tiles of the other layout are smaller."""
+def test_hooks_may_lay_out_saved_tensors_anew(device: str) -> None:
+    """As `torch.autograd.graph.save_on_cpu` does, which keeps no strides."""
     inputs = Case(batch=3, steps=2, height=8, width=10, projection=False).inputs(device=device)
     doubles = in_double(inputs)
     expected = torch.autograd.grad(efe_loss(**doubles, reduction="sum").total, leaves_of(doubles))
-    grad_scale = torch.ones((), device=device) if known else None
     with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda tensor: tensor):
-        total = efe_loss(**inputs, reduction="sum", grad_scale=grad_scale).total
+        total = efe_loss(**inputs, reduction="sum").total
         gradients = torch.autograd.grad(total, leaves_of(inputs))
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert_close("gradient", gradient, wanted, TOLERANCE[torch.float32])
@@ -523,14 +375,11 @@ def test_weight_of_zero_removes_a_term(device: str) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_compiles_without_a_graph_break(known: bool, device: str) -> None:
-    inputs = Case(steps=3, projection=not known).inputs(device=device)
-    if known:
-        inputs["grad_scale"] = torch.ones((), device=device)
+def test_compiles_without_a_graph_break(device: str) -> None:
+    inputs = Case(steps=3).inputs(device=device)
     torch._dynamo.reset()
     compiled = torch.compile(lambda **kwargs: efe_loss(**kwargs).total, fullgraph=True, backend="aot_eager")
-    expected = efe_loss(**{**inputs, "grad_scale": None}).total
+    expected = efe_loss(**inputs).total
     total = compiled(**inputs)
     torch.testing.assert_close(total, expected, rtol=0, atol=0)
     leaves = leaves_of(inputs)
@@ -554,10 +403,9 @@ def test_ops_are_declared_truthfully(device: str) -> None:
     torch.library.opcheck(backward, (*upstream, *arguments, *settings, scale, saved, needs))
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_second_derivative_is_refused(known: bool, device: str) -> None:
+def test_second_derivative_is_refused(device: str) -> None:
     inputs = Case(steps=2, projection=False).inputs(device=device)
-    total = efe_loss(**inputs, grad_scale=torch.ones((), device=device) if known else None).total
+    total = efe_loss(**inputs).total
     (gradient,) = torch.autograd.grad(total, inputs["logits"], create_graph=True)
     with pytest.raises(RuntimeError, match="efe_loss has no second derivative"):
         gradient.sum().backward()
@@ -607,11 +455,6 @@ WRONG = {
         lambda i: {"target": i["target"].to("meta")},
         ValueError,
         "target must be on the device of logits",
-    ),
-    "grad_scale per episode": (
-        lambda i: {"grad_scale": i["logits"].detach()[:, 0, 0, 0, 0]},
-        ValueError,
-        r"grad_scale must have the shape \[\]",
     ),
     "unknown reduction": (
         lambda i: {"reduction": "average"},

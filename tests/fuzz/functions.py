@@ -320,8 +320,6 @@ def efe_loss(draw: Draw) -> None:
     draw.floating("projection", "C D", optional=True)
     draw.floating("target_preference", "R S C", shape=covered, optional=True, grad=False, change=one_hots)
     draw.count("max_cells", (900, 1, 2**40), low=1)
-    if draw.rarely():
-        draw.floating("grad_scale", "", optional=True)
 
 
 MODULE_SETTINGS = ("hard_cell", "hard_cell_min_ratio", "reduction", "weights")
@@ -479,12 +477,7 @@ def define_update(running: Tensor, target: Tensor, valid: Tensor | None, success
 FUNCTIONS: dict[str, tuple[Function, Callable[[Draw], Any]]] = {
     function.name: (function, arguments)
     for function, arguments in (
-        (
-            Function(
-                "efe_loss", efe_kernels.efe_loss, constants=("grad_scale",), addends=16, loss=True, governs="logits"
-            ),
-            efe_loss,
-        ),
+        (Function("efe_loss", efe_kernels.efe_loss, addends=16, loss=True, governs="logits"), efe_loss),
         (Function("EFELoss", call_efe_module, addends=16, loss=True, governs="logits"), efe_module),
         (Function("EFELoss.update_target_preference", call_update, define_update), update_target_preference),
         (

@@ -71,8 +71,8 @@ def test_header_gives_the_published_words(tmp_path: Path) -> None:
 
 
 # The same words in every implementation: a single wrong bit would move a normal by far more than rounding does. The
-# normals differ by the rounding of log, sqrt, sin and cos: a few units in the last place; in float64 also by that of the
-# reference's own angle, which moves a sine or cosine near 0 by a unit of 1.
+# normals differ by the rounding of log, sqrt, sin and cos: a few units in the last place; in float64 also by that of
+# the reference's own angle, which moves a sine or cosine near 0 by a unit of 1.
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "least"), [(torch.float32, 4 * 2**-23, 2**-23), (torch.float64, 8 * 2**-52, 1.0)]
 )
