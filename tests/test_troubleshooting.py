@@ -23,7 +23,7 @@ SAID = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in SOURCE
         "does not load with torch",
         "Triton is not installed",
         "built without its CUDA sources",
-        "and torch cannot be imported here",
+        "cannot be imported here",
         "has no second derivative; call backward without create_graph=True",
         "which an optimizer or a DistributedDataParallel made before does not know and so never trains",
         "Qwen_grad was 0 over",

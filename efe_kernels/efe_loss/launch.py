@@ -25,14 +25,14 @@ from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, sav
 # Triton's default.
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 LANES = (32 if torch.version.hip is None else 64) * OPTIONS["num_warps"]
-# Registers of a lane at most, by kernel; None leaves it to the compiler. Fewer of them make room for more warps.
-FORWARD_REGISTERS: int | None = None
-BACKWARD_REGISTERS: int | None = None
+# Registers of a lane at most in the backward of the prompt term over a 16-bit channel-first plan: on an H200 room for
+# more warps is worth 11 % there, more than what is spilled costs. The other walks are slower with a limit.
+BACKWARD_REGISTERS = 128
 # Chunks of episodes in backward: so many that the last programs of a launch leave few multiprocessors idle, so few that
 # their partial sums of the gradient of a shared preference cost about 1 %.
 MAX_CHUNKS = 512
 # Batches from this one on read what all episodes share from a copy with the cells of an outcome side by side.
-MANY_EPISODES = 32
+MANY_EPISODES = 512
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 8
 PROMPT = TERMS.index("prompt")
@@ -55,13 +55,16 @@ class Layout:
         self.has_direction = inputs.prompt is not None and inputs.projection is not None
         self.shared_preference = inputs.preference_logits.dim() == 3
         separate = inputs.backward_logits is not None
-        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once.
-        # In the backward of the prompt term two do not fit into its registers.
-        cells_per_lane = 2 if logits.stride(3) == 1 and logits.itemsize == 2 else 1
+        # Neighbouring cells of one outcome lie side by side only channel-first: there a lane takes two of them at once,
+        # where they fit into one register. In the backward of the prompt term too few registers are left for two.
+        half = logits.itemsize == 2
+        cells_per_lane = 2 if logits.stride(3) == 1 and half else 1
         self.tile = self.tile_of(cells_per_lane)
         self.tiles = cdiv(self.cells, self.tile)
-        self.backward_tile = self.tile_of(cells_per_lane)
+        self.backward_tile = self.tile_of(1 if self.has_direction else cells_per_lane)
         self.backward_tiles = cdiv(self.cells, self.backward_tile)
+        limited = self.has_direction and cells_per_lane == 2 and APPROXIMATE
+        self.backward_options = {"maxnreg": BACKWARD_REGISTERS} if limited else {}
         self.preference_programs = cdiv(self.cells, CELL_BLOCK) * self.outcomes
         self.projection_programs = cdiv(self.prompt_dim, D_BLOCK) * self.outcomes
         preference = "HWC" if self.shared_preference else "BHWC"
@@ -81,21 +84,22 @@ class Layout:
     def pack_of(self, tile: int) -> int:
         """See Shape."""
         pack = tile // LANES
-        return pack if APPROXIMATE and OPTIONS["num_warps"] == 1 and tile % LANES == 0 and pack in (1, 2) else 0
+        return pack if APPROXIMATE and OPTIONS["num_warps"] == 1 and tile % LANES == 0 else 0
 
     def arrays(self, inputs: Inputs, ignore_index: int) -> Any:
         """The inputs as the kernels see them."""
+        anchor = inputs.target_preference
         seen = inputs._replace(
             valid=None if inputs.valid is None else inputs.valid.view(torch.uint8),
             preference_logits=self.by_outcome(inputs.preference_logits),
-            target_preference=self.by_outcome(inputs.target_preference),
+            target_preference=None if anchor is None else self.by_outcome(anchor),
         )
         return Arrays(*map(array, seen, self.dims), tl.constexpr(ignore_index))
 
-    def by_outcome(self, grid: Tensor | None) -> Tensor | None:
+    def by_outcome(self, grid: Tensor) -> Tensor:
         """[H, W, C] with the cells of an outcome side by side, where many episodes read it: a warp then asks for a few
         lines of the cache and not for as many as it has cells."""
-        if grid is None or grid.dim() != 3 or self.batch < MANY_EPISODES:
+        if grid.dim() != 3 or self.batch < MANY_EPISODES:
             return grid
         return grid.movedim(-1, 0).contiguous().movedim(0, -1)
 
@@ -104,11 +108,6 @@ class Layout:
         block: its remaining constants, and options of Triton."""
         place = (function.__name__, key)  # Triton hashes the function itself by its source
         return kept(self.launches, place, lambda: PreparedLaunch(function, grid, {**OPTIONS, **block}))
-
-
-def at_most(registers: int | None) -> dict[str, int]:
-    """As an option of Triton."""
-    return {} if registers is None or not APPROXIMATE else {"maxnreg": registers}
 
 
 def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
@@ -165,14 +164,7 @@ class Forward:
     def visit_cells(self) -> None:
         layout, key = self.layout, self.settings.ignore_index
         grid = (layout.batch * layout.tiles,)
-        launch = layout.launch(
-            kernels.efe_loss_forward_kernel,
-            grid,
-            key,
-            TILE=layout.tile,
-            TILES=layout.tiles,
-            **at_most(FORWARD_REGISTERS),
-        )
+        launch = layout.launch(kernels.efe_loss_forward_kernel, grid, key, TILE=layout.tile, TILES=layout.tiles)
         launch(self.arrays, self.sums, self.direction, self.shape)
 
     def finish_episodes(self) -> None:
@@ -242,7 +234,7 @@ class Backward:
                 EPISODES=self.episodes,
                 TILE=layout.backward_tile,
                 TILES=layout.backward_tiles,
-                **at_most(BACKWARD_REGISTERS),
+                **layout.backward_options,
             )
             launch(
                 layout.arrays(inputs, settings.ignore_index), upstream, self.written, Weights(*settings.weights),
