@@ -8,8 +8,7 @@ result of forward that has its name, and is kept for backward.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -44,8 +43,8 @@ def spread(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor |
 
 def transformed() -> bool:
     """Whether the call is inside a transform of torch.func, such as vmap, grad or jacrev."""
-    depth: int = torch._C._functorch.get_dynamic_layer_stack_depth()  # of this torch.compile knows what it says
-    return depth > 0
+    active: bool = torch._C._are_functorch_transforms_active()  # what autograd.Function asks, and torch.compile knows
+    return active
 
 
 def needs_function(tensors: Sequence[Tensor | None]) -> bool:
@@ -75,8 +74,7 @@ def apply(function: type[torch.autograd.Function], plain: Callable[..., Any], *a
     return function.apply(*arguments)
 
 
-@dataclass(frozen=True)
-class Wiring:
+class Wiring(NamedTuple):
     """Where backward takes its arguments from, by place.
 
     wrt: arguments of forward that can get a gradient. computed: those of them whose gradients backward computes.

@@ -51,7 +51,9 @@ def test_glue_compiles() -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    includes = [f"-I{path}" for path in (CSRC, sysconfig.get_path("include"), *cpp_extension.include_paths())]
+    pybind11 = pytest.importorskip("pybind11")
+    folders = (CSRC, pybind11.get_include(), sysconfig.get_path("include"), *cpp_extension.include_paths())
+    includes = [f"-I{path}" for path in folders]
     command = [
         compiler, "-std=c++20", "-fsyntax-only", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         *includes, *cuda_includes(), str(CSRC / "prompt" / "cuda_ops.cpp"),
