@@ -1,4 +1,5 @@
-"""What the lanes of a warp do together: many sums over their cells at once, and values that they hold for each other.
+"""What the lanes of a warp do together, many sums over their cells at once, and what they do to two 16-bit numbers at a
+time.
 
 Triton reduces a tensor at a time, in five exchanges between lanes. Here lanes exchange halves, so that n sums take n
 exchanges and not 5 n; and 16-bit logits, whose sums need no rounding before float32, are added by the tensor cores,
@@ -33,7 +34,7 @@ BF16_BOUNDS, F16_BOUNDS = (tl.constexpr(twice(PROMPT_LOGIT_RANGE, dtype)) for dt
 @triton.constexpr_function
 def assembly(lines: list[str]) -> str:
     """Of a block with registers of its own."""
-    registers = ".reg .b32 lane, quad, w<20>, one<2>; .reg .f32 v<32>, sent, acc<4>; .reg .pred p, q; .reg .b64 place;"
+    registers = ".reg .b32 lane, quad, w<16>, one<2>; .reg .f32 v<16>, sent, acc<4>; .reg .pred p, q; .reg .b64 place;"
     return "\n".join(["{", registers, "mov.u32 lane, %laneid;", *lines, "}"])
 
 
@@ -90,8 +91,11 @@ def exchanged_sums(count: int, pack: int) -> str:
 
 @triton.constexpr_function
 def tensor_core_sums(count: int, pack: int, dtype: str, bounds: int, ones: int) -> str:
-    """A product of the logits, 16 of them in a lane's quad of rows, with columns of ones: column n collects outcomes
-    2 n and 2 n + 1 in its upper and lower rows.
+    """The sums over all lanes and `pack` elements of `count` outcomes, clamped, of the elements that count.
+
+    A matrix product adds up four outcomes: each fills a quarter of the left factor, upper or lower rows of its left or
+    right half, and the right factor has ones where a column is to collect one of these halves. What is left is to add
+    up eight rows.
 
     dtype: bf16 or f16, of which bounds and ones are words of two.
     """
@@ -145,6 +149,7 @@ def constraints(places: int, words: int, letter: str) -> str:
 
 @triton.jit
 def group_of(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of them, from the given one on."""
     group = ()
     for i in tl.static_range(COUNT):
         group = group + (values[FIRST + i],)
