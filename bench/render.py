@@ -212,6 +212,7 @@ def report(record: Record, markdown: bool = False, passes: tuple[str, ...] = ("f
     text = [record.about() + ".\n"]
     if record.entries:
         text.append(section("Goals", target_table(record, markdown)))
+        text.append(section("Which of the others is the fastest", columns(plain_rows(record), markdown)))
         title = "Every case: time of the kernel, and how many times as long the others take"
         text.append(section(title, case_table(record, markdown, passes)))
         text.append(section("Where something else is faster", "\n".join(lost)))
@@ -376,7 +377,7 @@ def details(record: Record) -> str:
 
 
 def plain_rows(record: Record) -> list[list[str]]:
-    rows = [["case", "pass", "kernel", "of a copy", "others: how many times as long"]]
+    rows = [["case", "pass", "kernel", "of a copy", "fastest of the others", "the others: how many times as long"]]
     for entries in record.cases().values():
         kernel = entries.get("kernel")
         if kernel is None or kernel["workload"] == "ragged" or kernel["layout"] not in ("", "channel-first"):
@@ -387,8 +388,9 @@ def plain_rows(record: Record) -> list[list[str]]:
             continue
         others = [(name, entry["seconds"] / kernel["seconds"]) for name, entry in entries.items() if name != "kernel"]
         told = ", ".join(f"{name} {ratio:.1f}" for name, ratio in others)
+        fastest = min(others, key=lambda other: other[1])[0] if others else ""
         share = f"{kernel['copy_share']:.0%}"
-        rows.append([title_of(kernel), kernel["which"], duration(kernel["seconds"]), share, told])
+        rows.append([title_of(kernel), kernel["which"], duration(kernel["seconds"]), share, fastest, told])
     return rows
 
 
