@@ -177,6 +177,34 @@ def test_more_episodes_than_chunks(device: str, monkeypatch: pytest.MonkeyPatch)
             assert_close(name, gradient, expected[name], TOLERANCE[torch.float32])
 
 
+def test_many_episodes_read_a_copy_of_what_they_share(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as from the preferences where they lie."""
+    launch = pytest.importorskip("efe_kernels.efe_loss.launch")
+    inputs = Case(anchor=True).inputs(device=device)
+    expected, expected_gradients = run(inputs)
+    monkeypatch.setattr(launch, "MANY_EPISODES", 1)
+    monkeypatch.setattr(launch, "LAYOUTS", {})
+    output, gradients = run(inputs)
+    torch.testing.assert_close(output.total, expected.total, rtol=0, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_channel_last_plans_of_16_bits_may_lie_anywhere(dtype: torch.dtype, device: str) -> None:
+    """Two outcomes are read and written as one word where they are aligned so, else one by one: to the same bits."""
+    inputs = Case(layout="channel-last").inputs(dtype, device)
+    expected, expected_gradients = run(inputs)
+    for name, gradient in run(in_double(inputs))[1].items():
+        assert_close(name, expected_gradients[name], gradient, TOLERANCE[dtype])
+    memory = torch.empty(inputs["logits"].numel() + 1, dtype=dtype, device=device)
+    moved = memory[1:].view_as(inputs["logits"]).copy_(inputs["logits"].detach())
+    output, gradients = run(inputs | {"logits": moved.detach().requires_grad_()})
+    torch.testing.assert_close(output.total, expected.total, rtol=0, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_lies_under_invalid_cells_is_harmless(value: float, device: str) -> None:
     case = Case(steps=3, backward=True, final=True, observation=True)

@@ -57,7 +57,6 @@ int main() {  // from -0 to -88; every normal number
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "avx512"])
 def test_exp_and_log_are_right_to_about_one_unit_of_the_last_place(capability: str, tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
