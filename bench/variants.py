@@ -1,6 +1,6 @@
-"""The EFE loss kernels side by side: cells per lane, warps, both layouts.
+"""The EFE loss kernels side by side: cells per lane, a limit of registers, chunks of episodes, both layouts.
 
-The launcher chooses tile and warps from the shape alone; here every choice is timed, and checked against its own.
+The launcher chooses these from the shape alone; here other choices are timed, and checked against its own.
 
     python -m bench.variants [--json FILE] [--jobs N]
     TRITON_INTERPRET=1 python -m bench.variants --small     without a GPU: checked on a tiny grid, not timed
@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import triton
 from torch import Tensor
 
 from bench.check import everything, least_bytes, outcome, prepared
@@ -28,9 +27,11 @@ from bench.ops.efe_loss import plan
 from bench.ops.entry import Case
 from bench.render import columns
 from efe_kernels.efe_loss import launch
+from efe_kernels.efe_loss.reference import Inputs
 
-CELLS_PER_LANE = (1, 2, 4)
-WARPS = (1, 2, 4)
+CELLS_PER_LANE = (1, 2)
+REGISTERS = (None, 168, 128)
+CHUNKS = (128, 512, 2048)
 ROUNDS = 20
 SMALL = (2, 3, 9, 9, 10)  # several tiles at one cell per lane, and a tail
 # Two variants sum the cells in another order, and bf16 gradients are rounded to 2^-9.
@@ -39,34 +40,41 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Variant:
-    """cells_per_lane 0: as the launcher chooses."""
+    """cells_per_lane 0: as the launcher chooses. registers: of a lane at most."""
 
     case: Case
     cells_per_lane: int = 0
-    num_warps: int = 0
+    registers: int | None = None
+    chunks: int = launch.MAX_CHUNKS
 
-    def chosen(self) -> AbstractContextManager[None]:
-        return layout_with(self.cells_per_lane, self.num_warps) if self.cells_per_lane else nullcontext()
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """Inside, the launchers do as the variant says."""
+        if not self.cells_per_lane:
+            yield
+            return
+        cells_per_lane = self.cells_per_lane
+
+        class Chosen(launch.Layout):
+            def __init__(self, inputs: Inputs) -> None:
+                super().__init__(inputs)
+                self.backward_options = {}
+
+            def tile_of(self, _cells_per_lane: int) -> int:
+                return super().tile_of(cells_per_lane)
+
+        options = {} if self.registers is None or not launch.APPROXIMATE else {"maxnreg": self.registers}
+        layout = patch.multiple(launch, Layout=Chosen, MAX_CHUNKS=self.chunks)
+        with layout, patch.dict(launch.OPTIONS, options), patch.dict(launch.LAYOUTS, clear=True):
+            yield
 
     @property
     def name(self) -> str:
-        choice = (
-            f"{self.cells_per_lane} cells per lane, {self.num_warps} warps" if self.cells_per_lane else "as launched"
+        limit = f"at most {self.registers} registers" if self.registers else "no limit"
+        choice = f"{self.cells_per_lane} cells per lane, {limit}, {self.chunks} chunks"
+        return f"{self.case.terms} {self.case.dtype} {self.case.layout}: " + (
+            choice if self.cells_per_lane else "as launched"
         )
-        return f"{self.case.terms} {self.case.dtype} {self.case.layout}: {choice}"
-
-
-@contextmanager
-def layout_with(cells_per_lane: int, num_warps: int) -> Iterator[None]:
-    """Inside, the launchers use this many cells per lane and warps per program."""
-
-    class Chosen(launch.Layout):
-        def tile_of(self, _cells_per_lane: int) -> int:
-            return min(launch.LANES * num_warps * cells_per_lane, triton.next_power_of_2(self.cells))
-
-    options = patch.dict(launch.OPTIONS, num_warps=num_warps)
-    with patch.object(launch, "Layout", Chosen), options, patch.dict(launch.LAYOUTS, clear=True):
-        yield
 
 
 def variants(sizes: tuple[int, ...]) -> list[Variant]:
@@ -75,10 +83,12 @@ def variants(sizes: tuple[int, ...]) -> list[Variant]:
         ("bf16", "channel-first", "core"),
         ("bf16", "channel-last", "core"),
         ("bf16", "channel-first", "all"),
+        ("bf16", "channel-last", "all"),
         ("fp32", "channel-first", "all"),
     ):
         case = Case("efe_loss", "variants", sizes, dtype, layout, terms)
-        found += [Variant(case), *(Variant(case, cells, warps) for cells, warps in product(CELLS_PER_LANE, WARPS))]
+        found += [Variant(case), *(Variant(case, *choice) for choice in product(CELLS_PER_LANE, REGISTERS))]
+        found += [Variant(case, 1, chunks=chunks) for chunks in CHUNKS if chunks != launch.MAX_CHUNKS]
     return found
 
 
