@@ -118,7 +118,7 @@ def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
     terms = TERMS[case.terms]
     weights = [getattr(terms.weights, name) for name in efe_reference.TERMS]
-    settings = efe_reference.Settings(weights, terms.hard_cell, 0.0, 900, -100)
+    settings = efe_reference.Settings(weights, terms.hard_cell, 0.0, 900, -100, "none")
     height, width = case.sizes[2:4]
     covered = inputs["preference_logits"][:height, :width]
     total, *_ = efe_reference.efe_loss(efe_reference.Inputs(**{**inputs, "preference_logits": covered}), settings)
@@ -174,7 +174,7 @@ def launch(
         new(height, width, outcomes) if prompt_dim else None,
         new(batch, height, width, dtype=torch.bool),
     )
-    settings = efe_reference.Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
+    settings = efe_reference.Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100, "none")
     needs = [tensor is not None for tensor in inputs[:7]]
     grad = new(1).expand(batch)
     outputs = launchers.efe_loss_forward(inputs, settings)

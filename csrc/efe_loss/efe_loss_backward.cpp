@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -174,9 +175,11 @@ void backward_block(const Problem<A>& p, int64_t episode, const Block<A>& block,
 // d loss / d term [B, kTerms]: through the total and directly. A weight of 0 removes a term, whatever it is.
 template <class A>
 std::vector<A> upstream_of_terms(const OptionalTensor& grad_total, const OptionalTensor& grad_terms,
-                                 const std::vector<double>& weights, const Tensor& hard_cell_scale) {
+                                 const Settings& settings, const Tensor& hard_cell_scale) {
     constexpr ScalarType type = CppTypeToScalarType<A>::value;
+    const std::vector<double>& weights = settings.weights;
     const int64_t batch = hard_cell_scale.size(0);
+    const A share = static_cast<A>(settings.share(batch));
     const Tensor total = contiguous_as(grad_total, type), terms = contiguous_as(grad_terms, type);
     const Tensor scale = contiguous_as(hard_cell_scale, type);
     std::vector<A> upstream(batch * kTerms);
@@ -184,7 +187,8 @@ std::vector<A> upstream_of_terms(const OptionalTensor& grad_total, const Optiona
         for (int64_t term = 0; term < kTerms; ++term) {
             A& found = upstream[b * kTerms + term];
             if (total.defined() && weights[term] != 0)
-                found = total.data<A>()[b] * scale.data<A>()[b] * static_cast<A>(weights[term]);
+                found = total.data<A>()[settings.reduces() ? 0 : b] * share * scale.data<A>()[b] *
+                        static_cast<A>(weights[term]);
             if (terms.defined()) found += terms.data<A>()[b * kTerms + term];
         }
     return upstream;
@@ -307,15 +311,16 @@ std::vector<Tensor> efe_loss_backward(
     const OptionalTensor& backward_logits, const OptionalTensor& final_logits, const OptionalTensor& observation_probs,
     const Tensor& preference_logits, const OptionalTensor& prompt, const OptionalTensor& projection,
     const Tensor& target, const OptionalTensor& target_preference, const OptionalTensor& valid,
-    const std::vector<double>& weights, bool hard_cell, double hard_cell_min_ratio, int64_t max_cells, int64_t ignore_index,
-    const Tensor& hard_cell_scale, const Tensor& saved, const std::vector<bool>& needs) {
+    const std::vector<double>& weights, bool hard_cell, double hard_cell_min_ratio, int64_t max_cells,
+    int64_t ignore_index, const std::string& reduction, const Tensor& hard_cell_scale, const Tensor& saved,
+    const std::vector<bool>& needs) {
     const Inputs inputs{logits, backward_logits, final_logits, observation_probs, preference_logits,
                         prompt, projection,      target,       target_preference, valid};
-    const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index};
+    const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index, reduction};
     std::vector<Tensor> gradients;
     for_arithmetic(arithmetic_type(logits), [&](auto zero) {
         using A = decltype(zero);
-        const std::vector<A> upstream = upstream_of_terms<A>(grad_total, grad_terms, weights, hard_cell_scale);
+        const std::vector<A> upstream = upstream_of_terms<A>(grad_total, grad_terms, settings, hard_cell_scale);
         gradients = backward<A>(inputs, settings, upstream, saved, needs);
     });
     return gradients;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -178,22 +179,24 @@ Direction prompt_direction(const double* sums, const double* u, int64_t steps, i
 }
 
 struct Outputs {
-    Tensor total, mask_ratio, hard_cell_scale;  // [B]
-    Tensor terms;                               // [B, kTerms]
+    Tensor total;                        // [B], or 0-d where it is reduced
+    Tensor mask_ratio, hard_cell_scale;  // [B]
+    Tensor terms;                        // [B, kTerms]
     // [B, ...]: the number of counted cells, then, with the prompt term, its gradients [T, C] and [C] (see Direction).
     Tensor saved;
 
-    Outputs(int64_t batch, int64_t saved_width, ScalarType type, const Tensor& like)
-        : total(empty({batch}, type, like)),
+    Outputs(int64_t batch, bool reduces, int64_t saved_width, ScalarType type, const Tensor& like)
+        : total(reduces ? empty({}, type, like) : empty({batch}, type, like)),
           mask_ratio(empty({batch}, type, like)),
           hard_cell_scale(empty({batch}, type, like)),
           terms(empty({batch, kTerms}, type, like)),
           saved(empty({batch, saved_width}, type, like)) {}
 };
 
-// From the sums over all blocks of an episode to its results; u [C] is W e, null without the prompt term.
+// From the sums over all blocks of an episode to its results; u [C] is W e, null without the prompt term. Returns the
+// total, which has no place of its own where it is reduced.
 template <class A>
-void finish_episode(const Problem<A>& p, const Settings& settings, const std::vector<double>& sums, const double* u,
+double finish_episode(const Problem<A>& p, const Settings& settings, const std::vector<double>& sums, const double* u,
                     int64_t episode, Outputs& out) {
     A* const terms = out.terms.mutable_data<A>() + episode * kTerms;
     A* const saved = out.saved.mutable_data<A>() + episode * out.saved.size(1);
@@ -220,9 +223,9 @@ void finish_episode(const Problem<A>& p, const Settings& settings, const std::ve
         terms[term] = static_cast<A>(values[term]);
         if (settings.weights[term] != 0) sum += settings.weights[term] * values[term];
     }
-    out.total.mutable_data<A>()[episode] = static_cast<A>(factor * sum);
     out.mask_ratio.mutable_data<A>()[episode] = static_cast<A>(ratio);
     out.hard_cell_scale.mutable_data<A>()[episode] = static_cast<A>(factor);
+    return factor * sum;
 }
 
 template <class A>
@@ -243,10 +246,19 @@ Outputs forward(const Inputs& inputs, const Settings& settings) {
     }
     std::vector<double> u(has_direction ? p.batch * p.outcomes : 0);  // [B, C]
     if (has_direction) product(table_of(*inputs.prompt), table_of(*inputs.projection).transposed(), u.data());
-    Outputs out(p.batch, has_direction ? 1 + (p.steps + 1) * p.outcomes : 1, CppTypeToScalarType<A>::value,
-                inputs.logits);
-    for (int64_t b = 0; b < p.batch; ++b)
-        finish_episode(p, settings, partials.total(b), has_direction ? u.data() + b * p.outcomes : nullptr, b, out);
+    Outputs out(p.batch, settings.reduces(), has_direction ? 1 + (p.steps + 1) * p.outcomes : 1,
+                CppTypeToScalarType<A>::value, inputs.logits);
+    A* const total = out.total.mutable_data<A>();
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        const double* const own = has_direction ? u.data() + b * p.outcomes : nullptr;
+        const double found = finish_episode(p, settings, partials.total(b), own, b, out);
+        if (settings.reduces())
+            sum += found;
+        else
+            total[b] = static_cast<A>(found);
+    }
+    if (settings.reduces()) *total = static_cast<A>(sum * settings.share(p.batch));
     return out;
 }
 
@@ -255,10 +267,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> efe_loss_forward(
     const OptionalTensor& observation_probs, const Tensor& preference_logits, const OptionalTensor& prompt,
     const OptionalTensor& projection, const Tensor& target, const OptionalTensor& target_preference,
     const OptionalTensor& valid, const std::vector<double>& weights, bool hard_cell, double hard_cell_min_ratio,
-    int64_t max_cells, int64_t ignore_index) {
+    int64_t max_cells, int64_t ignore_index, const std::string& reduction) {
     const Inputs inputs{logits, backward_logits, final_logits, observation_probs, preference_logits,
                         prompt, projection,      target,       target_preference, valid};
-    const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index};
+    const Settings settings{weights, hard_cell, hard_cell_min_ratio, max_cells, ignore_index, reduction};
     Outputs out = logits.scalar_type() == ScalarType::Double ? forward<double>(inputs, settings)
                                                              : forward<float>(inputs, settings);
     return {std::move(out.total), std::move(out.terms), std::move(out.mask_ratio), std::move(out.hard_cell_scale),

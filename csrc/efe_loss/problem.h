@@ -6,13 +6,16 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
+#include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <iterator>
 #include <memory>
+#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "common/math.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "common/tensor.h"
@@ -27,7 +30,9 @@ enum Term { risk, ambiguity, consistency, agreement, anchor, prompt_term, step_t
 
 // Numbers of outcomes with which cells are computed in registers, in float arithmetic.
 constexpr int64_t kFewestInRegisters = 2, kMostInRegisters = 16;
-constexpr int64_t kCellsInRegisters = 1024;  // of a task; a multiple of every register's lanes
+// Cells of a task in registers, multiples of every register's lanes: many, because memory is read the faster the longer
+// its pieces are, but fewer where a small batch would leave threads without a task.
+constexpr int64_t kMostCells = 1024, kFewestCells = 256, kTasks = 8;
 
 constexpr double kPromptLogitRange = 9984;  // a number in every dtype
 constexpr double kTargetPreferenceFloor = 1e-8;
@@ -53,6 +58,11 @@ struct Settings {
     bool hard_cell;
     double hard_cell_min_ratio;
     int64_t max_cells, ignore_index;
+    const std::string& reduction;  // "none", "sum" or "mean" over the episodes
+
+    bool reduces() const { return reduction != "none"; }
+    // The total of one episode's part in the result.
+    double share(int64_t batch) const { return reduction == "mean" && batch > 0 ? 1.0 / batch : 1.0; }
 };
 
 // An x86 CPU without AVX2 goes the way of many outcomes: to compile for it, too, would take half as long again.
@@ -62,6 +72,12 @@ bool fits_registers(int64_t outcomes) {
     if (cpu_capability() == Capability::baseline) return false;
 #endif
     return std::is_same_v<A, float> && outcomes >= kFewestInRegisters && outcomes <= kMostInRegisters;
+}
+
+inline int64_t cells_in_registers(int64_t batch, int64_t num_cells) {
+    int64_t cells = kMostCells;
+    while (cells > kFewestCells && batch * ((num_cells + cells - 1) / cells) < kTasks) cells /= 2;
+    return cells;
 }
 
 // The inputs as the kernels read them. Small tensors are converted once: log-free copies, one row of cells per outcome.
@@ -100,12 +116,20 @@ inline std::unique_ptr<bool[]> counted_cells_of(const Tensor& target, const Opti
     const Tensor marks = contiguous_as(valid, ScalarType::Bool);
     const bool* const marked = marks.data<bool>();
     std::unique_ptr<bool[]> counted(new bool[count]);
-    for (int64_t i = 0; i < count; ++i) {
-        counted[i] = targets[i] != ignore_index && (marked == nullptr || marked[i]);
-        if (counted[i] && (targets[i] < 0 || targets[i] >= outcomes))
+    const auto is_outcome = [&](int64_t i) EFE_SIMD_BODY { return targets[i] >= 0 && targets[i] < outcomes; };
+    std::atomic<bool> all_are_outcomes{true};
+    parallel(count, 1, [&](int64_t begin, int64_t end) EFE_SIMD_BODY {
+        bool found = true;
+        for (int64_t i = begin; i < end; ++i) {
+            counted[i] = targets[i] != ignore_index && (marked == nullptr || marked[i]);
+            found &= !counted[i] | is_outcome(i);
+        }
+        if (!found) all_are_outcomes = false;
+    });
+    for (int64_t i = 0; !all_are_outcomes && i < count; ++i)
+        if (counted[i] && !is_outcome(i))
             refuse_value("target must be in [0, ", outcomes, ") or ignore_index where a cell counts, it was ",
                          targets[i], ".");
-    }
     return counted;
 }
 
@@ -115,7 +139,7 @@ Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
       steps(inputs.logits.size(1)),
       num_cells(inputs.logits.size(2) * inputs.logits.size(3)),
       outcomes(inputs.logits.size(4)),
-      block_size(fits_registers<A>(outcomes) ? kCellsInRegisters : kCells),
+      block_size(fits_registers<A>(outcomes) ? cells_in_registers(batch, num_cells) : kCells),
       blocks((num_cells + block_size - 1) / block_size),
       chunks(std::min(batch, kMaxChunks)),
       pairs(inputs.backward_logits.has_value() ? steps : (steps + 1) / 2),
@@ -138,9 +162,12 @@ Problem<A>::Problem(const Inputs& inputs, int64_t ignore_index)
         const Table table{given.data(), dtype_of(given.scalar_type()), outcomes, num_cells, 1, outcomes};
         target_preference = values_of<A>(table);
         log_target_preference.reset(new A[outcomes * num_cells]);
-        std::transform(target_preference.get(), target_preference.get() + outcomes * num_cells,
-                       log_target_preference.get(),
-                       [](A x) { return std::log(x < A(kTargetPreferenceFloor) ? A(kTargetPreferenceFloor) : x); });
+        parallel(outcomes * num_cells, 1, [&](int64_t begin, int64_t end) EFE_SIMD_BODY {
+            constexpr A kFloor = static_cast<A>(kTargetPreferenceFloor);
+            const A* const x = target_preference.get();
+            for (int64_t i = begin; i < end; ++i)
+                log_target_preference[i] = math::log_normal_range(x[i] < kFloor ? kFloor : x[i]);
+        });
     }
 }
 

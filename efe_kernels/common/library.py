@@ -43,6 +43,7 @@ SCHEMA_TYPES: dict[object, str] = {
     float: "float",
     int: "SymInt",
     bool: "bool",
+    str: "str",
     str | None: "str?",
     list[float]: "float[]",
     list[bool]: "bool[]",

@@ -10,7 +10,7 @@ from torch import Tensor
 from efe_kernels.common import checks
 from efe_kernels.common.arguments import one_episode
 from efe_kernels.efe_loss import ops
-from efe_kernels.efe_loss.reference import TERMS, Inputs, Settings
+from efe_kernels.efe_loss.reference import REDUCTIONS, TERMS, Inputs, Settings
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,16 @@ def efe_loss(
         sizes, logits, target, preference_logits, backward_logits, final_logits, observation_probs, prompt, projection,
         target_preference, valid,
     )  # fmt: skip
-    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    batched = logits.dim() == 5
     settings = Settings(
         checks.settings("weights", weights, EFEWeights, TERMS),
         checks.flag("hard_cell", hard_cell),
         checks.number("hard_cell_min_ratio", hard_cell_min_ratio),
         checks.integer("max_cells", max_cells, low=1),
         checks.integer("ignore_index", ignore_index),
+        reduction if batched else "sum",
     )
-    batched = logits.dim() == 5
     if not batched:
         logits, target, backward_logits, final_logits, observation_probs, prompt, valid = one_episode(
             logits, target, backward_logits, final_logits, observation_probs, prompt, valid
@@ -141,11 +142,7 @@ def efe_loss(
     total, terms, mask_ratio, scale, _ = ops.efe_loss(*inputs, *settings)
     named = dict(zip(TERMS, terms.unbind(1), strict=True))
     if not batched:
-        return EFELossOutput(total[0], {name: term[0] for name, term in named.items()}, mask_ratio[0], scale[0])
-    if reduction == "mean" and total.shape[0] > 0:
-        total = total.mean()
-    elif reduction != "none":
-        total = total.sum()
+        return EFELossOutput(total, {name: term[0] for name, term in named.items()}, mask_ratio[0], scale[0])
     return EFELossOutput(total, named, mask_ratio, scale)
 
 

@@ -35,10 +35,10 @@ MAX_CHUNKS = 512
 MANY_EPISODES = 512
 # Cells of a shared preference, and columns of the projection, whose gradients one program finishes.
 CELL_BLOCK, D_BLOCK = 32, 8
-PROMPT = TERMS.index("prompt")
 # Tuples of the kernels, which hold whatever Triton traces.
 Arrays: Any = cells.Inputs
 Gradients: Any = kernels.Gradients
+DIFFERENTIABLE = 7  # of the inputs, the first
 # A letter for each dimension; those of the preference where there is one for each episode.
 DIMS = Arrays("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
 
@@ -76,6 +76,8 @@ class Layout:
         sizes = (self.steps, self.cells, width, self.outcomes, self.prompt_dim, pairs, alone, self.saved, APPROXIMATE)
         self.shape = Shape(*constants((*sizes, self.pack_of(self.tile))))
         self.backward_shape = Shape(*constants((*sizes, self.pack_of(self.backward_tile))))
+        self.forms = tuple(map(form_of, self.seen(inputs), self.dims))
+        self.gradient_forms = tuple(map(form_of, map(gradient_on_meta, inputs[:DIFFERENTIABLE]), self.dims))
         self.launches: dict[Hashable, PreparedLaunch] = {}
 
     def tile_of(self, cells_per_lane: int) -> int:
@@ -88,13 +90,16 @@ class Layout:
 
     def arrays(self, inputs: Inputs, ignore_index: int) -> Any:
         """The inputs as the kernels see them."""
+        return Arrays(*map(array, self.seen(inputs), self.forms), tl.constexpr(ignore_index))
+
+    def seen(self, inputs: Inputs) -> Inputs:
+        """The inputs in the dtypes and in the memory order in which the kernels read them."""
         anchor = inputs.target_preference
-        seen = inputs._replace(
+        return inputs._replace(
             valid=None if inputs.valid is None else inputs.valid.view(torch.uint8),
             preference_logits=self.by_outcome(inputs.preference_logits),
             target_preference=None if anchor is None else self.by_outcome(anchor),
         )
-        return Arrays(*map(array, seen, self.dims), tl.constexpr(ignore_index))
 
     def by_outcome(self, grid: Tensor) -> Tensor:
         """[H, W, C] with the cells of an outcome side by side, where many episodes read it: a warp then asks for a few
@@ -114,23 +119,36 @@ def constants(values: tuple[Any, ...]) -> tuple[tl.constexpr, ...]:
     return tuple([tl.constexpr(value) for value in values])
 
 
-@functools.lru_cache(4096)
-def layout_by_letter(
-    shape: torch.Size, strides: tuple[int, ...], dims: str, half: bool, aligned: bool
-) -> tuple[tl.constexpr, ...]:
-    """In the order of the fields of Array. half: elements of 16 bits."""
+Form = tuple[tl.constexpr, ...]
+"""The constants of an Array."""
+
+
+def form_of(tensor: Tensor | None, dims: str | None) -> Form | None:
+    """dims: a letter for each dimension; None where the kernels are not to see the tensor."""
+    if tensor is None or dims is None:
+        return None
+    shape, strides = tensor.shape, tensor.stride()
     found = dict(zip(dims.lower(), strides, strict=True))
-    words = half and aligned and dims[-1] == "C" and strides[-1] == 1 and shape[-1] % 2 == 0
+    halves = tensor.itemsize == 2 and tensor.data_ptr() % 16 == 0
+    words = halves and dims[-1] == "C" and strides[-1] == 1 and shape[-1] % 2 == 0
     words = words and all(stride % 2 == 0 for stride in strides[:-1])
     return constants((*[found.get(letter, 0) for letter in Array._fields[1:-1]], words))
 
 
-def array(tensor: Tensor | None, dims: str | None) -> Array | None:
-    """A tensor as the kernels see it. dims: a letter for each dimension; None where they are not to see it."""
-    if tensor is None or dims is None:
-        return None
-    aligned = tensor.data_ptr() % 16 == 0
-    return Array(tensor, *layout_by_letter(tensor.shape, tensor.stride(), dims, tensor.itemsize == 2, aligned))
+def array(tensor: Any, form: Form | None) -> Array | None:
+    """A tensor as the kernels see it; None where there is none, or none to be seen."""
+    return None if tensor is None or form is None else Array(tensor, *form)
+
+
+def gradient_on_meta(tensor: Tensor | None) -> Tensor | None:
+    """Of the form that the gradient of this tensor has."""
+    return None if tensor is None else torch.empty_like(tensor, device="meta")
+
+
+@functools.cache
+def form_of_total(strides: tuple[int, ...]) -> Form:
+    """Of the gradient that arrives at the total, 0-d where it is reduced."""
+    return form_of(torch.empty_strided((1,) * len(strides), strides, device="meta"), "B" * len(strides))
 
 
 LAYOUTS: dict[Hashable, Layout] = {}
@@ -185,6 +203,9 @@ class Forward:
             settings.hard_cell_min_ratio, float(settings.max_cells), self.shape,
         )  # fmt: skip
 
+    def results(self) -> Outputs:
+        return self.outputs._replace(total=self.settings.reduce(self.outputs.total))
+
 
 class Backward:
     """The gradients asked for, each in its input's dtype and memory order, and the partial sums of some of them."""
@@ -202,7 +223,7 @@ class Backward:
 
         # The gradient of a preference that is shared is a sum over episodes; of the prompt, over cells.
         shared = preference is not None and layout.shared_preference
-        arrays: list[Any] = [array(*pair) for pair in zip(self.each, layout.dims, strict=False)]
+        arrays: list[Any] = [*map(array, self.each, layout.gradient_forms)]
         self.episodes = next_power_of_2(cdiv(max(layout.batch, 1), MAX_CHUNKS)) if shared else 1
         self.chunks = cdiv(layout.batch, self.episodes)
         partial = new(self.chunks, layout.outcomes, layout.cells) if shared else None
@@ -215,33 +236,32 @@ class Backward:
         """`upstream` as in the kernel."""
         found = [gradient for gradient in self.each if gradient is not None]
         if self.layout.batch > 0:
-            self.visit_cells(inputs, settings, upstream)
-            self.reduce(inputs, settings, upstream)
+            arrays = self.layout.arrays(inputs, settings.ignore_index)
+            share = settings.share(self.layout.batch)
+            weights = Weights(*[share * weight for weight in settings.weights])
+            with launch_guard(inputs.logits):
+                self.visit_cells(arrays, settings.ignore_index, upstream, weights)
+                self.reduce(arrays, upstream, weights)
         else:
             for gradient in found:  # those of what all episodes share are not empty
                 gradient.zero_()
         return found
 
-    def visit_cells(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> None:
+    def visit_cells(self, arrays: Any, ignore_index: int, upstream: Upstream, weights: Weights) -> None:
         """Writes the gradients that cells have of their own."""
         layout = self.layout
-        key = (settings.ignore_index, signature_of(upstream), self.needs)
-        with launch_guard(inputs.logits):
-            launch = layout.launch(
-                kernels.efe_loss_backward_kernel,
-                (layout.backward_tiles * self.chunks,),
-                key,
-                EPISODES=self.episodes,
-                TILE=layout.backward_tile,
-                TILES=layout.backward_tiles,
-                **layout.backward_options,
-            )
-            launch(
-                layout.arrays(inputs, settings.ignore_index), upstream, self.written, Weights(*settings.weights),
-                layout.batch, layout.backward_shape,
-            )  # fmt: skip
+        launch = layout.launch(
+            kernels.efe_loss_backward_kernel,
+            (layout.backward_tiles * self.chunks,),
+            (ignore_index, signature_of(upstream), self.needs),
+            EPISODES=self.episodes,
+            TILE=layout.backward_tile,
+            TILES=layout.backward_tiles,
+            **layout.backward_options,
+        )
+        launch(arrays, upstream, self.written, weights, layout.batch, layout.backward_shape)
 
-    def reduce(self, inputs: Inputs, settings: Settings, upstream: Upstream) -> None:
+    def reduce(self, arrays: Any, upstream: Upstream, weights: Weights) -> None:
         """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
         layout, written = self.layout, self.written
         preference = written.preference_logits if layout.shared_preference else None
@@ -253,25 +273,22 @@ class Backward:
         )
         if not any(programs):
             return
-        with launch_guard(inputs.logits):
-            launch = layout.launch(
-                reduction.efe_loss_gradients_kernel,
-                (sum(programs),),
-                (signature_of(upstream), self.needs),
-                PREFERENCE_PROGRAMS=programs[0],
-                PROJECTION_PROGRAMS=programs[1],
-                TILES=layout.backward_tiles,
-                CELL_BLOCK=CELL_BLOCK,
-                CHUNK_BLOCK=16,
-                D_BLOCK=D_BLOCK,
-                EPISODE_BLOCK=32 if layout.batch <= 32 else 512,
-                PROMPT_BLOCK=128,
-                num_warps=4,
-            )
-            prompt, projection = array(inputs.prompt, "BD"), array(inputs.projection, layout.dims.projection)
-            launch(
-                prompt, projection, upstream, shared, settings.weights[PROMPT], layout.batch, self.chunks, layout.shape
-            )
+        launch = layout.launch(
+            reduction.efe_loss_gradients_kernel,
+            (sum(programs),),
+            (signature_of(upstream), self.needs),
+            PREFERENCE_PROGRAMS=programs[0],
+            PROJECTION_PROGRAMS=programs[1],
+            TILES=layout.backward_tiles,
+            CELL_BLOCK=CELL_BLOCK,
+            CHUNK_BLOCK=16,
+            D_BLOCK=D_BLOCK,
+            EPISODE_BLOCK=32 if layout.batch <= 32 else 512,
+            PROMPT_BLOCK=128,
+            num_warps=4,
+        )
+        prompt, projection = arrays.prompt, arrays.projection
+        launch(prompt, projection, upstream, shared, weights.prompt, layout.batch, self.chunks, layout.shape)
 
 
 def signature_of(upstream: Upstream) -> Hashable:
@@ -286,7 +303,7 @@ def efe_loss_forward(inputs: Inputs, settings: Settings) -> Outputs:
         with launch_guard(inputs.logits):
             forward.visit_cells()
             forward.finish_episodes()
-    return forward.outputs
+    return forward.results()
 
 
 def efe_loss_backward(
@@ -300,5 +317,6 @@ def efe_loss_backward(
 ) -> list[Tensor]:
     """See the reference."""
     grad_terms = None if grad_terms is None else grad_terms.contiguous()
-    upstream = Upstream(array(grad_total, "B"), grad_terms, hard_cell_scale, saved)
+    form = None if grad_total is None else form_of_total(grad_total.stride())
+    upstream = Upstream(array(grad_total, form), grad_terms, hard_cell_scale, saved)
     return Backward(inputs, needs).run(inputs, settings, upstream)

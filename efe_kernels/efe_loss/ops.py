@@ -44,9 +44,8 @@ def efe_loss_fake(inputs: Inputs, settings: Settings) -> Outputs:
     def new(*shape: int) -> Tensor:
         return inputs.logits.new_empty(shape, dtype=accumulate_dtype(inputs.logits))
 
-    return Outputs(
-        new(batch), new(batch, len(reference.TERMS)), new(batch), new(batch), new(batch, saved_width(inputs))
-    )
+    total = new(batch) if settings.reduction == "none" else new()
+    return Outputs(total, new(batch, len(reference.TERMS)), new(batch), new(batch), new(batch, saved_width(inputs)))
 
 
 def has_kernel(logits: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The EFE loss in plain PyTorch: the definition that every kernel is measured against.
 
-Everything here is per episode. Arithmetic is float32, float64 for float64 logits. `efe_loss` is differentiable by
+Everything here is per episode but the reduction of the total. Arithmetic is float32, float64 for float64 logits. `efe_loss` is differentiable by
 autograd; `efe_loss_backward` writes the same gradient out, because an op may run where autograd is out of reach.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
 
+REDUCTIONS = ("mean", "sum", "none")
 TERMS = ("risk", "ambiguity", "consistency", "agreement", "anchor", "prompt", "step")
 
 # A logit of -inf means probability 0. This finite stand-in gives the same probability and keeps 0 * log 0 at 0.
@@ -48,12 +49,25 @@ class Settings(NamedTuple):
     hard_cell_min_ratio: float
     max_cells: int
     ignore_index: int
+    reduction: str  # of the total over B: one of REDUCTIONS
+
+    def reduce(self, total: Tensor) -> Tensor:
+        """total [B] as the op gives it."""
+        if self.reduction == "none":
+            return total
+        if total.shape[0] == 1:
+            return total.view(())  # without a launch
+        return total.mean() if self.reduction == "mean" and total.shape[0] > 0 else total.sum()
+
+    def share(self, batch: int) -> float:
+        """d reduce(total) / d the total of one episode."""
+        return 1 / batch if self.reduction == "mean" and batch > 0 else 1.0
 
 
 class Outputs(NamedTuple):
     """What the op gives."""
 
-    total: Tensor  # [B]
+    total: Tensor  # [B], or 0-d where it is reduced
     terms: Tensor  # [B, 7] in the order of TERMS
     mask_ratio: Tensor  # [B]
     hard_cell_scale: Tensor  # [B]
@@ -181,7 +195,7 @@ def plan_direction(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 def efe_loss(inputs: Inputs, settings: Settings) -> Outputs:
-    """The loss of each episode."""
+    """The loss of each episode, and of all."""
     logits, preference_logits, target_preference = inputs.logits, inputs.preference_logits, inputs.target_preference
     backward_logits, observation_probs = inputs.backward_logits, inputs.observation_probs
     prompt, projection = inputs.prompt, inputs.projection
@@ -231,7 +245,8 @@ def efe_loss(inputs: Inputs, settings: Settings) -> Outputs:
     if settings.hard_cell:
         scale = torch.where(mask_ratio < settings.hard_cell_min_ratio, scale, 0.5 + 0.5 * mask_ratio)
     total = scale * sum((w * terms[:, k] for k, w in enumerate(settings.weights) if w != 0), zero)
-    return Outputs(total, terms, mask_ratio, scale, zero.new_zeros(logits.shape[0], saved_width(inputs)))
+    saved = zero.new_zeros(logits.shape[0], saved_width(inputs))
+    return Outputs(settings.reduce(total), terms, mask_ratio, scale, saved)
 
 
 def through_softmax(log_p: Tensor, f: Tensor) -> Tensor:
@@ -261,6 +276,8 @@ def efe_loss_backward(
     dtype = accumulate_dtype(logits)
     counted = counted_cells(inputs.target, inputs.valid, settings.ignore_index)
     steps, outcomes = logits.shape[1], logits.shape[-1]
+    if grad_total is not None:
+        grad_total = grad_total * settings.share(logits.shape[0])
     upstream = [
         upstream_of_term(grad_total, grad_terms, hard_cell_scale, term, weight)[:, None, None, None]
         for term, weight in enumerate(settings.weights)

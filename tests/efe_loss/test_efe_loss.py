@@ -72,7 +72,7 @@ def errors(
     preference = inputs["preference_logits"].detach()[: case.height, : case.width]
     inputs["preference_logits"] = preference.clone().requires_grad_()
     arguments = Inputs(*(inputs.get(name) for name in Inputs._fields))
-    settings = Settings([*vars(WEIGHTS).values()], True, 0.0, 900, -100)
+    settings = Settings([*vars(WEIGHTS).values()], True, 0.0, 900, -100, "none")
     names = [name for name, value in inputs.items() if value.requires_grad]
     leaves = [inputs[name] for name in names]
     with monkeypatch.context() as patch:
@@ -417,13 +417,14 @@ def test_compiles_without_a_graph_break(device: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
-def test_ops_are_declared_truthfully(device: str) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ops_are_declared_truthfully(device: str, reduction: str) -> None:
     forward, backward = torch.ops.efe.efe_loss_forward.default, torch.ops.efe.efe_loss_backward.default
     case = Case(steps=3, backward=True, final=True, observation=True)
     inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
     inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
     arguments = [inputs[name] for name in Inputs._fields]
-    settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100)
+    settings = ([1.0, 0.5, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100, reduction)
     torch.library.opcheck(forward, (*arguments, *settings))
     total, terms, _, scale, saved = forward(*arguments, *settings)
     needs = [True] * 7

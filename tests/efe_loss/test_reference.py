@@ -105,7 +105,7 @@ def test_a_target_out_of_range_makes_the_loss_nan(wrong: int) -> None:
     inputs["target"][1, 2, 3] = wrong
     inputs["preference_logits"] = inputs["preference_logits"][:4, :5]
     arguments = Inputs(*(inputs.get(name) for name in Inputs._fields))
-    total, *_ = reference.efe_loss(arguments, Settings([1.0] * 7, True, 0.0, 900, 255))
+    total, *_ = reference.efe_loss(arguments, Settings([1.0] * 7, True, 0.0, 900, 255, "none"))
     assert total[1].isnan() and total[0].isfinite()
 
 
