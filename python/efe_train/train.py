@@ -89,7 +89,7 @@ class Trainer:
 
     def step(self, share: Share, epoch: int) -> dict[str, Tensor]:
         """One training step. share: of this process, in its parts. Returns the metrics of the whole batch, 0-d tensors
-        on the device: nothing here waits for it.
+        on the device: nothing here waits for it, except transformers on a refresh, to see whether a prompt is padded.
         """
         agent, total, rate = self.agent, len(share.queries), self.rate()
         refresh = self.refresh_is_due()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from efe_kernels import EFEWeights, squashed_log_prob
 from efe_train.agent import Plan
-from efe_train.config import NUM_COLORS, TrainConfig, term_weights
+from efe_train.config import NUM_COLORS, PROMPT_DIM, TrainConfig, term_weights
 from efe_train.data import Batch, Example, Observation, Query, Share, collate
 from efe_train.policy import Policy, Rollout
 from efe_train.qwen import Prompter, Prompts
@@ -20,6 +20,7 @@ from efe_train.schedule import POLICY_RATES, epoch_weight, rate_factor
 from efe_train.tasks import Pair
 from efe_train.train import EFE_WEIGHT, REWARD_WEIGHT, Trainer
 from tests.efe_train.conftest import stirred
+from tests.on_meta import META, only_on_meta
 
 
 @pytest.fixture
@@ -512,3 +513,14 @@ def test_a_trainer_that_goes_on_from_a_state_ends_as_one_that_never_stopped(
         resumed.step(Share.all_of(batch), 0)
     for name, module in straight.modules().items():
         assert same(module.state_dict(), resumed.modules()[name].state_dict())
+
+
+def test_a_step_with_prompts_at_hand_never_waits_for_the_device(
+    prompter: Prompter, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(TrainConfig(prompt_refresh=2), prompter, META, torch.float32)
+    trainer.batches_done = 1  # Qwen is asked in every other batch
+    share = Share.all_of(batch).to(META)
+    trainer.cache.store(share.queries, torch.empty(len(share.queries), PROMPT_DIM, device=META))
+    with only_on_meta(monkeypatch):
+        assert all(value.device == META for value in trainer.step(share, 0).values())

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.on_meta import META, only_on_meta
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 
@@ -27,11 +29,15 @@ def _one_thread() -> Iterator[None]:
 
 def run(name: str, *arguments: str) -> Any:
     """What main of this example returns."""
+    return example(name).main(arguments)
+
+
+def example(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main(arguments)
+    return module
 
 
 def assert_alike(ours: Tensor, plain: Tensor, before: Tensor, share: float) -> None:
@@ -90,6 +96,19 @@ def test_a_learned_refinement_brings_a_prompt_closer_to_the_goal() -> None:
     result = run("refine_prompt_policy", "--steps", "40")
     assert result.trained < result.prompt / 4
     assert result.untrained > result.prompt / 2
+
+
+def test_the_step_of_the_graph_learns() -> None:
+    result = run("cuda_graph", "--steps", "60")
+    assert result.planned > 0.9 > 0.2 > result.untrained
+    assert result.metrics[-1].loss < result.metrics[0].loss / 4
+
+
+def test_the_step_of_the_graph_is_one_that_a_graph_can_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("cuda_graph")
+    trainer = module.Trainer(module.new_inputs(module.BATCH, META))
+    with only_on_meta(monkeypatch):
+        assert all(value.shape == () for value in trainer.step())
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
