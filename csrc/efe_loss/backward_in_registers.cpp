@@ -29,7 +29,8 @@ struct Backward : Registers<C, N> {
     // N cells of an episode, and what all their steps share.
     struct Place {
         int64_t episode, first, count;
-        I counted, target;
+        I counted;
+        V target;
         Rows log_c;
         float* room;  // where gradients are staged
     };
@@ -69,7 +70,7 @@ struct Backward : Registers<C, N> {
     static EFE_INLINE void add_cross_entropy(const Step& s, float weight, const Place& at, const Target& to) {
         EFE_UNROLL
         for (int c = 0; c < C; ++c)
-            to.add(c, R::where(at.counted, weight * (at.target == c ? s.e[c] - 1.0f : s.e[c])));
+            to.add(c, R::where(at.counted, weight * (at.target == R::all(static_cast<float>(c)) ? s.e[c] - 1.0f : s.e[c])));
     }
 
     static EFE_INLINE void normalize(Step& s) {

@@ -29,19 +29,20 @@ struct Forward : Registers<C, N> {
         return total;
     }
 
-    // Cross-entropy of the target, and whether the argmax misses it.
-    static EFE_INLINE void add_final(const Rows& x, const Step& step, I target, I counted, Sums& sums) {
-        V top = R::all(-std::numeric_limits<float>::infinity()), wanted{};
-        I best{};
+    // Cross-entropy of the target, and whether the argmax misses it, of the logits x and what softmax makes of them.
+    static EFE_INLINE void add_final(const Rows& x, V step_top, V log_sum, V target, I counted, Sums& sums) {
+        // The first of several, and outcome 0 where none is finite: an impossible one equals no finite number.
+        V top = R::all(std::numeric_limits<float>::lowest()), wanted{}, best{};
         EFE_UNROLL
-        for (int c = 0; c < C; ++c) {
-            const V value = x[c];
-            best = value > top ? I{} + c : best;
-            top = value > top ? value : top;
-            wanted = target == c ? value : wanted;
+        for (int c = 0; c < C; ++c) top = x[c] > top ? x[c] : top;
+        EFE_UNROLL
+        for (int c = C - 1; c >= 0; --c) {
+            const V value = x[c], index = R::all(static_cast<float>(c));
+            best = value == top ? index : best;
+            wanted = target == index ? value : wanted;
         }
         // The target's own logit, not its d: an impossible outcome costs infinity.
-        sums.of[consistency] += R::where(counted, step.log_sum - (wanted - step.top));
+        sums.of[consistency] += R::where(counted, log_sum - (wanted - step_top));
         sums.of[wrong_cells] += R::where(counted, best != target ? R::all(1) : V{});
     }
 
@@ -79,13 +80,16 @@ struct Forward : Registers<C, N> {
             const Step a = R::softmax(x, log_c, lowest);
             add_step(x, a, t);
             if (pair == 0) {
-                const I target = R::target_of(p, episode, first, count);
+                const V target = R::target_of(p, episode, first, count);
+                Rows final = x;
+                V top = a.top, log_sum = a.log_sum;
                 if (p.final_logits) {
-                    const Rows z = R::rows_of(p.final_logits, episode, 0, first, count, staged + R::kSize);
-                    add_final(z, R::softmax(z, log_c, lowest), target, counted, sums);
-                } else {
-                    add_final(x, a, target, counted, sums);
+                    final = R::rows_of(p.final_logits, episode, 0, first, count, staged + R::kSize);
+                    const Step step = R::softmax(final, log_c, lowest);
+                    top = step.top;
+                    log_sum = step.log_sum;
                 }
+                add_final(final, top, log_sum, target, counted, sums);
             }
             if (!p.backward_logits && t == partner) {
                 // The middle step is its own partner: their divergence is 0, or NaN where the step holds one.

@@ -82,22 +82,24 @@ struct Registers {
 
     static EFE_INLINE V load(const float* from) { return *reinterpret_cast<const typename Lanes<N>::Anywhere*>(from); }
     static EFE_INLINE void store(float* to, V x) { *reinterpret_cast<typename Lanes<N>::Anywhere*>(to) = x; }
-    static EFE_INLINE V all(float x) { return x - V{}; }
-    // member: all bits or none, as data. A mask that is the value of a comparison and is used in several places is
-    // typed by GCC 12 before it knows the instruction set of the function that this is inlined into.
+    // GCC 12 builds a vector that it knows lane by lane where it is compared or chosen, so it is not to know the zero.
+    static EFE_INLINE V all(float x) {
+        V zero{};
+#if defined(__x86_64__) && !defined(__clang__)
+        asm("" : "+v"(zero));
+#endif
+        return x - zero;
+    }
+    // member: all bits or none, as data. A mask that is the value of a comparison and is used in several places, be it
+    // that two comparisons are one, is typed by GCC 12 before it knows the instruction set of the function that this is
+    // inlined into, and so becomes a branch for each lane.
     static EFE_INLINE V where(I member, V x) { return reinterpret_cast<V>(reinterpret_cast<I>(x) & member); }
     // x where one of them is a NaN.
     static EFE_INLINE V at_least(V low, V x) { return low > x ? low : x; }
     static EFE_INLINE V at_most(V high, V x) { return high < x ? high : x; }
 
-    // From where on e^x counts as 0. GCC 12 compares and blends with a constant that it knows.
-    static EFE_INLINE V lowest_exponent() {
-        V low = all(-88.0f);
-#if defined(__x86_64__) && !defined(__clang__)
-        asm("" : "+v"(low));
-#endif
-        return low;
-    }
+    // From where on e^x counts as 0.
+    static EFE_INLINE V lowest_exponent() { return all(-88.0f); }
 
     static EFE_INLINE double sum(V x) {
         float lanes[N];
@@ -346,13 +348,12 @@ struct Registers {
         return -__builtin_convertvector(bytes, I);
     }
 
-    static EFE_INLINE I target_of(const Problem<float>& p, int64_t episode, int64_t first, int64_t count) {
+    // As float numbers, which are compared as the logits are.
+    static EFE_INLINE V target_of(const Problem<float>& p, int64_t episode, int64_t first, int64_t count) {
         const int64_t* from = p.target.template data<int64_t>() + episode * p.num_cells + first;
-        int32_t lanes[N] = {};
-        for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<int32_t>(from[i]);
-        I found;
-        std::memcpy(&found, lanes, sizeof found);
-        return found;
+        float lanes[N] = {};
+        for (int64_t i = 0; i < count; ++i) lanes[i] = static_cast<float>(static_cast<int32_t>(from[i]));
+        return load(lanes);
     }
 
     // The rows of a plan are far apart: the hardware sees T * C streams, more than it follows. A share of the next

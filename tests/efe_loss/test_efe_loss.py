@@ -525,6 +525,23 @@ def test_nan_beside_the_target_is_not_hidden(device: str) -> None:
 
 
 @pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("outcomes", [3, 10])
+def test_the_most_probable_outcome_is_the_first_of_the_largest_and_never_nan(outcomes: int, device: str) -> None:
+    lowest = torch.finfo(torch.float32).min
+    values = torch.tensor([lowest, -torch.inf, torch.nan, 0.0, 1.0, 1.0, torch.inf], device=device)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(values), (20, 20, outcomes), generator=generator)
+    chosen[:7] = torch.arange(7)[:, None, None]  # rows of one value alone
+    chosen[7:10, :, 1:] = 1  # one value among impossible outcomes
+    final = values[chosen.to(device)][None]
+    target = torch.randint(outcomes, (1, 20, 20), generator=generator).to(device)
+    expected = (final.nan_to_num(-torch.inf, torch.inf, lowest).where(~final.isneginf(), -torch.inf)).argmax(-1)
+    grid = torch.zeros(20, 20, outcomes, device=device)
+    output = efe_loss(grid.expand(1, 2, -1, -1, -1), target, grid, final_logits=final, reduction="none")
+    assert output.mask_ratio == (expected != target).float().mean()
+
+
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("steps", [1, 3])
 def test_nan_in_the_middle_step_is_not_hidden(steps: int, device: str) -> None:
     """Which a plan that is read backwards compares with itself."""
