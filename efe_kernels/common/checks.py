@@ -76,7 +76,7 @@ class Sizes:
             forms = f"{written([self.optional, *others])} or {written(others)}"
             raise ValueError(f"{name} must have the shape {forms}, it was {list(tensor.shape)}.")
         self.of, self.device, self.sizes = name, tensor.device, known
-        self.check(name, tensor, dims)
+        self.meet(name, tensor, self.letters(dims))
 
     def check(self, name: str, tensor: torch.Tensor, dims: str, kind: Kind = check_tensor) -> None:
         """The dtype, the shape and the device of a further argument.
@@ -84,13 +84,23 @@ class Sizes:
         A letter that is met for the first time has the size that it has here.
         """
         kind(name, tensor)
+        names = self.letters(dims)
+        if tensor.shape != tuple([self.sizes.get(letter) for letter in names]):
+            self.meet(name, tensor, names)
+        if tensor.device != self.device:
+            check_device(name, tensor, self.of, self.device)
+
+    def letters(self, dims: str) -> list[str]:
         names = dims.split()
         if names and names[0].endswith("?"):
-            names = [self.optional, *names[1:]] if self.leads else names[1:]
+            return [self.optional, *names[1:]] if self.leads else names[1:]
+        return names
+
+    def meet(self, name: str, tensor: torch.Tensor, names: list[str]) -> None:
+        """Take the sizes of letters that are not known yet; the others must be as they are known."""
         shape = list(tensor.shape)
         pairs = zip(names, shape, strict=False)
         if len(shape) == len(names) and shape == [self.sizes.setdefault(letter, size) for letter, size in pairs]:
-            check_device(name, tensor, self.of, self.device)
             return
         expected = [self.sizes.get(letter) for letter in names]
         sizes = "" if None in expected or not names else f" = {expected}"
