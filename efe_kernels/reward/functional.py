@@ -123,12 +123,11 @@ def grid_reward(
         before, after, target, valid, reversibility,
         checks.settings("weights", weights, RewardWeights, REWARD_TERMS), num_colors,
     )  # fmt: skip
-    if not batched:
-        table = table[:, 0]
+    reward, *rows, mask_ratio = (table if batched else table[:, 0]).unbind()
     terms, scores_before, scores_after = (
-        {name: table[first + i] for i, name in enumerate(REWARD_TERMS)} for first in (1, 5, 9)
+        dict(zip(REWARD_TERMS, rows[first : first + 4], strict=True)) for first in (0, 4, 8)
     )
-    return RewardOutput(table[0], terms, scores_before, scores_after, table[13])
+    return RewardOutput(reward, terms, scores_before, scores_after, mask_ratio)
 
 
 def check_grid(name: str, grid: Tensor, target: Tensor) -> Tensor:
