@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/library.h"
@@ -89,10 +90,13 @@ EFE_INLINE A times(A x, A weight) {
     return weight == 0 ? nothing : product;
 }
 
-// exp(x) - 1 - x.
+// exp(x) - 1 - x, by its series where the difference would cancel.
 template <class A>
 EFE_INLINE A excess(const math::Exponential<A>& exponential, A x) {
-    return std::isinf(exponential.value) ? exponential.value : exponential.minus_one - x;
+    constexpr A kNear = std::is_same_v<A, float> ? A(0.1) : A(1e-3);
+    const A series = x * x * (A(1.0 / 2) + x * (A(1.0 / 6) + x * (A(1.0 / 24) + x * (A(1.0 / 120) + x * A(1.0 / 720)))));
+    const A found = std::fabs(x) < kNear ? series : exponential.minus_one - x;
+    return std::isinf(exponential.value) ? exponential.value : found;
 }
 
 // value, at most value_clip away from old_value; NaN where one of them is.

@@ -326,6 +326,18 @@ def test_kl_of_almost_equal_policies_is_not_negative(device: str) -> None:
         assert output.approx_kl.item() >= 0
 
 
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("size", [1e-7, 1e-4, -1e-4, 1e-2, -0.09, 0.11, -0.5, 2.0])
+def test_the_kl_of_a_small_step_keeps_its_digits(size: float, device: str) -> None:
+    one, zero = torch.full((8,), size, device=device), torch.zeros(8, device=device)
+    output = policy_gradient_loss(one, zero, old_log_prob=zero, ref_log_prob=2 * one, kl_coef=1.0)
+    exact = one[0].item()
+    # A few roundings; from 0.1 on exp(x) - 1 and x cancel down to about x / 2 of either.
+    ulps = 4 if abs(size) < 0.1 else 4 * max(1, 2 / abs(size))
+    for found in (output.approx_kl, output.kl):
+        assert found.item() == pytest.approx(math.expm1(exact) - exact, rel=ulps * 2**-23)
+
+
 def test_mixed_dtypes_and_strides(device: str) -> None:
     tensors = batch(6, 4, device=device)
     expected = policy_gradient_loss(**tensors)
