@@ -58,7 +58,8 @@ template <class A>
 EFE_INLINE Statistics<A> group_statistics(const A* x, const uint8_t* mask, int64_t size) {
     const Moments moments = moments_of(x, mask, size);
     const double std = std::sqrt(moments.squares / std::max(moments.count - 1, 1.0));
-    return {static_cast<A>(moments.count), static_cast<A>(moments.mean), static_cast<A>(std)};
+    const double mean = std == std ? moments.mean : std;  // where a member is infinite and others are not
+    return {static_cast<A>(moments.count), static_cast<A>(mean), static_cast<A>(std)};
 }
 
 template <class A>

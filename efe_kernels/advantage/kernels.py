@@ -195,7 +195,7 @@ def rl_advantage_kernel(
             count, mean, squares = load_partial(partial, groups, NUM_MOMENTS)
             found = merge_moments(Moments(count, mean, squares))
         std = tl.sqrt_rn(found.squares / tl.maximum(found.count - 1.0, 1.0))
-        statistics = Statistics(found.count, found.mean, std)
+        statistics = Statistics(found.count, tl.where(std == std, found.mean, std), std)
         advantage = whiten(inputs, advantage, member, statistics)
         first = tile.group < tl.where(tile.part == 0, groups.count, 0)  # one program of each group writes
         store_row(statistics_ptr + tile.group * NUM_STATISTICS, statistics, first)

@@ -41,7 +41,8 @@ def plain_advantage(inputs: Inputs, settings: Settings) -> Tensor:
 def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
     """advantage, mask [G, S] -> [G, 3]: members, mean, standard deviation (of n - 1) of each group.
 
-    Summed relative to the largest member, so that equal members have a standard deviation of exactly 0.
+    Summed relative to the largest member, so that equal members have a standard deviation of exactly 0. Both are NaN
+    where a member is infinite and others are not.
     """
     members = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
     count = members.sum(1).to(advantage.dtype)
@@ -50,7 +51,8 @@ def group_statistics(advantage: Tensor, mask: Tensor | None) -> Tensor:
     offset = torch.where(members & (advantage != shift[:, None]), advantage - shift[:, None], 0)
     mean = offset.sum(1) / count.clamp(min=1)
     squares = torch.where(members, (offset - mean[:, None]).square(), 0).sum(1)
-    return torch.stack([count, shift + mean, (squares / (count - 1).clamp(min=1)).sqrt()], 1)
+    std = (squares / (count - 1).clamp(min=1)).sqrt()
+    return torch.stack([count, torch.where(std.isnan(), std, shift + mean), std], 1)
 
 
 class Advantage(NamedTuple):

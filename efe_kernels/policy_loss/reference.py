@@ -190,7 +190,8 @@ def value_error(value: Tensor, target: Tensor, old_value: Tensor | None, value_c
     if old_value is None:
         return value - target
     limited = limited_value(value, old_value, value_clip).detach()
-    return torch.where(is_held(value, target, old_value, value_clip) | limited.isnan(), limited, value) - target
+    held = is_held(value, target, old_value, value_clip) | (limited - target).isnan()
+    return torch.where(held, limited, value) - target
 
 
 def variance_of(x: Tensor, members: Tensor, count: Tensor) -> Tensor:

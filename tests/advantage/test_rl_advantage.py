@@ -220,6 +220,20 @@ def test_nan_counts_where_it_is_valid_and_nowhere_else(device: str) -> None:
 
 
 @pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("whiten", [True, "center"])
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+def test_a_group_with_one_infinite_member_is_nan(infinite: float, whiten: Any, device: str) -> None:
+    """Its mean is no number to be taken off; infinities that are all equal are 0, like other equal members."""
+    value = torch.zeros(4, 5, device=device)
+    reward = torch.randn(4, 5, device=device)
+    reward[1, 3], reward[2] = infinite, infinite
+    found = rl_advantage(reward, value, normalize=None, whiten=whiten, group_size=5)
+    assert found[[0, 3]].isfinite().all()
+    assert found[1].isnan().all()
+    assert (found[2] == 0).all()
+
+
+@pytest.mark.usefixtures("served_by")
 def test_groups_without_a_member(device: str) -> None:
     reward, value, _ = inputs(4, 3, device=device)
     mask = torch.zeros(4, 3, dtype=torch.bool, device=device)

@@ -338,6 +338,15 @@ def test_the_kl_of_a_small_step_keeps_its_digits(size: float, device: str) -> No
         assert found.item() == pytest.approx(math.expm1(exact) - exact, rel=ulps * 2**-23)
 
 
+@pytest.mark.usefixtures("served_by")
+def test_a_limited_value_of_which_nothing_is_known_is_not_hidden(device: str) -> None:
+    """inf - inf, beside an error of the value itself that is infinite."""
+    zero = torch.zeros(3, device=device)
+    infinite = torch.tensor([0.0, torch.inf, 0.0], device=device)
+    output = policy_gradient_loss(zero, zero, zero, infinite, old_value=infinite, value_clip=0.2)
+    assert output.value.isnan() and output.total.isnan()
+
+
 def test_mixed_dtypes_and_strides(device: str) -> None:
     tensors = batch(6, 4, device=device)
     expected = policy_gradient_loss(**tensors)
