@@ -7,7 +7,7 @@ from torch import Tensor, distributed, nn
 
 from efe_kernels.common import checks
 from efe_kernels.common.library import accumulate_dtype
-from efe_kernels.efe_loss.reference import TERMS, check_target_range, counted_cells
+from efe_kernels.efe_loss.reference import REDUCTIONS, TERMS, check_target_range, counted_cells
 from efe_kernels.functional import EFELossOutput, EFEWeights, efe_loss
 
 
@@ -51,7 +51,7 @@ class EFELoss(nn.Module):
         checks.flag("hard_cell", hard_cell)
         checks.number("hard_cell_min_ratio", hard_cell_min_ratio)
         checks.integer("ignore_index", ignore_index)
-        checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+        checks.check_choice("reduction", reduction, REDUCTIONS)
         self.max_grid_size = max_grid_size
         self.num_colors = num_colors
         self.weights = weights

@@ -11,8 +11,8 @@ of a language model's, is the prompt; the policy refines it and learns from the 
     python examples/cuda_graph.py --steps 20
 
 It prints the loss as training goes on, the share of right cells on new grids, beside that of the untrained planner, and
-how long a step takes, on a GPU as it is and replayed. Without a GPU nothing is recorded: the same steps, one launch after
-another.
+how long a step takes, on a GPU as it is and replayed. Without a GPU nothing is recorded: the same steps, one launch
+after another.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def inputs_of(case: Case) -> Inputs:
         inputs["target"][0, 0, 0] = -100
         inputs["target_preference"][0, 0] = 0  # a cell that has not been set
         inputs["target_preference"][..., -1] = 0  # an outcome that was never seen
-    for name in efe_reference.Inputs._fields[:7] if terms.learned else ("logits",):
+    for name in efe_reference.Inputs._fields[: efe_reference.DIFFERENTIABLE] if terms.learned else ("logits",):
         if inputs[name] is not None:
             inputs[name].requires_grad_()
     return inputs
@@ -174,9 +174,9 @@ def launch(
         new(height, width, outcomes) if prompt_dim else None,
         new(batch, height, width, dtype=torch.bool),
     )
-    settings = efe_reference.Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100, "none")
-    needs = [tensor is not None for tensor in inputs[:7]]
-    grad = new(1).expand(batch)
+    settings = efe_reference.Settings([1.0, 0.0, 2.0, 0.5, 0.2, 0.3, 0.1], True, 0.0, 900, -100, "mean")
+    needs = [tensor is not None for tensor in inputs[: efe_reference.DIFFERENTIABLE]]
+    grad = new()
     outputs = launchers.efe_loss_forward(inputs, settings)
     begin("backward")
     launchers.efe_loss_backward(grad, None, inputs, settings, *outputs[-2:], needs)

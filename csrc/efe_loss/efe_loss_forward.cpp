@@ -197,7 +197,7 @@ struct Outputs {
 // total, which has no place of its own where it is reduced.
 template <class A>
 double finish_episode(const Problem<A>& p, const Settings& settings, const std::vector<double>& sums, const double* u,
-                    int64_t episode, Outputs& out) {
+                      int64_t episode, Outputs& out) {
     A* const terms = out.terms.mutable_data<A>() + episode * kTerms;
     A* const saved = out.saved.mutable_data<A>() + episode * out.saved.size(1);
     const double n = std::max(sums[counted_cells], 1.0);

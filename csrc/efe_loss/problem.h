@@ -61,7 +61,7 @@ struct Settings {
     const std::string& reduction;  // "none", "sum" or "mean" over the episodes
 
     bool reduces() const { return reduction != "none"; }
-    // The total of one episode's part in the result.
+    // d result / d total of one episode.
     double share(int64_t batch) const { return reduction == "mean" && batch > 0 ? 1.0 / batch : 1.0; }
 };
 

@@ -93,9 +93,11 @@ EFE_INLINE A times(A x, A weight) {
 // exp(x) - 1 - x, by its series where the difference would cancel.
 template <class A>
 EFE_INLINE A excess(const math::Exponential<A>& exponential, A x) {
-    constexpr A kNear = std::is_same_v<A, float> ? A(0.1) : A(1e-3);
-    const A series = x * x * (A(1.0 / 2) + x * (A(1.0 / 6) + x * (A(1.0 / 24) + x * (A(1.0 / 120) + x * A(1.0 / 720)))));
-    const A found = std::fabs(x) < kNear ? series : exponential.minus_one - x;
+    constexpr int kTerms = std::is_same_v<A, float> ? 6 : 12;
+    A series = 1;
+    EFE_UNROLL
+    for (int k = kTerms; k > 2; --k) series = A(1) + x * A(1.0 / k) * series;
+    const A found = std::fabs(x) < A(0.1) ? x * x * A(0.5) * series : exponential.minus_one - x;
     return std::isinf(exponential.value) ? exponential.value : found;
 }
 

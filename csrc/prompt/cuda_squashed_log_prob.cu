@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads) squashed_log_prob_forward_kernel(
         RowSums<A> sums{0, 0, 0};
         for (int64_t d = threadIdx.x; d <= args.dimension; d += blockDim.x) {
             const A u = element(action, d), s = element(log_std, d);
-            const A n = (u - element(mean, d)) * math::exp(-s);
+            const A n = over_std(u - element(mean, d), s);
             sums.noise_squared += n * n;
             sums.log_std += s;
             sums.log_slope += d < args.dimension ? squash_tanh(u).log_slope : squash_sigmoid(u).log_slope;

@@ -28,7 +28,7 @@ void forward(const SquashedLogProbForward& args) {
                 load_tile(mean, begin, count, m);
                 load_tile(log_std, begin, count, s);
                 for (int i = 0; i < kTile; ++i) {
-                    const A n = (u[i] - m[i]) * math::exp(-s[i]);
+                    const A n = over_std(u[i] - m[i], s[i]);
                     const TanhParts<A> squashed = squash_tanh_in_parts(u[i]);
                     n2[i] = n * n;
                     log_part[i] = squashed.log_part;
@@ -39,7 +39,7 @@ void forward(const SquashedLogProbForward& args) {
                 log_slopes.add(log_part, factor, count);
             }
             const A u = element(action, dimension), s = element(log_std, dimension);
-            const A n = (u - element(mean, dimension)) * math::exp(-s);
+            const A n = over_std(u - element(mean, dimension), s);
             const RowSums<A> sums{noise_squared.total() + n * n, log_stds.total() + s,
                                   log_slopes.total() + squash_sigmoid(u).log_slope};
             store_score(score(sums, dimension, args.log_delta_scale), b, args.log_prob, args.entropy);

@@ -24,8 +24,9 @@ def rl_advantage(
     """Advantage of one-step episodes: normalize(reward * reward_scale) - value, optionally whitened.
 
     Whitening gives (advantage - mean) / (std + 1e-4) over the elements that count, all of them or those of each group,
-    as in GRPO; std is torch.std's, of n - 1. A group whose advantages are all equal, such as a group of one, becomes 0.
-    With whiten="center" it gives advantage - mean, as in Dr. GRPO.
+    as in GRPO; std is torch.std's, of n - 1. A group whose advantages are all equal, such as a group of one, becomes 0;
+    one with an infinite advantage beside others becomes NaN. With whiten="center" it gives advantage - mean, as in Dr.
+    GRPO.
 
     Differentiable in value, through the mean and standard deviation too where whitened; detach the result to use it as
     the constant of a policy gradient. The reward is a constant.

@@ -64,7 +64,7 @@ class Weights(NamedTuple):
 class Upstream(NamedTuple):
     """What arrives at backward: the gradients of the results, and what forward has saved."""
 
-    grad_total: Any  # Array [B] float32 or None
+    grad_total: Any  # Array [B] float32, or 0-d where the total is reduced, or None
     grad_terms: Any  # pointer [B, NUM_TERMS] float32 or None
     hard_cell_scale: Any  # pointer [B] float32
     saved: Any  # pointer [B, SAVED] float32: cells, then d prompt term / d logits [T, C] and / d (W e) [C]

@@ -19,7 +19,7 @@ from efe_kernels.common.triton import APPROXIMATE, launch_guard
 from efe_kernels.efe_loss import cells, kernels, reduction
 from efe_kernels.efe_loss.cells import Array, Shape
 from efe_kernels.efe_loss.kernels import Upstream, Weights
-from efe_kernels.efe_loss.reference import TERMS, Inputs, Outputs, Settings, saved_width
+from efe_kernels.efe_loss.reference import DIFFERENTIABLE, TERMS, Inputs, Outputs, Settings, saved_width
 
 # One multiply-add keeps x log2(e) - top exact for logits of 1e4. Up to 3.9, which announces another one for 3.10, it is
 # Triton's default.
@@ -38,7 +38,6 @@ CELL_BLOCK, D_BLOCK = 32, 8
 # Tuples of the kernels, which hold whatever Triton traces.
 Arrays: Any = cells.Inputs
 Gradients: Any = kernels.Gradients
-DIFFERENTIABLE = 7  # of the inputs, the first
 # A letter for each dimension; those of the preference where there is one for each episode.
 DIMS = Arrays("BTHWC", "BTHWC", "BHWC", "BTHWC", "BHWC", "BD", "CD", "BHW", "HWC", "BHW", None)
 
@@ -145,8 +144,8 @@ def gradient_on_meta(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor, device="meta")
 
 
-@functools.cache
-def form_of_total(strides: tuple[int, ...]) -> Form:
+@functools.lru_cache(4096)
+def form_of_total(strides: tuple[int, ...]) -> Form | None:
     """Of the gradient that arrives at the total, 0-d where it is reduced."""
     return form_of(torch.empty_strided((1,) * len(strides), strides, device="meta"), "B" * len(strides))
 
@@ -175,7 +174,9 @@ class Forward:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
         batch, tiles = layout.batch, layout.tiles
-        self.outputs = Outputs(new(batch), new(batch, len(TERMS)), new(batch), new(batch), new(batch, layout.saved))
+        # The total of a single episode is reduced already. It is no view: its owner may change it in place.
+        total = new() if batch == 1 and settings.reduction != "none" else new(batch)
+        self.outputs = Outputs(total, new(batch, len(TERMS)), new(batch), new(batch), new(batch, layout.saved))
         self.sums = new(batch, tiles, kernels.NUM_SUMS.value)
         self.direction = new(batch, tiles, layout.steps, layout.outcomes) if layout.has_direction else None
 
@@ -191,7 +192,7 @@ class Forward:
         launch = layout.launch(
             reduction.efe_loss_episode_kernel,
             (layout.batch,),
-            settings.hard_cell,
+            (settings.hard_cell, self.outputs.total.dim()),
             HARD_CELL=settings.hard_cell,
             TILES=layout.tiles,
             C_BLOCK=next_power_of_2(layout.outcomes),
@@ -204,7 +205,8 @@ class Forward:
         )  # fmt: skip
 
     def results(self) -> Outputs:
-        return self.outputs._replace(total=self.settings.reduce(self.outputs.total))
+        outputs = self.outputs
+        return outputs if outputs.total.dim() == 0 else outputs._replace(total=self.settings.reduce(outputs.total))
 
 
 class Backward:
@@ -241,7 +243,7 @@ class Backward:
             weights = Weights(*[share * weight for weight in settings.weights])
             with launch_guard(inputs.logits):
                 self.visit_cells(arrays, settings.ignore_index, upstream, weights)
-                self.reduce(arrays, upstream, weights)
+                self.finish_gradients(arrays, upstream, weights)
         else:
             for gradient in found:  # those of what all episodes share are not empty
                 gradient.zero_()
@@ -261,7 +263,7 @@ class Backward:
         )
         launch(arrays, upstream, self.written, weights, layout.batch, layout.backward_shape)
 
-    def reduce(self, arrays: Any, upstream: Upstream, weights: Weights) -> None:
+    def finish_gradients(self, arrays: Any, upstream: Upstream, weights: Weights) -> None:
         """From partial sums to the gradients of a shared preference, of the prompt and of the projection."""
         layout, written = self.layout, self.written
         preference = written.preference_logits if layout.shared_preference else None

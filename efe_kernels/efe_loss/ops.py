@@ -8,7 +8,7 @@ from torch import Tensor
 from efe_kernels.common.library import accumulate_dtype
 from efe_kernels.common.op import differentiable_op
 from efe_kernels.efe_loss import reference
-from efe_kernels.efe_loss.reference import Inputs, Outputs, Settings, saved_width
+from efe_kernels.efe_loss.reference import DIFFERENTIABLE, Inputs, Outputs, Settings, saved_width
 
 MAX_OUTCOMES = 32
 
@@ -57,7 +57,7 @@ efe_loss = differentiable_op(
     "efe_loss",
     forward=efe_loss_forward,
     backward=efe_loss_backward,
-    wrt=Inputs._fields[:7],
+    wrt=Inputs._fields[:DIFFERENTIABLE],
     memory_format=torch.preserve_format,
     fake=efe_loss_fake,
     triton="efe_kernels.efe_loss.launch",

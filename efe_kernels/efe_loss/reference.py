@@ -1,7 +1,8 @@
 """The EFE loss in plain PyTorch: the definition that every kernel is measured against.
 
-Everything here is per episode but the reduction of the total. Arithmetic is float32, float64 for float64 logits. `efe_loss` is differentiable by
-autograd; `efe_loss_backward` writes the same gradient out, because an op may run where autograd is out of reach.
+Everything here is per episode but the reduction of the total. Arithmetic is float32, float64 for float64 logits.
+`efe_loss` is differentiable by autograd; `efe_loss_backward` writes the same gradient out, because an op may run where
+autograd is out of reach.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
 
+DIFFERENTIABLE = 7  # of the fields of Inputs
 REDUCTIONS = ("mean", "sum", "none")
 TERMS = ("risk", "ambiguity", "consistency", "agreement", "anchor", "prompt", "step")
 
@@ -29,7 +31,7 @@ SHORTEST_DIRECTION = 1e-8
 
 
 class Inputs(NamedTuple):
-    """The tensors of the loss. The first seven are what a gradient can be asked for, in this order."""
+    """The tensors of the loss. The first ones, DIFFERENTIABLE of them, are what a gradient can be asked for."""
 
     logits: Tensor  # [B, T, H, W, C]
     backward_logits: Tensor | None  # [B, T, H, W, C]
@@ -55,12 +57,10 @@ class Settings(NamedTuple):
         """total [B] as the op gives it."""
         if self.reduction == "none":
             return total
-        if total.shape[0] == 1:
-            return total.view(())  # without a launch
         return total.mean() if self.reduction == "mean" and total.shape[0] > 0 else total.sum()
 
     def share(self, batch: int) -> float:
-        """d reduce(total) / d the total of one episode."""
+        """d result / d total of one episode."""
         return 1 / batch if self.reduction == "mean" and batch > 0 else 1.0
 
 

@@ -220,7 +220,9 @@ def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements)
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients, without a look at the device's result."""
+def gradient_norm(parameters: Iterable[Tensor], device: torch.device) -> Tensor:
+    """L2 norm of all gradients, 0-d on the device, without a look at its result; 0 where there is none."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=device)
     return full(nn.utils.get_total_norm(gradients).detach())

@@ -245,10 +245,9 @@ class Trainer:
         self.processes.average_gradients(parameter for group in groups for parameter in group)
         self.scaler.unscale_(self.optimizer)
         if refresh:
-            # Without any gradient, as where the prompt is left out, the norm is a number on the CPU.
-            self.qwen_grad = gradient_norm(self.agent.prompter.language_model.parameters()).to(self.device)
+            self.qwen_grad = gradient_norm(self.agent.prompter.language_model.parameters(), self.device)
         # Sharded parameters go by themselves: their norm is not a number of one device.
-        grad_norm = torch.stack([gradient_norm(group).to(self.device) for group in groups]).norm()
+        grad_norm = torch.stack([gradient_norm(group, self.device) for group in groups]).norm()
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, self.config.max_grad_norm or math.inf, grad_norm)
         self.scaler.step(self.optimizer)

@@ -364,6 +364,21 @@ def test_reductions(device: str) -> None:
     torch.testing.assert_close(efe_loss(**inputs, reduction="sum").total, each.sum())
 
 
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_total_may_be_changed_in_place(batch: int, device: str) -> None:
+    """As by a loop that divides it by the number of parts of a batch."""
+    inputs = Case(batch=batch, steps=2).inputs(device=device)
+    (expected,) = torch.autograd.grad(efe_loss(**inputs).total, inputs["logits"])
+    total = efe_loss(**inputs).total
+    total /= 4
+    (gradient,) = torch.autograd.grad(total, inputs["logits"])
+    torch.testing.assert_close(gradient, expected / 4, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        total = efe_loss(**inputs).total
+    total += inputs["preference_logits"].sum()
+
+
 def test_hard_cell_scale(device: str) -> None:
     inputs = Case(steps=2).inputs(device=device)
     output = efe_loss(**inputs, reduction="none")
@@ -417,10 +432,11 @@ def test_compiles_without_a_graph_break(device: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_ops_are_declared_truthfully(device: str, reduction: str) -> None:
+def test_ops_are_declared_truthfully(batch: int, reduction: str, device: str) -> None:
     forward, backward = torch.ops.efe.efe_loss_forward.default, torch.ops.efe.efe_loss_backward.default
-    case = Case(steps=3, backward=True, final=True, observation=True)
+    case = Case(batch=batch, steps=3, backward=True, final=True, observation=True)
     inputs = {name: value.detach() for name, value in case.inputs(device=device).items()}
     inputs["preference_logits"] = inputs["preference_logits"][: case.height, : case.width]
     arguments = [inputs[name] for name in Inputs._fields]

@@ -104,7 +104,7 @@ def test_the_step_of_the_graph_learns() -> None:
     assert result.metrics[-1].loss < result.metrics[0].loss / 4
 
 
-def test_the_step_of_the_graph_is_one_that_a_graph_can_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_of_the_graph_reads_nothing_from_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("cuda_graph")
     trainer = module.Trainer(module.new_inputs(module.BATCH, META))
     with only_on_meta(monkeypatch):

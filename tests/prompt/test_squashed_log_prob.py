@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -75,6 +76,18 @@ def test_float32_is_exact_far_out(magnitude: float, device: str) -> None:
     wanted = torch.autograd.grad(expected[0].sum() + expected[1].sum(), list(exact.values()))
     for actual, want in zip((*outputs, *found), (*expected, *wanted), strict=True):
         assert_close("value or gradient", actual.detach(), want.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("log_std", [-60.0, 60.0, 88.0])
+def test_a_very_wide_or_narrow_distribution_sees_a_far_action(log_std: float, device: str) -> None:
+    """1 / std may be no normal number where (action - mean) / std is 0.7."""
+    mean = torch.full((2, 5), 0.7 * math.exp(log_std), device=device, requires_grad=True)
+    action, log_stds = torch.zeros(2, 5, device=device), torch.full((5,), log_std, device=device)
+    found, _ = squashed_log_prob(action, mean, log_stds)
+    expected, _ = squashed_log_prob(action.double(), mean.double(), log_stds.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), mean)
+    torch.testing.assert_close(gradient.double(), -mean.double() * math.exp(-2 * log_std), rtol=1e-5, atol=1e-38)
 
 
 def test_agrees_with_refine_prompt_at_its_own_action(device: str) -> None:
