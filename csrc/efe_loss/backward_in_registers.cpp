@@ -69,8 +69,10 @@ struct Backward : Registers<C, N> {
     // s: with its probabilities in e.
     static EFE_INLINE void add_cross_entropy(const Step& s, float weight, const Place& at, const Target& to) {
         EFE_UNROLL
-        for (int c = 0; c < C; ++c)
-            to.add(c, R::where(at.counted, weight * (at.target == R::all(static_cast<float>(c)) ? s.e[c] - 1.0f : s.e[c])));
+        for (int c = 0; c < C; ++c) {
+            const V index = R::all(static_cast<float>(c));
+            to.add(c, R::where(at.counted, weight * (at.target == index ? s.e[c] - 1.0f : s.e[c])));
+        }
     }
 
     static EFE_INLINE void normalize(Step& s) {
