@@ -200,7 +200,8 @@ def cpu_name() -> str:
 
 def commit() -> str:
     found = output_of("git", "rev-parse", "--short=12", "HEAD")
-    return f"{found}, changed" if found and output_of("git", "status", "--porcelain") else found
+    changed = output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    return f"{found}, changed" if found and changed else found
 
 
 def output_of(*command: str) -> str:
