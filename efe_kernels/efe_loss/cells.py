@@ -21,7 +21,6 @@ LOWEST = tl.constexpr(reference.LOWEST_LOGIT)
 PROMPT_LOGIT_RANGE = tl.constexpr(reference.PROMPT_LOGIT_RANGE)
 TARGET_PREFERENCE_FLOOR = tl.constexpr(reference.TARGET_PREFERENCE_FLOOR)
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
-LOWEST_FINITE = tl.constexpr(-3.4028234663852886e38)
 
 
 class Array(NamedTuple):
@@ -344,12 +343,13 @@ def anchor_divergence(logs, target_preference, tile, shape):
 @triton.jit
 def missed_target(xs, tile, shape):
     """1 where the argmax of a counted cell is not its target, 0 elsewhere."""
-    # Outcome 0 where none is finite, be they impossible or NaN.
-    top = tl.maximum(largest(xs, shape.C, shape.PACK), LOWEST_FINITE)
+    top = largest(xs, shape.C, shape.PACK)
     best = tl.zeros(tile.target.shape, tl.int32)
     # From the last to the first: of several, argmax is the first.
     for i in tl.static_range(1, shape.C + 1):
         best = tl.where(xs[shape.C - i].to(tl.float32) == top, shape.C - i, best)
+    # Outcome 0 where none is possible, be some of them NaN.
+    best = tl.where(top > float("-inf"), best, 0)
     return tl.where(tile.counted & (best != tile.target), 1.0, 0.0)
 
 
