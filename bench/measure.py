@@ -201,7 +201,7 @@ def cpu_name() -> str:
 def commit() -> str:
     found = output_of("git", "rev-parse", "--short=12", "HEAD")
     # Where recordings are written, this one among them.
-    changed = output_of("git", "status", "--porcelain", "--", ".", ":!bench/results")
+    changed = output_of("git", "status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
     return f"{found}, changed" if found and changed else found
 
 
