@@ -118,11 +118,11 @@ def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor]:
     terms = TERMS[case.terms]
     weights = [getattr(terms.weights, name) for name in efe_reference.TERMS]
-    settings = efe_reference.Settings(weights, terms.hard_cell, 0.0, 900, -100, "none")
+    settings = efe_reference.Settings(weights, terms.hard_cell, 0.0, 900, -100, terms.reduction)
     height, width = case.sizes[2:4]
     covered = inputs["preference_logits"][:height, :width]
     total, *_ = efe_reference.efe_loss(efe_reference.Inputs(**{**inputs, "preference_logits": covered}), settings)
-    return (total if terms.reduction == "none" else total.mean(),)
+    return (total,)
 
 
 def written_for_speed(case: Case, inputs: Inputs) -> tuple[Tensor]:
