@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bench.ops.arc_efe_definition import definition
-from bench.ops.entry import Case, Inputs, Op, Peer, size_of, valid_cells
+from bench.ops.arc_efe_definition import all_at_once, cell_by_cell, definition
+from bench.ops.entry import COMPILED, EAGER, Case, Inputs, Op, Peer, Run, Variant, empties, plain, size_of, valid_cells
 from efe_kernels.arc_efe import EFELoss
+from efe_kernels.common.library import triton_module
+
+kernels: Any = triton_module("efe_kernels.arc_efe.kernels")
+LOOP = "loop over cells"
 
 PLAN = ("forward", "backward", "observation", "final")
 
@@ -38,11 +45,28 @@ def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
     return (module(*plan, target, case.sizes[0], prompt, mask)["total"],)
 
 
-def loop(case: Case, inputs: Inputs) -> tuple[Tensor]:
-    forward, backward, observation, final, prompt, mask, module, target = inputs.values()
-    with forward.device:  # where the definition makes its own tensors
-        plan = (forward, backward, observation, final)
-        return (definition(module, *plan, target, case.sizes[0], prompt, mask)["total"],)
+def defined(movement: Callable[[Tensor], Tensor]) -> Run:
+    def run(case: Case, inputs: Inputs) -> tuple[Tensor]:
+        forward, backward, observation, final, prompt, mask, module, target = inputs.values()
+        with forward.device:  # where the definition makes its own tensors
+            plan = (forward, backward, observation, final)
+            return (definition(module, *plan, target, case.sizes[0], prompt, mask, movement)["total"],)
+
+    return run
+
+
+def launch(begin: Callable[[str], None]) -> None:
+    """All gradients, with a mask and without."""
+    steps, height, width, outcomes = 5, 30, 30, 10
+    for name, mask in ((None, None), ("forward of masked cells", torch.ones(height, width))):
+        if name is not None:
+            begin(name)
+        plans = empties(4, steps, height, width, outcomes)
+        preference = torch.empty(outcomes, height, width)
+        found = kernels.arc_efe_forward(*plans, preference, mask, 0.7)
+        begin("backward" if name is None else "backward of masked cells")
+        upstream = (found.risk, found.bidirectional, found.ambiguity, found.reversal, found.mean_logits)
+        kernels.arc_efe_backward(*upstream, [True] * 5, *plans, preference, mask, found.turned)
 
 
 def reads(inputs: Inputs) -> tuple[int, int]:
@@ -54,10 +78,12 @@ OP = Op(
     name="arc_efe",
     inputs=inputs_of,
     kernel=kernel,
-    reference=loop,
-    peers={"loop over cells": Peer(loop, passes=("both",))},
+    reference=defined(cell_by_cell),
+    peers=plain(defined(all_at_once)) | {LOOP: Peer(defined(cell_by_cell), passes=("both",))},
     reads=reads,
-    headline=(Case("arc_efe", "seed", (5, 30, 30, 10), opponents=("loop over cells",)),),
-    cases=(Case("arc_efe", "ragged", (5, 30, 30, 10), opponents=("loop over cells",)),),
+    headline=(Case("arc_efe", "seed", (5, 30, 30, 10), opponents=(*COMPILED, LOOP)),),
+    cases=(Case("arc_efe", "ragged", (5, 30, 30, 10), opponents=(*EAGER, LOOP)),),
     small=lambda sizes: (3, 5, 7, 10),
+    triton=True,
+    variants={"arc_efe": Variant((5, 30, 30, 10), launch)},
 )

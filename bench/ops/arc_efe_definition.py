@@ -1,4 +1,4 @@
-"""The ARC-EFE loss term by term, with a loop over cells for the movement: what the fast module is held against.
+"""The ARC-EFE loss term by term, in plain PyTorch: what the kernels are held against, and what they are raced with.
 
 It reads parameters from an `efe_kernels.arc_efe.EFELoss` and lets autograd find every gradient.
 """
@@ -6,6 +6,7 @@ It reads parameters from an `efe_kernels.arc_efe.EFELoss` and lets autograd find
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ EPS = 1e-8
 FILL = -1e9
 
 
-def movement(colours: Tensor) -> Tensor:
+def cell_by_cell(colours: Tensor) -> Tensor:
     """For each interior cell the mean offset, in its 3x3 window at step t+1, of its colour at step t; [T, H, W, 2]."""
     steps, height, width = colours.shape
     vectors = torch.zeros(steps, height, width, 2, dtype=torch.float64)
@@ -29,6 +30,18 @@ def movement(colours: Tensor) -> Tensor:
                 if same.any():
                     vectors[t, h, w] = offsets[same].mean(0)
     return vectors
+
+
+def all_at_once(colours: Tensor) -> Tensor:
+    """The same as one expression over all cells."""
+    steps, height, width = colours.shape
+    if steps == 1 or min(height, width) < 3:
+        return torch.zeros(steps, height, width, 2, device=colours.device)
+    window = colours[1:].unfold(1, 3, 1).unfold(2, 3, 1)  # [T-1, H-2, W-2, 3, 3]
+    same = (window == colours[:-1, 1:-1, 1:-1, None, None]).float()
+    rows, columns = same.sum(-1), same.sum(-2)
+    offsets = torch.stack((rows[..., 2] - rows[..., 0], columns[..., 2] - columns[..., 0]), -1)
+    return F.pad(offsets / rows.sum(-1).clamp_min(1)[..., None], (0, 0, 1, 1, 1, 1, 0, 1))
 
 
 def renormalize(probs: Tensor, mask: Tensor | None) -> Tensor:
@@ -48,7 +61,9 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def cross_entropy(final: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    cells = torch.ones_like(target, dtype=torch.bool) if mask is None else mask != 0
+    if mask is None:
+        return F.cross_entropy(final.flatten(0, 1), target.flatten())
+    cells = mask != 0
     if not cells.any():
         return final[cells].sum()
     return F.cross_entropy(final[cells], target[cells])
@@ -64,6 +79,7 @@ def definition(
     episode_length: int,
     prompt: Tensor | None = None,
     mask: Tensor | None = None,
+    movement: Callable[[Tensor], Tensor] = cell_by_cell,
 ) -> dict[str, Tensor]:
     steps, height, width, outcomes = forward.shape
     area, key = height * width, f"{height}x{width}"

@@ -186,6 +186,13 @@ inline Tensor empty_like(const Tensor& like, ScalarType type) {
     return call("aten::empty_like", "", stack);
 }
 
+// Row-major with the sizes and the dtype of `like`.
+inline Tensor zeros(const Tensor& like) {
+    Tensor out = empty(like, like.scalar_type());
+    check(aoti_torch_zero_(out.handle()));
+    return out;
+}
+
 // The sum over the rows of a matrix.
 inline Tensor sum_rows(const Tensor& matrix) {
     const int64_t dim = 0;

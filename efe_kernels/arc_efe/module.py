@@ -13,21 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efe_kernels.arc_efe.terms import (
-    EPS,
-    FILL,
-    PlanTerms,
-    mean_cross_entropy,
-    movement_reversal,
-    renormalize,
-    renormalizer,
-    wide_dtype,
-)
+from efe_kernels.arc_efe.ops import arc_efe
+from efe_kernels.arc_efe.reference import EPS, FILL, PlanTerms, renormalize, wide_dtype
 from efe_kernels.common import checks
 from efe_kernels.common.clamp import clamp
 from efe_kernels.common.library import accumulate_dtype
-from efe_kernels.common.op import apply
 
+IGNORE_INDEX = -100
 INITIAL_PREFERENCE_STD = 0.01
 MAPPER_WIDTH = 128
 TOTAL = (
@@ -49,6 +41,17 @@ def height_and_width(size: Any) -> tuple[int, int]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"grid_sizes must hold pairs (H, W) of integers, it held {size!r}.") from error
     return height, width
+
+
+def mean_cross_entropy(final: Tensor, target: Tensor, outside: Tensor | None) -> Tensor:
+    """Mean CE of final [H, W, C] against target [H, W] over the cells that are not outside; 0 where there is none."""
+    target = target.long()
+    if outside is not None:
+        target = target.masked_fill(outside, IGNORE_INDEX)
+        final = final.masked_fill(outside[..., None], 0)
+    final = final.to(wide_dtype(final.device)).flatten(0, 1)
+    total = F.cross_entropy(final, target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (target != IGNORE_INDEX).sum().clamp_min(1)
 
 
 class EFELoss(nn.Module):
@@ -270,28 +273,22 @@ class EFELoss(nn.Module):
         cell_steps = (steps * count).clamp_min(1)
         prompt = None if prompt_embedding is None else prompt_embedding.to(wide)
         preference = self._preference(height, width, prompt, outside)
-        risk, bidirectional, ambiguity, conf, mean_logits, largest, colours = apply(
-            PlanTerms,
-            PlanTerms.plain,
-            forward_predictions.to(dtype),
-            backward_predictions.to(dtype),
-            state_predictions,
-            observation_probs.to(dtype),
-            renormalize(preference, renormalizer(preference, mask)).to(dtype),
-            mask,
+        plan = PlanTerms(
+            *arc_efe(
+                forward_predictions.to(dtype),
+                backward_predictions.to(dtype),
+                state_predictions,
+                observation_probs.to(dtype),
+                renormalize(preference, mask).to(dtype),
+                mask,
+                float(self.inference_first_threshold),
+            )
         )
-        unsure = largest.mean(0) <= self.inference_first_threshold
-        reversal = movement_reversal(colours, dtype) * conf
-        cells = area
-        if mask is not None:
-            inside = mask > 0
-            unsure = unsure & inside
-            reversal = reversal * mask
-            cells = inside.sum(dtype=dtype)
-        inference_risk = unsure.sum(dtype=dtype) / (cells + EPS)
-        risk = risk * (1 - 0.5 * inference_risk) / cell_steps
-        ambiguity = ambiguity / (area if mask is None else cell_steps)
-        reversal = reversal.sum() / (area if mask is None else count + EPS)
+        cells = area if mask is None else (mask > 0).sum(dtype=dtype)
+        inference_risk = plan.unsure / (cells + EPS)
+        risk = plan.risk * (1 - 0.5 * inference_risk) / cell_steps
+        ambiguity = plan.ambiguity / (area if mask is None else cell_steps)
+        reversal = plan.reversal / (area if mask is None else count + EPS)
         matching = mean_cross_entropy(final_prediction, target_outcome, outside).to(dtype)
 
         rho = height * width / self.max_grid_size**2
@@ -306,9 +303,9 @@ class EFELoss(nn.Module):
             "grid_norm": torch.ones_like(area) * (self.lambda_grid_norm * grid_norm),
             "grid_matching": matching,
             "consistency": self.lambda_cons * matching,
-            "bidirectional": self.lambda_bi * (0.7 * bidirectional / cell_steps + 0.3 * reversal),
+            "bidirectional": self.lambda_bi * (0.7 * plan.bidirectional / cell_steps + 0.3 * reversal),
             "z_anchoring": self.lambda_z * self._anchoring(preference).to(dtype),
-            "prompt_consistency": -self.lambda_prompt * self._prompt_cosine(mean_logits, prompt).to(dtype),
+            "prompt_consistency": -self.lambda_prompt * self._prompt_cosine(plan.mean_logits, prompt).to(dtype),
         }
         losses["total"] = torch.stack([value for name, value in losses.items() if name in TOTAL]).sum()
         return losses

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.ops.arc_efe_definition import definition
 from efe_kernels.arc_efe import EFELoss
-from efe_kernels.arc_efe.terms import PlanTerms
+from efe_kernels.arc_efe.ops import arc_efe
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "arc_efe").glob("*.npz"))
 PLAN = ("forward_predictions", "backward_predictions", "state_predictions", "observation_probs", "final_prediction")
@@ -213,7 +213,7 @@ def test_closed_form_gradient(mask: Tensor | None) -> None:
 
     def terms(forward: Tensor, backward: Tensor, observation: Tensor, preference: Tensor) -> tuple[Tensor, ...]:
         # Not the mean logits: a finite difference drowns in the fill of masked cells.
-        return PlanTerms.apply(forward, backward, forward.detach(), observation, preference, mask)[:4]
+        return arc_efe(forward, backward, forward.detach(), observation, preference, mask, 0.7)[:4]
 
     assert torch.autograd.gradcheck(terms, (*plan, observation, preference))
 
@@ -223,8 +223,8 @@ def test_a_sure_observation_has_the_gradient_of_its_entropy() -> None:
     shape = (2, 3, 4, 3)
     observation = torch.eye(3, dtype=torch.float64)[torch.randint(3, shape[:3])].requires_grad_()
     plan, preference = torch.zeros(2, *shape, dtype=torch.float64), torch.full((3, 3, 4), 1 / 3, dtype=torch.float64)
-    for terms in (PlanTerms.apply, PlanTerms.plain):
-        ambiguity = terms(*plan, plan[0], observation, preference, None)[2]
+    for terms in (arc_efe, arc_efe.plain):
+        ambiguity = terms(*plan, plan[0], observation, preference, None, 0.7)[2]
         (gradient,) = torch.autograd.grad(ambiguity, observation)
         assert torch.equal(gradient, -observation.detach())
 
