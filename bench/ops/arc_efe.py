@@ -63,7 +63,7 @@ def launch(begin: Callable[[str], None]) -> None:
             begin(name)
         plans = empties(4, steps, height, width, outcomes)
         preference = torch.empty(outcomes, height, width)
-        found = kernels.arc_efe_forward(*plans, preference, mask, 0.7)
+        found = kernels.arc_efe_forward(*plans, preference, mask)
         begin("backward" if name is None else "backward of masked cells")
         upstream = (found.risk, found.bidirectional, found.ambiguity, found.reversal, found.mean_logits)
         kernels.arc_efe_backward(*upstream, [True] * 5, *plans, preference, mask, found.turned)

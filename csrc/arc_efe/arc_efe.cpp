@@ -1,6 +1,6 @@
 // arc_efe on the CPU: the terms of the ARC-EFE loss that look at every cell of the plan. The definition stands in
-// efe_kernels/arc_efe/reference.py. Both passes go through blocks of cells, and in a block through the steps, on arrays
-// [C, kCells] that stay in the first cache.
+// efe_kernels/arc_efe/reference.py, and so does the derivation of the gradients. Both passes go through blocks of cells,
+// and in a block through the steps, on small arrays [C, kCells].
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -94,6 +94,7 @@ struct Plan {
     // Largest probability, sum of what is clamped, what R multiplies it with, sum of p log(p + eps).
     A largest[kCells], sum[kCells], scale[kCells], information[kCells];
 
+    Plan(const Plan&) = delete;
     explicit Plan(int64_t outcomes) : room(4 * outcomes * kCells) {
         A** const rows[] = {&x, &p, &clamped, &surprise};
         for (int64_t k = 0; k < 4; ++k) *rows[k] = room.data() + k * outcomes * kCells;
@@ -164,13 +165,14 @@ struct Pair {
 };
 
 // Places of the sums of a block in a row; from kSums on the logits [T, C].
-enum Sum : int64_t { risk, bidirectional, ambiguity, unsure, kSums };
+enum Sum : int64_t { risk, bidirectional, ambiguity, kSums };
 
-// What the second pass, over the movement, needs: [T, N].
+// What the first pass finds for each cell.
 template <class A>
 struct Cells {
-    std::vector<int32_t> colours;
-    std::vector<A> confidence;
+    std::vector<int32_t> colours;  // [T, N], for the second pass, over the movement
+    std::vector<A> confidence;     // [T, N], likewise
+    A* certainty;                  // [N]
 };
 
 // Argmax: the first of equal values, and a NaN before every number.
@@ -192,12 +194,12 @@ EFE_INLINE void find_colours(const A* x, int64_t outcomes, int32_t* colours) {
 
 // The sums of a block.
 template <class A>
-EFE_INLINE void add_block(const Problem<A>& problem, int64_t index, double threshold, Pair<A>& pair, A* observed,
-                          Cells<A>& cells, double* sums) {
+EFE_INLINE void add_block(const Problem<A>& problem, int64_t index, Pair<A>& pair, A* observed, Cells<A>& cells,
+                          double* sums) {
     const Block<A> block(problem, index);
     const int64_t outcomes = problem.outcomes;
     const Plan<A>&one = pair.forward, &other = pair.backward;
-    A by_cell[unsure][kCells] = {}, largest[kCells] = {};
+    A by_cell[kSums][kCells] = {}, first[kCells] = {}, above_first[kCells] = {};
     for (int64_t t = 0; t < problem.steps; ++t) {
         pair.read(problem, t, block);
         load(problem, problem.observation, t, block, observed);
@@ -219,12 +221,15 @@ EFE_INLINE void add_block(const Problem<A>& problem, int64_t index, double thres
         const int64_t place = t * problem.cells() + block.first;
         std::copy_n(colours, block.count, cells.colours.data() + place);
         std::copy_n(pair.confidence, block.count, cells.confidence.data() + place);
-        for (int64_t i = 0; i < kCells; ++i) largest[i] += one.largest[i];
+        for (int64_t i = 0; i < kCells; ++i) {
+            first[i] = t == 0 ? one.largest[i] : first[i];
+            above_first[i] += one.largest[i] - first[i];
+        }
     }
-    for (int64_t s = 0; s < unsure; ++s)
+    for (int64_t s = 0; s < kSums; ++s)
         sums[s] += sum(block.count, [&](int64_t i) EFE_SIMD_BODY { return double(by_cell[s][i]); });
     for (int64_t i = 0; i < block.count; ++i)
-        sums[unsure] += block.mask[i] > 0 && largest[i] / A(problem.steps) <= A(threshold) ? 1 : 0;
+        cells.certainty[block.first + i] = first[i] + above_first[i] / static_cast<A>(problem.steps);
 }
 
 // mv, the mean offsets (dy, dx) [W] of the cells of a row at a step to where their colour is at the next one.
@@ -285,17 +290,19 @@ double turn(const Problem<A>& problem, const Cells<A>& cells, A* turned) {
     return total;
 }
 
-// The inputs in the dtype of the arithmetic, row-major.
+Tensor row_major(const Tensor& tensor) { return contiguous_as(tensor, tensor.scalar_type()); }
+
+// Row-major.
 struct Inputs {
     Tensor forward, backward, observation, preference, mask;
     int64_t steps, height, width, outcomes;
 
     Inputs(const Tensor& forward_predictions, const Tensor& backward_predictions, const Tensor& observation_probs,
-           const Tensor& preference_probs, const OptionalTensor& cells, ScalarType type)
-        : forward(contiguous_as(forward_predictions, type)), backward(contiguous_as(backward_predictions, type)),
-          observation(contiguous_as(observation_probs, type)), preference(contiguous_as(preference_probs, type)),
-          mask(contiguous_as(cells, type)), steps(forward.size(0)), height(forward.size(1)), width(forward.size(2)),
-          outcomes(forward.size(3)) {}
+           const Tensor& preference_probs, const OptionalTensor& cells)
+        : forward(row_major(forward_predictions)), backward(row_major(backward_predictions)),
+          observation(row_major(observation_probs)), preference(row_major(preference_probs)),
+          mask(cells.has_value() ? row_major(*cells) : Tensor()), steps(forward.size(0)), height(forward.size(1)),
+          width(forward.size(2)), outcomes(forward.size(3)) {}
 
     template <class A>
     Problem<A> problem() const {
@@ -304,39 +311,40 @@ struct Inputs {
     }
 };
 
-Tensor scalar(ScalarType type, const Tensor& like) { return empty({}, type, like); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> arc_efe_forward(
     const Tensor& forward_predictions, const Tensor& backward_predictions, const Tensor&,
-    const Tensor& observation_probs, const Tensor& preference, const OptionalTensor& mask, double threshold) {
-    const ScalarType type = arithmetic_type(forward_predictions);
-    const Inputs inputs(forward_predictions, backward_predictions, observation_probs, preference, mask, type);
-    Tensor mean_logits = empty({inputs.steps, inputs.outcomes}, ScalarType::Double, inputs.forward);
-    Tensor turned = empty({inputs.steps, inputs.height, inputs.width}, type, inputs.forward);
-    Tensor scalars[] = {scalar(type, inputs.forward), scalar(type, inputs.forward), scalar(type, inputs.forward),
-                        scalar(type, inputs.forward), scalar(type, inputs.forward)};
+    const Tensor& observation_probs, const Tensor& preference, const OptionalTensor& mask) {
+    const ScalarType type = forward_predictions.scalar_type();
+    const Inputs inputs(forward_predictions, backward_predictions, observation_probs, preference, mask);
+    const auto result = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
+        return empty(sizes, dtype, forward_predictions);
+    };
+    Tensor scalars[] = {result({}, type), result({}, type), result({}, type), result({}, type)};
+    Tensor mean_logits = result({inputs.steps, inputs.outcomes}, ScalarType::Double);
+    Tensor certainty = result({inputs.height, inputs.width}, type);
+    Tensor turned = result({inputs.steps, inputs.height, inputs.width}, type);
     for_arithmetic(type, [&](auto zero) {
         using A = decltype(zero);
         const Problem<A> problem = inputs.problem<A>();
         const int64_t size = kSums + problem.steps * problem.outcomes;
         std::vector<double> sums(problem.blocks() * size), total(size);
         Cells<A> cells{std::vector<int32_t>(problem.steps * problem.cells()),
-                       std::vector<A>(problem.steps * problem.cells())};
+                       std::vector<A>(problem.steps * problem.cells()), certainty.mutable_data<A>()};
         parallel(problem.blocks(), problem.cost(), [&](int64_t first, int64_t last) EFE_SIMD_BODY {
             Pair<A> pair(problem.outcomes);
             std::vector<A> observed(problem.outcomes * kCells);
             for (int64_t b = first; b < last; ++b)
-                add_block(problem, b, threshold, pair, observed.data(), cells, sums.data() + b * size);
+                add_block(problem, b, pair, observed.data(), cells, sums.data() + b * size);
         });
         add_up(sums.data(), problem.blocks(), size, total.data());
         const double reversal = turn(problem, cells, turned.mutable_data<A>());
-        const double found[] = {total[risk], total[bidirectional], total[ambiguity], reversal, total[unsure]};
-        for (int64_t s = 0; s < 5; ++s) *scalars[s].mutable_data<A>() = static_cast<A>(found[s]);
+        const double found[] = {total[risk], total[bidirectional], total[ambiguity], reversal};
+        for (int64_t s = 0; s < 4; ++s) *scalars[s].mutable_data<A>() = static_cast<A>(found[s]);
         for (int64_t k = kSums; k < size; ++k)
             mean_logits.mutable_data<double>()[k - kSums] = total[k] / static_cast<double>(problem.cells());
     });
-    return {std::move(scalars[0]), std::move(scalars[1]), std::move(scalars[2]), std::move(scalars[3]),
-            std::move(scalars[4]), std::move(mean_logits), std::move(turned)};
+    return {std::move(scalars[0]),  std::move(scalars[1]), std::move(scalars[2]), std::move(scalars[3]),
+            std::move(mean_logits), std::move(certainty),  std::move(turned)};
 }
 
 // The upstream gradients, 0 for those that are absent.
@@ -450,10 +458,12 @@ EFE_INLINE void block_gradients(const Problem<A>& problem, const Upstream<A>& up
         std::copy_n(problem.preference + c * problem.cells() + block.first, block.count, w.preference.data() + c * kCells);
     std::fill(w.log_kept.begin(), w.log_kept.end(), A(0));
     for (int64_t t = 0; t < problem.steps; ++t) {
-        if (out.forward != nullptr || out.backward != nullptr || out.preference != nullptr)
+        if (out.forward != nullptr || out.backward != nullptr) {
             w.pair.read(problem, t, block);
-        if (out.forward != nullptr || out.backward != nullptr)
             plan_gradients(problem, upstream, turned, t, block, w, out);
+        } else if (out.preference != nullptr) {
+            w.pair.forward.read(problem, problem.forward, t, block);
+        }
         if (out.preference != nullptr)
             for (int64_t c = 0; c < problem.outcomes; ++c)
                 for (int64_t i = 0; i < kCells; ++i)
@@ -486,9 +496,9 @@ std::vector<Tensor> arc_efe_backward(const OptionalTensor& grad_risk, const Opti
                                      const Tensor& forward_predictions, const Tensor& backward_predictions,
                                      const Tensor& state_predictions, const Tensor& observation_probs,
                                      const Tensor& preference, const OptionalTensor& mask, const Tensor& turned) {
-    const ScalarType type = arithmetic_type(forward_predictions);
-    const Inputs inputs(forward_predictions, backward_predictions, observation_probs, preference, mask, type);
-    const Tensor turned_cells = contiguous_as(turned, type);
+    const ScalarType type = forward_predictions.scalar_type();
+    const Inputs inputs(forward_predictions, backward_predictions, observation_probs, preference, mask);
+    const Tensor turned_cells = row_major(turned);
     const Tensor grad_mean = contiguous_as(grad_mean_logits, ScalarType::Double);
     const Tensor* const examples[] = {&inputs.forward, &inputs.backward, &state_predictions, &inputs.observation,
                                       &inputs.preference};

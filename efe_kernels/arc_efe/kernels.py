@@ -52,7 +52,6 @@ class Sums(NamedTuple):
     bidirectional: Any  # []
     ambiguity: Any  # []
     reversal: Any  # []
-    unsure: Any  # []
 
 
 NUM_SUMS = tl.constexpr(len(Sums._fields))
@@ -86,7 +85,7 @@ class Tile(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A tile at one step. The first six are [CELLS, OUTCOMES], the last six 0 where there is no outcome.
+    """A tile at one step. All but the scales are [CELLS, OUTCOMES], and all but the logits 0 where there is no outcome.
 
     A cell that is not there has equal probabilities, and 0 in the renormalised ones.
     """
@@ -125,7 +124,7 @@ def load_logits(
     place,
     C: tl.constexpr,
 ):
-    """Logits at the places [CELLS]; -inf where there is no outcome, and 0 in a cell that is not there: no NaN."""
+    """Logits at the places [CELLS]; -inf where there is no outcome; finite in a cell that is not there: no NaN."""
     logits = load(plan_ptr, place[:, None] * C + tile.outcome[None, :], tile.ok)
     logits = tl.where((tile.mask == 0.0)[:, None], FILL, logits)
     return tl.where((tile.outcome < C)[None, :], logits, float("-inf"))
@@ -244,28 +243,30 @@ def movement_reversal(inputs, shape, tile, t, C: tl.constexpr):
 
 
 @triton.jit
-def unsure_cells(inputs, shape, tile, threshold, C: tl.constexpr):
-    """1 for cells whose largest probability, averaged over the steps, is not above the threshold."""
-    total = tl.zeros(tile.cell.shape, tl.float32)
-    place = tile.cell
-    for _ in range(shape.steps):
-        logits = load_logits(inputs.forward, tile, place, C)
-        # A maximum would drop a NaN; this is the largest probability, too.
-        weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-        total += tl.div_rn(1.0, tl.sum(weights, axis=1))
-        place += shape.cells
+def certainty_of(inputs, shape, tile, C: tl.constexpr):
+    """The mean over the steps of the largest probability of each cell, as the reference takes it."""
+    first = largest_of(load_logits(inputs.forward, tile, tile.cell, C))
+    above_first = tl.zeros(tile.cell.shape, tl.float32)
+    for t in range(1, shape.steps):
+        above_first += largest_of(load_logits(inputs.forward, tile, t * shape.cells + tile.cell, C)) - first
     steps = tl.full(tile.cell.shape, shape.steps, tl.float32)
-    unsure = tile.here & (tl.div_rn(total, steps) <= threshold) & (tile.mask > 0.0)
-    return unsure.to(tl.float32)
+    return first + tl.div_rn(above_first, steps)
+
+
+@triton.jit
+def largest_of(logits):
+    """The largest probability of each cell. A maximum of them would drop a NaN."""
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return tl.div_rn(1.0, tl.sum(weights, axis=1))
 
 
 @triton.jit
 def arc_efe_forward_kernel(
     inputs,
+    certainty_ptr,  # [H, W]
     turned_ptr,  # [T, H, W]
     table_ptr,  # [T * blocks, C + NUM_SUMS]
     shape,
-    threshold,
     C: tl.constexpr,
     OUTCOMES: tl.constexpr,
     CELLS: tl.constexpr,
@@ -277,10 +278,9 @@ def arc_efe_forward_kernel(
     place = t * shape.cells + tile.cell
     step = step_of(inputs, tile, place, C)
     turned = tl.zeros((CELLS,), tl.float32)
-    unsure = turned
     # Nothing turns after the last step, whose program has time for what goes through all steps.
     if t == shape.steps - 1:
-        unsure = unsure_cells(inputs, shape, tile, threshold, C)
+        tl.store(certainty_ptr + tile.cell, certainty_of(inputs, shape, tile, C), mask=tile.here)
     else:
         turned = movement_reversal(inputs, shape, tile, t, C)
     turned = turned * tile.mask
@@ -293,7 +293,6 @@ def arc_efe_forward_kernel(
         -0.5 * tl.sum(bidirectional),
         -tl.sum(observed * tl.log(observed)),
         tl.sum(turned * confidence(step)),
-        tl.sum(unsure),
     )
     row_ptr = table_ptr + program * (C + NUM_SUMS)
     # In float64, because the fill of masked cells drowns the other logits in float32.
@@ -467,7 +466,6 @@ def arc_efe_forward(
     observation_probs: Tensor,
     preference: Tensor,
     mask: Tensor | None,
-    threshold: float,
 ) -> PlanTerms:
     """See the reference. Two launches."""
     shape, constants = cover(forward_predictions)
@@ -478,18 +476,19 @@ def arc_efe_forward(
     new = inputs.forward.new_empty
     table = new(shape.steps * shape.blocks, columns, dtype=torch.float64)
     mean_logits = new(shape.steps, outcomes, dtype=torch.float64)
+    certainty = new(shape.height, shape.width)
     turned = new(shape.steps, shape.height, shape.width)
     sums = Sums(*[new(()) for _ in range(NUM_SUMS.value)])
     lanes = next_power_of_2(max(outcomes, NUM_SUMS.value))
     rows = max(1, TILE // lanes)
     programs = shape.steps * shape.blocks
     with launch_guard(forward_predictions):
-        launch(arc_efe_forward_kernel, (programs,), inputs, turned, table, shape, threshold, **constants)
+        launch(arc_efe_forward_kernel, (programs,), inputs, certainty, turned, table, shape, **constants)
         launch(
             arc_efe_sum_kernel, (shape.steps + 1,), table, sums, mean_logits, shape,
             C=outcomes, ROWS=rows, COLUMNS=lanes, num_warps=4, **OPTIONS,
         )  # fmt: skip
-    return PlanTerms(*sums, mean_logits, turned)
+    return PlanTerms(*sums, mean_logits, certainty, turned)
 
 
 def arc_efe_backward(

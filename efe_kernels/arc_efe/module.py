@@ -265,7 +265,7 @@ class EFELoss(nn.Module):
             episode_length = episode_length.to(dtype)
         else:
             episode_length = checks.number("episode_length", episode_length)
-        mask = None if grid_mask is None else grid_mask.to(dtype)
+        mask = None if grid_mask is None else grid_mask.detach().to(dtype)
         outside = None if mask is None else mask == 0
         wide = wide_dtype(forward_predictions.device)
         area = torch.full((), height * width, dtype=dtype, device=forward_predictions.device)
@@ -281,11 +281,13 @@ class EFELoss(nn.Module):
                 observation_probs.to(dtype),
                 renormalize(preference, mask).to(dtype),
                 mask,
-                float(self.inference_first_threshold),
             )
         )
-        cells = area if mask is None else (mask > 0).sum(dtype=dtype)
-        inference_risk = plan.unsure / (cells + EPS)
+        unsure, cells = plan.certainty <= self.inference_first_threshold, area
+        if mask is not None:
+            inside = mask > 0
+            unsure, cells = unsure & inside, inside.sum(dtype=dtype)
+        inference_risk = unsure.sum(dtype=dtype) / (cells + EPS)
         risk = plan.risk * (1 - 0.5 * inference_risk) / cell_steps
         ambiguity = plan.ambiguity / (area if mask is None else cell_steps)
         reversal = plan.reversal / (area if mask is None else count + EPS)

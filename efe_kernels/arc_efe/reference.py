@@ -16,14 +16,14 @@ FILL = -1e9
 
 
 class PlanTerms(NamedTuple):
-    """Sums over the plan; scalars but for the last two."""
+    """Sums over the plan, scalars, and what else is asked of it."""
 
     risk: Tensor
     bidirectional: Tensor
     ambiguity: Tensor
     reversal: Tensor
-    unsure: Tensor  # how many cells are, without gradient
     mean_logits: Tensor  # [T, C], of the forward plan, in the wide dtype
+    certainty: Tensor  # [H, W], the mean over the steps of its largest probability, without gradient
     turned: Tensor  # [T, H, W], the reversal of each cell but for the confidence in it, without gradient
 
 
@@ -96,28 +96,27 @@ def arc_efe_forward(
     observation_probs: Tensor,
     preference: Tensor,
     mask: Tensor | None,
-    threshold: float,
 ) -> PlanTerms:
     """The terms of one plan in one dtype, float32 or float64.
 
     forward_predictions, backward_predictions: logits [T, H, W, C]; state_predictions: [T, H, W, C], not read;
-    observation_probs: [T, H, W, C]; preference: R(clamp P), [C, H, W]; mask: [H, W]; threshold: of inference_risk.
+    observation_probs: [T, H, W, C]; preference: R(clamp P), [C, H, W]; mask: [H, W], at least 0.
     """
     plans = plans_of(forward_predictions, backward_predictions, mask)
     kept, middle = renormalize(plans.clamped, mask), renormalize(plans.middle, mask)
     observed = clamp(observation_probs, EPS, 1)
     turned = movement_reversal(plans.logits[:, 0].detach().argmax(0), preference.dtype)
-    unsure = plans.probs[:, 0].detach().amax(0).mean(0) <= threshold
     if mask is not None:
         turned = turned * mask
-        unsure = unsure & (mask > 0)
+    largest = plans.probs[:, 0].detach().amax(0)
     return PlanTerms(
         risk=-(preference * (kept[:, 0] + EPS).log().sum(1)).sum(),
         bidirectional=-0.5 * (kept.sum(1) * (middle + EPS).log()).sum(),
         ambiguity=-(observed * observed.log()).sum(),
         reversal=(turned * plans.confidence).sum(),
-        unsure=unsure.sum(dtype=preference.dtype),
-        mean_logits=plans.logits[:, 0].mean((2, 3), dtype=wide_dtype(preference.device)).T,
+        mean_logits=plans.logits[:, 0].mean((2, 3), dtype=wide_dtype(preference.device)).T.contiguous(),
+        # From the first one on, so that the mean of equal numbers is that number, which may be the threshold.
+        certainty=largest[0] + (largest - largest[0]).mean(0),
         turned=turned,
     )
 
@@ -162,7 +161,8 @@ def arc_efe_backward(
         if grad_mean_logits is not None:
             grad_mean = (grad_mean_logits.T / turned[0].numel()).to(grad.dtype)[..., None, None]
             grad[:, 0] += grad_mean if mask is None else grad_mean * (mask != 0)
-        gradients += [plan for plan, need in zip(grad.movedim(0, -1), needs[:2], strict=True) if need]
+        plans = [plan.clone(memory_format=torch.contiguous_format) for plan in grad.movedim(0, -1)]
+        gradients += [plan for plan, need in zip(plans, needs[:2], strict=True) if need]
     if needs[2]:
         gradients.append(torch.zeros_like(state_predictions))
     if needs[3]:

@@ -213,7 +213,7 @@ def test_closed_form_gradient(mask: Tensor | None) -> None:
 
     def terms(forward: Tensor, backward: Tensor, observation: Tensor, preference: Tensor) -> tuple[Tensor, ...]:
         # Not the mean logits: a finite difference drowns in the fill of masked cells.
-        return arc_efe(forward, backward, forward.detach(), observation, preference, mask, 0.7)[:4]
+        return arc_efe(forward, backward, forward.detach(), observation, preference, mask)[:4]
 
     assert torch.autograd.gradcheck(terms, (*plan, observation, preference))
 
@@ -224,7 +224,7 @@ def test_a_sure_observation_has_the_gradient_of_its_entropy() -> None:
     observation = torch.eye(3, dtype=torch.float64)[torch.randint(3, shape[:3])].requires_grad_()
     plan, preference = torch.zeros(2, *shape, dtype=torch.float64), torch.full((3, 3, 4), 1 / 3, dtype=torch.float64)
     for terms in (arc_efe, arc_efe.plain):
-        ambiguity = terms(*plan, plan[0], observation, preference, None, 0.7)[2]
+        ambiguity = terms(*plan, plan[0], observation, preference, None)[2]
         (gradient,) = torch.autograd.grad(ambiguity, observation)
         assert torch.equal(gradient, -observation.detach())
 
@@ -316,6 +316,7 @@ def test_second_derivatives_say_that_there_are_none() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.usefixtures("served_by")
 def test_compiles_in_one_graph() -> None:
     puzzle = Puzzle(mask=ragged())
     expected = puzzle.losses()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ from efe_kernels.arc_efe.ops import arc_efe
 from efe_kernels.arc_efe.reference import PlanTerms
 from efe_kernels.common.library import INTERPRET
 
-THRESHOLD = 0.4
 # Sums of float32 values that are good to a few units in the last place, 2^-24 of the largest, and are added in double.
 # Where all of it cancels, what is left is that 1 + 1e-8 is 1 in float32.
 TOLERANCE, LEFT = 64 * 2**-24, 1e-7
 SHAPES = [(1, 1, 1, 1), (2, 2, 7, 3), (5, 3, 3, 10), (4, 12, 11, 10), (3, 5, 31, 17), (2, 9, 8, 33)]
 UPSTREAM = ("risk", "bidirectional", "ambiguity", "reversal", "mean_logits")
+DIFFERENTIABLE = tuple(PlanTerms._fields.index(name) for name in UPSTREAM)
 WRT = (0, 1, 2, 3, 4)
 
 
@@ -43,8 +44,8 @@ def assert_close(name: str, found: Tensor, expected: Tensor) -> None:
 def test_kernels_compute_the_reference(shape: tuple[int, ...], masked: bool, device: str) -> None:
     inputs = inputs_of(shape, masked, device)
     wide = [None if tensor is None else tensor.double() for tensor in inputs]
-    found = PlanTerms(*arc_efe.forward(*inputs, THRESHOLD))
-    expected = reference.arc_efe_forward(*wide, THRESHOLD)
+    found = PlanTerms(*arc_efe.forward(*inputs))
+    expected = reference.arc_efe_forward(*wide)
     for name, value in expected._asdict().items():
         assert_close(name, getattr(found, name), value)
     upstream = [torch.randn_like(getattr(expected, name)) for name in UPSTREAM]
@@ -64,20 +65,20 @@ def test_kernels_compute_the_reference(shape: tuple[int, ...], masked: bool, dev
 @pytest.mark.parametrize("place", WRT)
 def test_each_gradient_alone_is_that_among_all(place: int, device: str) -> None:
     inputs = inputs_of((3, 5, 4, 10), True, device)
-    found = arc_efe.forward(*inputs, THRESHOLD)
-    upstream = [torch.ones_like(found[i]) for i in (0, 1, 2, 3, 5)]
-    everything = arc_efe.backward(*upstream, [True] * 5, *inputs, found[6])
-    (alone,) = arc_efe.backward(*upstream, [other == place for other in WRT], *inputs, found[6])
+    found = arc_efe.forward(*inputs)
+    upstream = [torch.ones_like(found[i]) for i in DIFFERENTIABLE]
+    everything = arc_efe.backward(*upstream, [True] * 5, *inputs, found[-1])
+    (alone,) = arc_efe.backward(*upstream, [other == place for other in WRT], *inputs, found[-1])
     assert torch.equal(alone, everything[place])
 
 
 def test_any_memory_order_gives_the_same_bits(device: str) -> None:
     inputs = inputs_of((3, 5, 4, 10), True, device)
     scattered = [tensor.movedim(-1, 0).contiguous().movedim(0, -1) for tensor in inputs]
-    found, same = (arc_efe.forward(*tensors, THRESHOLD) for tensors in (inputs, scattered))
+    found, same = (arc_efe.forward(*tensors) for tensors in (inputs, scattered))
     assert all(torch.equal(one, other) for one, other in zip(found, same, strict=True))
-    upstream = [torch.ones_like(found[i]) for i in (0, 1, 2, 3, 5)]
-    gradients, same = (arc_efe.backward(*upstream, [True] * 5, *tensors, found[6]) for tensors in (inputs, scattered))
+    upstream = [torch.ones_like(found[i]) for i in DIFFERENTIABLE]
+    gradients, same = (arc_efe.backward(*upstream, [True] * 5, *tensors, found[-1]) for tensors in (inputs, scattered))
     assert all(torch.equal(one, other) and other.is_contiguous() for one, other in zip(gradients, same, strict=True))
 
 
@@ -86,35 +87,61 @@ def test_any_memory_order_gives_the_same_bits(device: str) -> None:
 def test_what_is_not_finite_counts_unless_it_is_masked(value: float, device: str) -> None:
     forward, backward, state, observation, preference, _ = inputs_of((3, 5, 4, 10), False, device)
     mask = torch.ones(5, 4, device=device)
-    clean = arc_efe.forward(forward, backward, state, observation, preference, mask, THRESHOLD)
+    clean = arc_efe.forward(forward, backward, state, observation, preference, mask)
     broken = forward.clone()
     broken[1, 2, 1] = value  # all of the cell: a softmax of nothing else is NaN
-    found = PlanTerms(*arc_efe.forward(broken, backward, state, observation, preference, mask, THRESHOLD))
+    found = PlanTerms(*arc_efe.forward(broken, backward, state, observation, preference, mask))
     assert all(getattr(found, name).isnan() for name in ("risk", "bidirectional", "reversal"))
     assert torch.equal(found.ambiguity, clean[2])
-    sure = PlanTerms(*arc_efe.forward(broken, backward, state, observation, preference, mask, 1.0)).unsure
-    assert sure.item() == 19  # of the 20 cells: what is no number is not below the threshold
+    assert found.certainty.isnan().nonzero().tolist() == [[2, 1]]
     mask[2, 1] = 0
-    results = [
-        arc_efe.forward(plan, backward, state, observation, preference, mask, THRESHOLD) for plan in (forward, broken)
-    ]
+    results = [arc_efe.forward(plan, backward, state, observation, preference, mask) for plan in (forward, broken)]
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_number_that_is_none_is_an_observation_of_none(device: str) -> None:
     inputs = inputs_of((2, 3, 4, 5), False, device)
     inputs[3][0, 1, 2, 3] = float("nan")
-    found = PlanTerms(*arc_efe.forward(*inputs, THRESHOLD))
+    found = PlanTerms(*arc_efe.forward(*inputs))
     assert found.ambiguity.isnan()
     assert found.risk.isfinite()
 
 
+@pytest.mark.usefixtures("served_by")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_probabilities_are_as_certain_as_each(dtype: torch.dtype, device: str) -> None:
+    """Whatever the number of steps, so that a threshold that they meet is met."""
+    for steps, outcomes in ((3, 7), (8, 10), (30, 10)):
+        plan = torch.zeros(steps, 2, 3, outcomes, dtype=dtype, device=device)
+        found = PlanTerms(*arc_efe.forward(plan, plan, plan, plan, plan[0].movedim(-1, 0), None))
+        assert torch.equal(found.certainty, torch.ones_like(found.certainty) / outcomes)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="who serves is asked of the Triton kernels in the interpreter")
+def test_triton_serves_plans_in_float32_whatever_else_is_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = importlib.import_module("efe_kernels.arc_efe.kernels")
+    launch, launched = kernels.launch, []
+
+    def recorded(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(kernels, "launch", recorded)
+    forward, backward, state, *rest = inputs_of((2, 3, 4, 5), False)
+    inputs = (forward, backward, state.double(), *rest)
+    found = arc_efe.forward(*inputs)
+    arc_efe.backward(*[torch.ones_like(found[i]) for i in DIFFERENTIABLE], [True] * 5, *inputs, found[-1])
+    assert launched == [kernels.arc_efe_forward_kernel, kernels.arc_efe_sum_kernel, kernels.arc_efe_backward_kernel]
+
+
 @pytest.mark.skipif(INTERPRET, reason="Triton's interpreter reads tensors that opcheck replaces by fake ones")
+@pytest.mark.usefixtures("served_by")
 @pytest.mark.parametrize("masked", [False, True], ids=["all cells", "masked"])
-def test_ops_are_declared_truthfully(masked: bool, device: str) -> None:
-    inputs = inputs_of((3, 5, 4, 10), masked, device)
-    torch.library.opcheck(arc_efe.forward.default, (*inputs, THRESHOLD))
-    found = arc_efe.forward(*inputs, THRESHOLD)
+@pytest.mark.parametrize("outcomes", [1, 10])
+def test_ops_are_declared_truthfully(outcomes: int, masked: bool, device: str) -> None:
+    inputs = inputs_of((3, 5, 4, outcomes), masked, device)
+    torch.library.opcheck(arc_efe.forward.default, tuple(inputs))
+    found = arc_efe.forward(*inputs)
     for needs in ([True] * 5, [False, True, True, False, False]):
-        upstream = (found[0], None, found[2], found[3], found[5])
-        torch.library.opcheck(arc_efe.backward.default, (*upstream, needs, *inputs, found[6]))
+        upstream = [None if i == 1 else torch.ones_like(found[i]) for i in DIFFERENTIABLE]
+        torch.library.opcheck(arc_efe.backward.default, (*upstream, needs, *inputs, found[-1]))
