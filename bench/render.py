@@ -54,7 +54,7 @@ TARGETS = (
     Target("efe_loss", "core", "train", "both", "compile", 3, aim=5),
     Target("efe_loss", "core", "train", "both", "eager", 10, aim=20),
     Target("arc_efe", "", "seed", "both", "loop over cells", 10, aim=50),
-    Target("arc_efe", "", "seed", "both", "compile", 2),
+    Target("arc_efe", "", "seed", "both", "compile", 1),
     Target("gae", "", "throughput", "forward", "torchrl", 10),
     Target("gae", "", "throughput", "forward", "compile", 3),
     Target("policy_gradient_loss", "", "throughput", "both", "eager", 3),

@@ -48,9 +48,8 @@ def kernel(case: Case, inputs: Inputs) -> tuple[Tensor]:
 def defined(movement: Callable[[Tensor], Tensor]) -> Run:
     def run(case: Case, inputs: Inputs) -> tuple[Tensor]:
         forward, backward, observation, final, prompt, mask, module, target = inputs.values()
-        with forward.device:  # where the definition makes its own tensors
-            plan = (forward, backward, observation, final)
-            return (definition(module, *plan, target, case.sizes[0], prompt, mask, movement)["total"],)
+        plan = (forward, backward, observation, final)
+        return (definition(module, *plan, target, case.sizes[0], prompt, mask, movement)["total"],)
 
     return run
 

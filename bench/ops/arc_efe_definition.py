@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ FILL = -1e9
 def cell_by_cell(colours: Tensor) -> Tensor:
     """For each interior cell the mean offset, in its 3x3 window at step t+1, of its colour at step t; [T, H, W, 2]."""
     steps, height, width = colours.shape
-    vectors = torch.zeros(steps, height, width, 2, dtype=torch.float64)
-    offsets = torch.tensor([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], dtype=torch.float64)
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": colours.device}
+    vectors = torch.zeros(steps, height, width, 2, **wide)
+    offsets = torch.tensor([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], **wide)
     for t in range(steps - 1):
         for h in range(1, height - 1):
             for w in range(1, width - 1):
