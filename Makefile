@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SANITIZED := build/sanitized
+# Where there are C++ and Triton kernels; those of the prompt ops are C++ and CUDA C++.
+KERNEL_TESTS := $(addprefix tests/,advantage arc_efe efe_loss policy_loss returns reward fuzz)
 EMULATED := build/emulated
 # The oldest release of Triton that pyproject.toml admits; OLDEST_TRITON=3.6 compiles with another one.
 OLDEST_TRITON ?= $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
@@ -52,7 +54,7 @@ train: $(VENV)/.built
 # so with the CUDA C++ kernels.
 test: $(VENV)/.built
 	$(BIN)/python -m pytest --numprocesses auto --ignore tests/emulated
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/fuzz tests/test_peers.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(KERNEL_TESTS) tests/test_peers.py
 	$(MAKE) emulate
 
 # In parts, which several processes share; a process that dies is named with the part that it was at.
@@ -71,7 +73,7 @@ sanitize: $(VENV)/.built
 	cp -r tests bench csrc $(SANITIZED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" tests/efe_loss tests/returns tests/advantage tests/policy_loss tests/reward tests/prompt tests/fuzz
+	$(abspath $(BIN))/python -m pytest --capture=sys -W error:efe_kernels -m "not slow" $(KERNEL_TESTS) tests/prompt
 
 # The CUDA C++ sources without a GPU: tests/prompt beside a package whose extension has the emulated CUDA kernels for CPU
 # tensors, then the emulator's own tests, its driver under sanitizers, and the mutations that must be caught.

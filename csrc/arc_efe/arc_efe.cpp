@@ -1,6 +1,6 @@
 // arc_efe on the CPU: the terms of the ARC-EFE loss that look at every cell of the plan. The definition stands in
-// efe_kernels/arc_efe/reference.py, and so does the derivation of the gradients. Both passes go through blocks of cells,
-// and in a block through the steps, on small arrays [C, kCells].
+// efe_kernels/arc_efe/reference.py, as does the derivation of the gradients. Both passes go through blocks of cells, and
+// in a block through the steps, on small arrays [C, kCells].
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -424,7 +424,8 @@ EFE_INLINE void plan_gradients(const Problem<A>& problem, const Upstream<A>& ups
     A weight[kCells] = {};
     for (int64_t i = 0; i < block.count; ++i) {
         const A confidence = w.pair.confidence[i];
-        weight[i] = A(0.5) * upstream.reversal * turned[step * problem.cells() + block.first + i] * confidence * confidence;
+        const A turned_here = turned[step * problem.cells() + block.first + i];
+        weight[i] = A(0.5) * upstream.reversal * turned_here * confidence * confidence;
     }
     through_middle(problem, w.pair, upstream.bidirectional, w.middle.data());
     for (int64_t c = 0; c < outcomes; ++c) {
@@ -455,7 +456,8 @@ EFE_INLINE void block_gradients(const Problem<A>& problem, const Upstream<A>& up
     const Block<A> block(problem, index);
     const int64_t size = problem.outcomes * kCells;
     for (int64_t c = 0; c < problem.outcomes; ++c)
-        std::copy_n(problem.preference + c * problem.cells() + block.first, block.count, w.preference.data() + c * kCells);
+        std::copy_n(problem.preference + c * problem.cells() + block.first, block.count,
+                    w.preference.data() + c * kCells);
     std::fill(w.log_kept.begin(), w.log_kept.end(), A(0));
     for (int64_t t = 0; t < problem.steps; ++t) {
         if (out.forward != nullptr || out.backward != nullptr) {
