@@ -61,6 +61,13 @@ EFE_INLINE void load(const Problem<A>& problem, const A* cells, int64_t step, co
     }
 }
 
+// The preference of a block, rows [C, kCells].
+template <class A>
+EFE_INLINE void load_preference(const Problem<A>& problem, const Block<A>& block, A* rows) {
+    for (int64_t c = 0; c < problem.outcomes; ++c)
+        std::copy_n(problem.preference + c * problem.cells() + block.first, block.count, rows + c * kCells);
+}
+
 template <class A>
 EFE_INLINE void store(const Problem<A>& problem, const A* rows, int64_t step, const Block<A>& block, A* cells) {
     A* const to = cells + (step * problem.cells() + block.first) * problem.outcomes;
@@ -192,24 +199,23 @@ EFE_INLINE void find_colours(const A* x, int64_t outcomes, int32_t* colours) {
         }
 }
 
-// The sums of a block.
+// The sums of a block. preference, observed: room for [C, kCells].
 template <class A>
-EFE_INLINE void add_block(const Problem<A>& problem, int64_t index, Pair<A>& pair, A* observed, Cells<A>& cells,
-                          double* sums) {
+EFE_INLINE void add_block(const Problem<A>& problem, int64_t index, Pair<A>& pair, A* preference, A* observed,
+                          Cells<A>& cells, double* sums) {
     const Block<A> block(problem, index);
     const int64_t outcomes = problem.outcomes;
     const Plan<A>&one = pair.forward, &other = pair.backward;
     A by_cell[kSums][kCells] = {}, first[kCells] = {}, above_first[kCells] = {};
+    load_preference(problem, block, preference);
     for (int64_t t = 0; t < problem.steps; ++t) {
         pair.read(problem, t, block);
         load(problem, problem.observation, t, block, observed);
         for (int64_t c = 0; c < outcomes; ++c) {
-            A preference[kCells] = {};
-            std::copy_n(problem.preference + c * problem.cells() + block.first, block.count, preference);
             EFE_INDEPENDENT
             for (int64_t i = 0; i < kCells; ++i) {
                 const A both = one.kept(c, i) + other.kept(c, i), probability = clamp(observed[c * kCells + i]);
-                by_cell[risk][i] -= preference[i] * log_eps(one.kept(c, i));
+                by_cell[risk][i] -= preference[c * kCells + i] * log_eps(one.kept(c, i));
                 by_cell[bidirectional][i] -= A(0.5) * both * log_eps(pair.middle[c * kCells + i]);
                 by_cell[ambiguity][i] -= probability * math::log_normal_range(probability);
             }
@@ -332,9 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> arc_efe_forwa
                        std::vector<A>(problem.steps * problem.cells()), certainty.mutable_data<A>()};
         parallel(problem.blocks(), problem.cost(), [&](int64_t first, int64_t last) EFE_SIMD_BODY {
             Pair<A> pair(problem.outcomes);
-            std::vector<A> observed(problem.outcomes * kCells);
+            std::vector<A> preference(problem.outcomes * kCells), observed(problem.outcomes * kCells);
             for (int64_t b = first; b < last; ++b)
-                add_block(problem, b, pair, observed.data(), cells, sums.data() + b * size);
+                add_block(problem, b, pair, preference.data(), observed.data(), cells, sums.data() + b * size);
         });
         add_up(sums.data(), problem.blocks(), size, total.data());
         const double reversal = turn(problem, cells, turned.mutable_data<A>());
@@ -455,9 +461,7 @@ EFE_INLINE void block_gradients(const Problem<A>& problem, const Upstream<A>& up
                                 Workspace<A>& w, const Gradients<A>& out) {
     const Block<A> block(problem, index);
     const int64_t size = problem.outcomes * kCells;
-    for (int64_t c = 0; c < problem.outcomes; ++c)
-        std::copy_n(problem.preference + c * problem.cells() + block.first, block.count,
-                    w.preference.data() + c * kCells);
+    load_preference(problem, block, w.preference.data());
     std::fill(w.log_kept.begin(), w.log_kept.end(), A(0));
     for (int64_t t = 0; t < problem.steps; ++t) {
         if (out.forward != nullptr || out.backward != nullptr) {
